@@ -255,8 +255,7 @@ def test_two_processes_share_one_folder(tmp_path):
     script.write_text(textwrap.dedent(TWO.format(here=os.path.dirname(__file__), root=str(root))))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    out = subprocess.run(
-        [*command, "--standalone", str(script)], capture_output=True, text=True, env=env, timeout=120
-    )
+    command += ["--standalone", str(script)]
+    out = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert out.returncode == 0, out.stderr[-2000:]
     assert len(runs("lame", root)) == 1
