@@ -1,0 +1,596 @@
+"""The training loop: equal to the plain loop, to two processes, and to itself after a kill."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import (
+    DataLoader, IterableDataset, Subset, TensorDataset, WeightedRandomSampler,
+)
+
+import train_jobs as jobs
+from adaptlab import models, train
+from adaptlab.train import fit
+
+JOBS = Path(jobs.__file__)
+QUICK = dict(steps=6, batch_size=8, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    "As in the processes that are compared with: sums are added in the same order."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def environment():
+    paths = [str(Path(train.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def quick(model=None, data=None, loss_fn=jobs.cross_entropy, **kwargs):
+    model = jobs.mlp() if model is None else model
+    data = jobs.digits_like() if data is None else data
+    return model, fit(model, data, loss_fn, **(QUICK | kwargs))
+
+
+class Dead(Exception):
+    pass
+
+
+def die_at(step):
+    def callback(state):
+        if state.step == step:
+            raise Dead
+
+    return callback
+
+
+# --- killed and run again -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("job", ["kill", "kill-save"])
+def test_sigkill_and_resume_is_bit_for_bit(tmp_path, job):
+    whole, straight = jobs.run_resumable(None)
+    draw = random.Random(20240501)
+    # two micro-batches per step: a kill falls into the middle of an accumulation half of the time
+    moment = draw.randrange(18, 2 * jobs.STEPS) if job == "kill" else draw.randrange(2, 4)
+    done = subprocess.run([sys.executable, JOBS, job, tmp_path / "run", str(moment)],
+                          env=environment(), capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    resumed, result = jobs.run_resumable(tmp_path / "run")
+    assert 0 < result.resumed_from < jobs.STEPS
+    assert same(whole, resumed)
+    assert result.history.equals(straight.history)
+    names = sorted(p.name for p in (tmp_path / "run").iterdir())
+    assert names == ["step-000000028", "step-000000030"]  # the last two, and no rests
+
+
+def test_every_step_can_be_resumed(tmp_path):
+    whole, _ = jobs.run_resumable(None)
+    folder = tmp_path / "run"
+    for step in (1, 2, 3, 9, 16, 17, 29):  # killed again and again
+        with pytest.raises(Dead):
+            jobs.run_resumable(folder, checkpoint_every=1, callbacks=[die_at(step)])
+    resumed, result = jobs.run_resumable(folder, checkpoint_every=1)
+    assert result.resumed_from == 28 and same(whole, resumed)
+
+
+def test_loader_is_resumed_in_the_middle_of_an_epoch(tmp_path):
+    dataset = TensorDataset(*jobs.digits_like())
+    runs = []
+    for folder in (None, tmp_path):
+        for callbacks in [[]] if folder is None else [[die_at(13)], []]:
+            model = jobs.mlp(dropout=0.2)
+            sampler = WeightedRandomSampler(torch.rand(70, generator=torch.Generator()), 70)
+            loader = DataLoader(dataset, batch_size=16, sampler=sampler)
+            sampler.weights = torch.linspace(1, 2, 70)
+            try:
+                quick(model, loader, steps=17, batch_size=None, checkpoint_dir=folder,
+                      checkpoint_every=6 if folder else None, callbacks=callbacks)
+            except Dead:
+                continue
+            runs.append(model)
+    assert same(*runs)
+
+
+def test_finished_run_returns_at_once_and_can_be_extended(tmp_path):
+    model, first = quick(checkpoint_dir=tmp_path)
+    again, second = quick(checkpoint_dir=tmp_path, callbacks=[die_at(1)])
+    assert same(model, again) and second.resumed_from == second.steps == 6
+    assert second.history.equals(first.history)
+    longer, third = quick(checkpoint_dir=tmp_path, steps=9)  # allowed: the rate is constant
+    direct, _ = quick(steps=9)
+    assert third.resumed_from == 6 and same(longer, direct)
+    with pytest.raises(ValueError, match="beyond the 5 steps"):
+        quick(checkpoint_dir=tmp_path, steps=5)
+
+
+@pytest.mark.parametrize("change, named", [
+    (dict(batch_size=4), "batch_size: 8 there, 4 now"), (dict(seed=1), "seed"),
+    (dict(lr=0.5), "lr: '0.001' there, '0.5' now"), (dict(accumulate=2), "accumulate"),
+    (dict(schedule="linear"), "schedule"), (dict(clip=1.0), "clip"),
+    (dict(precision="bf16"), "precision"),
+    (dict(optimizer=torch.optim.SGD), "optimizer: 'AdamW' there, 'SGD' now"),
+    (dict(model=models.MLP((12, 7, 5))), "trainable parameters"),
+    (dict(data=jobs.digits_like(60)), "samples"),
+])
+def test_checkpoint_of_another_run_is_refused(tmp_path, change, named):
+    quick(checkpoint_dir=tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="other settings") as error:
+        quick(checkpoint_dir=tmp_path, **change)
+    assert named in str(error.value) and sorted(tmp_path.rglob("*")) == before
+
+
+def test_resume_false_starts_over_and_removes_checkpoints_only(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    quick(checkpoint_dir=tmp_path, steps=8)
+    (tmp_path / ".step-000000009.partial").mkdir()
+    _, result = quick(checkpoint_dir=tmp_path, seed=4, resume=False)
+    assert result.resumed_from == 0 and result.steps == 6
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["notes.txt", "step-000000005", "step-000000006"]
+
+
+def test_unreadable_checkpoint_is_named(tmp_path):
+    quick(checkpoint_dir=tmp_path)
+    (tmp_path / "step-000000006" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="step-000000006 cannot be read"):
+        quick(checkpoint_dir=tmp_path)
+    (tmp_path / "step-000000006" / "progress.json").unlink()
+    model, result = quick(checkpoint_dir=tmp_path)
+    assert result.resumed_from == 5 and same(model, quick()[0])
+
+
+def test_failed_save_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    save, calls = Accelerator.save_state, []
+
+    def full_disk(self, folder, **kwargs):
+        calls.append(folder)
+        if len(calls) == 3:
+            (Path(folder) / "model.safetensors").write_bytes(b"half")
+            raise OSError("No space left on device")
+        return save(self, folder, **kwargs)
+
+    monkeypatch.setattr(Accelerator, "save_state", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        quick(checkpoint_dir=tmp_path, checkpoint_every=2)
+    monkeypatch.undo()
+    model, result = quick(checkpoint_dir=tmp_path, checkpoint_every=2)
+    assert result.resumed_from == 4 and same(model, quick()[0])
+
+
+def test_checkpoint_holds_what_moves_only(tmp_path):
+    from safetensors.torch import load_file
+
+    def build(shift=0.0):
+        model = jobs.mlp(norm=True)
+        model[0].weight.data += shift
+        model[0].requires_grad_(False)
+        return model
+
+    model, _ = quick(build(), checkpoint_dir=tmp_path)
+    saved = load_file(tmp_path / "step-000000006" / "model.safetensors")
+    assert {k.removeprefix("model.") for k in saved} == {
+        k for k in model.state_dict() if not k.startswith("0.")}
+    assert same(quick(build(), checkpoint_dir=tmp_path)[0], model)
+    with pytest.raises(ValueError, match="frozen weights"):
+        quick(build(shift=0.1), checkpoint_dir=tmp_path)
+
+
+def test_tied_weights_are_saved_once_and_resumed(tmp_path, caplog):
+    def run(folder, **kwargs):
+        torch.manual_seed(0)
+        model = models.tiny_llama(hidden_size=16, layers=1)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        ids = torch.arange(64).reshape(8, 8)
+        rows = {"input_ids": ids, "labels": ids}
+        quick(model, rows, None, steps=4, batch_size=4, checkpoint_dir=folder, **kwargs)
+        return model
+
+    whole = run(None)
+    with pytest.raises(Dead):
+        run(tmp_path, callbacks=[die_at(3)])
+    resumed = run(tmp_path)
+    assert same(whole, resumed) and resumed.lm_head.weight is resumed.model.embed_tokens.weight
+    assert "shared" not in caplog.text
+
+
+def test_stateful_callback_is_resumed(tmp_path):
+    class Average(train.Callback):
+        def __init__(self, model):
+            self.mean = {k: v.clone() for k, v in model.state_dict().items()}
+
+        def after_step(self, state):
+            for name, value in state.model.state_dict().items():
+                self.mean[name].lerp_(value, 0.1)
+
+        def state_dict(self):
+            return self.mean
+
+        def load_state_dict(self, state):
+            self.mean = state
+
+    def run(folder, *more, checkpoint_every=None):
+        model = jobs.mlp()
+        average = Average(model)
+        quick(model, callbacks=[average, *more], checkpoint_dir=folder, schedule="linear",
+              checkpoint_every=checkpoint_every)
+        return average.mean
+
+    whole = run(None)
+    with pytest.raises(Dead):
+        run(tmp_path, die_at(5), checkpoint_every=2)
+    resumed = run(tmp_path, checkpoint_every=2)
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+# --- two processes --------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    out = tmp_path_factory.mktemp("pair") / "results.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc_per_node", "2", JOBS, "pair", out]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out)
+
+
+@pytest.mark.parametrize("name", jobs.cases())
+def test_two_processes_match_one(two_processes, name):
+    weights, losses = two_processes[name]
+    model, history = jobs.cases()[name]()
+    tolerance = 3e-3 if name.startswith("bf16") else 1e-5  # bf16 rounds to 8 bits along the way
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(weights[key], value, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(losses, history["loss"], atol=tolerance)
+
+
+def test_two_processes_resume_bit_for_bit(two_processes):
+    assert two_processes["resume"] == (True, 14)
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+def test_equals_the_plain_loop_bit_for_bit():
+    model, result = quick(steps=40, log_every=1, lr=1e-2, weight_decay=0.1, clip=0.5)
+    x, y = jobs.digits_like()
+    plain, stream, losses = jobs.mlp(), train.IndexStream(70, 8, 0), []
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
+    for step in range(40):
+        rows = stream.step(step)
+        loss = F.cross_entropy(plain(x[rows]), y[rows])
+        loss.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert same(model, plain) and result.history["loss"].tolist() == losses
+
+
+@pytest.mark.parametrize("name", ["plain", "language", "loader"])
+def test_accumulation_changes_nothing(name):
+    cases = jobs.cases()
+    a, b = cases[f"{name}-1"]()[0], cases[f"{name}-2"]()[0]
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+
+
+def test_micro_batch_without_a_label_counts_nothing():
+    rows = [{"input_ids": [1, 2, 3], "labels": [-100] * 3},
+            {"input_ids": [4, 5, 6], "labels": [4, 5, 6]}]
+    a, b = jobs.tiny_lm(), jobs.tiny_lm()
+    kwargs = dict(collate_fn=jobs.collate, steps=3, progress=False)
+    fit(a, rows, accumulate=2, batch_size=2, **kwargs)
+    fit(b, rows, batch_size=2, **kwargs)
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+    with pytest.raises(FloatingPointError, match="step 1"):
+        fit(a, rows[:1], batch_size=1, **kwargs)
+
+
+def test_schedule_is_that_of_transformers():
+    from transformers import get_scheduler
+
+    _, result = quick(steps=20, schedule="cosine", warmup=0.25, log_every=1)
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1e-3)
+    schedule, expected = get_scheduler("cosine", optimizer, 5, 20), []
+    for _ in range(20):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert result.history["lr"].tolist() == expected
+    _, by_steps = quick(steps=20, schedule="cosine", warmup=5, log_every=1)
+    assert by_steps.history["lr"].tolist() == expected
+    one_cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=20)
+    _, cycle = quick(steps=20, schedule=one_cycle, log_every=1)
+    assert cycle.history["lr"].max() == pytest.approx(0.1)
+
+
+def test_precision_may_change_in_one_process_and_foreign_state_survives():
+    from accelerate import Accelerator
+
+    mine = Accelerator(cpu=True, mixed_precision="bf16")
+    dtypes = []
+
+    def loss_fn(model, batch):
+        out = model(batch[0])
+        dtypes.append(out.dtype)
+        return F.cross_entropy(out, batch[1])
+
+    for precision in ("no", "bf16", "no"):
+        model, _ = quick(loss_fn=loss_fn, precision=precision, steps=1)
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        assert "forward" not in vars(model)  # nothing was patched in
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float32]
+    assert mine.mixed_precision == "bf16" and mine.device.type == "cpu"
+
+
+def test_leaves_everything_else_as_it_was():
+    model = jobs.mlp(dropout=0.5, norm=True).train()
+    model[1].eval()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = random.random(), np.random.rand(), torch.rand(1).item()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    quick(model)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+    assert [m.training for m in model] == [True, False, True, True, True] and model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert isinstance(model, nn.Sequential)
+
+
+def test_only_parameters_that_require_gradients_move():
+    model, start = jobs.mlp(), jobs.mlp()
+    model[0].requires_grad_(False)
+    quick(model, weight_decay=0.5)
+    assert torch.equal(model[0].weight, start[0].weight)
+    assert not torch.equal(model[4].weight, start[4].weight)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        quick(jobs.mlp().requires_grad_(False))
+
+
+def test_eval_does_not_change_training():
+    def nosy(model):
+        assert not model.training and not torch.is_grad_enabled()
+        torch.rand(10), random.random(), np.random.rand(3)
+        return {"a": 1, "b": torch.tensor(2.0)}
+
+    plain, _ = quick(jobs.mlp(dropout=0.4), log_every=2)
+    watched, result = quick(jobs.mlp(dropout=0.4), log_every=2, eval_fn=nosy, eval_every=4)
+    assert same(plain, watched)
+    frame = result.history.set_index("step")
+    assert frame["a"].dropna().index.tolist() == [4, 6] and frame.loc[6, "b"] == 2
+
+
+def test_history_means_lose_no_step():
+    _, each = quick(steps=25, log_every=1)
+    _, some = quick(steps=25, log_every=10)
+    assert some.history["step"].tolist() == [10, 20, 25]
+    values = each.history["loss"].to_numpy()
+    expected = [values[:10].mean(), values[10:20].mean(), values[20:].mean()]
+    np.testing.assert_allclose(some.history["loss"], expected, rtol=1e-12)
+    assert isinstance(some.history, pd.DataFrame) and some.seconds > 0
+
+
+def test_loss_may_use_any_method_of_the_model():
+    model = models.MLP((12, 8, 5))
+    quick(model, loss_fn=lambda m, b: m.features(b[0]).square().mean() + m.head.weight.norm())
+
+
+def test_quiet(capfd):
+    quick()
+    quick(progress=True)  # shorter than the delay of the bar
+    assert capfd.readouterr() == ("", "")
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+def test_not_finite_loss_names_the_step_and_keeps_the_checkpoint(tmp_path):
+    def poisoned(model, batch):
+        poisoned.calls += 1
+        return jobs.cross_entropy(model, batch) / (0.0 if poisoned.calls == 15 else 1.0)
+
+    poisoned.calls = 0
+    with pytest.raises(FloatingPointError, match="loss is inf at step 15"):
+        quick(loss_fn=poisoned, steps=30, checkpoint_dir=tmp_path, checkpoint_every=5)
+    kept = [p.name for p in train._checkpoints(tmp_path)]
+    assert kept == ["step-000000005", "step-000000010"]
+
+
+def test_not_finite_weight_is_not_saved(tmp_path):
+    def finite_loss_infinite_slope(model, batch):
+        return jobs.cross_entropy(model, batch) + (model[0].bias * 0).sqrt().sum()
+
+    with pytest.raises(FloatingPointError, match="weight is NaN or infinite after step 1"):
+        quick(loss_fn=finite_loss_infinite_slope, checkpoint_dir=tmp_path, checkpoint_every=1)
+    assert not train._checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    (dict(steps=None), "either steps or epochs"), (dict(epochs=1), "either steps or epochs"),
+    (dict(steps=0), "steps must be"), (dict(steps=None, epochs=0), "epochs must be > 0"),
+    (dict(batch_size=0), "batch_size must be"), (dict(batch_size=2.5), "batch_size must be"),
+    (dict(batch_size=9, accumulate=2), "cannot be split evenly"),
+    (dict(accumulate=0), "accumulate must be"), (dict(log_every=0), "log_every must be"),
+    (dict(data=[]), "data is empty"), (dict(data=(torch.zeros(0, 12), torch.zeros(0))), "empty"),
+    (dict(data=(torch.zeros(3, 12), torch.zeros(2))), "differ in length"),
+    (dict(precision="fp16"), "needs a GPU"), (dict(precision="half"), "precision must be"),
+    (dict(device="cuda"), "not available"), (dict(tracker="mlflow"), "tracker must be"),
+    (dict(lr=0.0), "lr must be > 0"),
+    (dict(optimizer=torch.optim.SGD, lr=0.1), "default optimiser"),
+    (dict(optimizer=torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)), "holds no trainable"),
+    (dict(warmup=0.1), "constant_with_warmup"), (dict(schedule="linear", warmup=-1), "warmup"),
+    (dict(clip=-1.0), "clip"), (dict(seed=-1), "seed must be"), (dict(eval_every=2), "eval_fn"),
+    (dict(checkpoint_every=2), "checkpoint_dir"),
+    (dict(loss_fn=lambda m, b: m(b[0])), "scalar tensor"),
+    (dict(loss_fn=lambda m, b: 1.0), "scalar tensor"),
+    (dict(loss_fn=lambda m, b: torch.tensor(1.0)), "does not depend"),
+])
+def test_bad_settings(kwargs, message):
+    if torch.cuda.is_available() and ("fp16" in kwargs.values() or "cuda" in kwargs.values()):
+        pytest.skip("valid on this machine")
+    with pytest.raises(ValueError, match=message):
+        quick(**kwargs)
+
+
+def test_bad_types():
+    with pytest.raises(TypeError, match="wrap an iterable in a DataLoader"):
+        quick(data=iter([1, 2]))
+    with pytest.raises(TypeError, match="dict of model inputs"):
+        quick(loss_fn=None)
+    with pytest.raises(TypeError, match="params -> Optimizer"):
+        quick(optimizer=lambda params: 3)
+    with pytest.raises(ValueError, match="no loss"):
+        quick(jobs.tiny_lm(), {"input_ids": torch.ones(8, 4, dtype=torch.long)}, None)
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+def test_all_kinds_of_data_give_the_same_run():
+    import datasets
+
+    x, y = jobs.digits_like()
+    samples = [(x[i], y[i]) for i in range(len(x))]
+    tuples = [(x, y), TensorDataset(x, y), samples, Subset(TensorDataset(x, y), range(70))]
+    runs = [quick(data=d)[0] for d in tuples]
+
+    def named(model, batch):
+        return F.cross_entropy(model(batch["x"]), batch["y"])
+
+    table = datasets.Dataset.from_dict({"x": x.tolist(), "y": y.tolist()})
+    runs += [quick(data=d, loss_fn=named)[0] for d in ({"x": x, "y": y}, table)]
+    assert all(same(runs[0], run) for run in runs[1:])
+
+
+def test_order_does_not_depend_on_the_split():
+    whole = train._Rows(torch.arange(50), None, 12, 3, 0, 1, 1)
+    for world, accumulate in ((1, 3), (2, 1), (2, 3), (4, 3)):
+        shares = [train._Rows(torch.arange(50), None, 12, 3, rank, world, accumulate)
+                  for rank in range(world)]
+        for step in (0, 4, 9):
+            parts = [b for share in shares for b in share.micro_batches(step)]
+            assert torch.equal(torch.cat(parts), next(whole.micro_batches(step)))
+
+
+def test_more_batch_than_data():
+    stream = train.IndexStream(3, 8, 0)
+    counts = torch.bincount(torch.cat([stream.step(s) for s in range(3)]), minlength=3)
+    assert counts.tolist() == [8, 8, 8]
+    assert quick(data=jobs.digits_like(3), steps=None, epochs=8)[1].steps == 3
+
+
+def test_epochs_of_a_loader_and_of_rows():
+    dataset = TensorDataset(*jobs.digits_like())
+    loader = DataLoader(dataset, batch_size=16)
+    assert quick(data=loader, batch_size=None, steps=None, epochs=2)[1].steps == 10
+    assert quick(data=dataset, batch_size=14, steps=None, epochs=3)[1].steps == 15
+    with pytest.raises(ValueError, match="brings its own batch_size"):
+        quick(data=DataLoader(dataset, batch_size=16))
+    with pytest.raises(ValueError, match="cannot be split evenly"):
+        quick(data=DataLoader(dataset, batch_size=16), batch_size=None, accumulate=4, steps=9)
+
+
+def test_stream_without_length():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            x, y = jobs.digits_like()
+            yield from zip(x, y, strict=True)
+
+    loader = DataLoader(Stream(), batch_size=20)
+    assert quick(data=loader, batch_size=None, steps=9)[1].steps == 9
+    with pytest.raises(ValueError, match="give steps"):
+        quick(data=loader, batch_size=None, steps=None, epochs=1)
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+def test_collate_masks_prompt_and_padding():
+    tokenizer = models.byte_tokenizer(add_bos=True)
+    collate = train.causal_lm_collate(tokenizer, pad_to_multiple_of=8)
+    batch = collate([("Q: é? A:", " ü"), ("", "only"), {"text": "text"}])
+    assert batch["input_ids"].shape[1] % 8 == 0
+    learnt = [tokenizer.decode(r[r != -100]) for r in batch["labels"]]
+    assert learnt == [" ü<eos>", "<bos>only<eos>", "<bos>text<eos>"]
+    assert torch.equal(batch["labels"] != -100, (batch["labels"] == batch["input_ids"]))
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    assert torch.equal(batch["attention_mask"] == 0, batch["input_ids"] == tokenizer.pad_token_id)
+    cut = train.causal_lm_collate(tokenizer, max_length=5, mask_prompt=False, add_eos=False)
+    assert cut([("abcdef", "gh")])["labels"].shape == (1, 5)
+
+
+def test_collate_of_a_chat():
+    tokenizer = models.byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}")
+    batch = train.causal_lm_collate(tokenizer)([{"messages": [
+        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}])
+    row = batch["labels"][0]
+    assert tokenizer.decode(row[row != -100]) == "Hello<eos>"
+    assert tokenizer.decode(batch["input_ids"][0]) == "[user]Hi<eos>[assistant]Hello<eos>"
+
+
+def test_collate_is_the_same_without_offsets():
+    class Slow:
+        is_fast = False
+
+        def __init__(self, tokenizer):
+            self.tokenizer, self.eos_token_id = tokenizer, tokenizer.eos_token_id
+            self.pad_token_id = tokenizer.pad_token_id
+
+        def __call__(self, text, return_offsets_mapping=False, **kwargs):
+            assert not return_offsets_mapping
+            return self.tokenizer(text, **kwargs)
+
+    tokenizer = models.byte_tokenizer(add_bos=True)
+    examples = [("a question", "an answer"), ("", "all"), "text"]
+    fast, slow = (train.causal_lm_collate(t)(examples) for t in (tokenizer, Slow(tokenizer)))
+    assert all(torch.equal(fast[k], slow[k]) for k in fast)
+
+
+# --- trackers -------------------------------------------------------------------------------------
+
+def test_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, result = quick(tracker="tensorboard", log_dir=tmp_path, log_every=2)
+    events = EventAccumulator(str(tmp_path / "adaptlab")).Reload()
+    points = events.Scalars("loss")
+    assert [p.step for p in points] == [2, 4, 6]
+    np.testing.assert_allclose([p.value for p in points], result.history["loss"], rtol=1e-6)
+
+
+def test_missing_tracker_is_said(monkeypatch):
+    find = train.importlib.util.find_spec
+    monkeypatch.setattr(train.importlib.util, "find_spec",
+                        lambda name, *a: None if name == "wandb" else find(name, *a))
+    with pytest.raises(ImportError, match="pip install wandb"):
+        quick(tracker="wandb")
+
+
+def test_settings_in_a_checkpoint_are_readable(tmp_path):
+    quick(checkpoint_dir=tmp_path, schedule="linear")
+    progress = json.loads((tmp_path / "step-000000006" / "progress.json").read_text())
+    assert progress["step"] == 6 and progress["settings"]["steps"] == 6
+    assert math.isclose(progress["rows"][-1]["loss"], progress["rows"][-1]["loss"])

@@ -1,0 +1,182 @@
+"""Small training runs, started by test_train.py here and in processes of their own.
+
+    python train_jobs.py kill FOLDER MICRO_BATCH    dies of SIGKILL inside that micro-batch
+    python train_jobs.py kill-save FOLDER N         dies of SIGKILL inside the N-th checkpoint
+    torchrun --nproc_per_node 2 train_jobs.py pair OUT
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from adaptlab import train
+
+STEPS = 30
+
+
+def digits_like(n=70, classes=5, features=12):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, features, generator=generator)
+    return x, (x @ torch.randn(features, classes, generator=generator)).argmax(1)
+
+
+def mlp(dropout=0.0, norm=False, seed=3):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Linear(12, 16), nn.BatchNorm1d(16) if norm else nn.Identity(), nn.ReLU(),
+            nn.Dropout(dropout), nn.Linear(16, 5))
+
+
+def cross_entropy(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def run_resumable(folder, loss_fn=cross_entropy, **kwargs):
+    "Everything that must survive a kill: dropout, running statistics, schedule, clipping, order."
+    model = mlp(dropout=0.3, norm=True)
+    settings = dict(steps=STEPS, batch_size=16, accumulate=2, schedule="cosine", warmup=0.1,
+                    clip=1.0, lr=1e-3, log_every=4, seed=5, progress=False,
+                    checkpoint_dir=folder, checkpoint_every=7 if folder else None)
+    result = train.fit(model, digits_like(), loss_fn, **(settings | kwargs))
+    return model, result
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill(folder, micro_batch):
+    seen = 0
+
+    def loss_fn(model, batch):
+        nonlocal seen
+        seen += 1
+        if seen == micro_batch:
+            die()
+        return cross_entropy(model, batch)
+
+    run_resumable(folder, loss_fn)
+
+
+def kill_save(folder, number):
+    seen, replace = 0, os.replace
+
+    def dying_replace(source, target):
+        nonlocal seen
+        seen += str(source).endswith(".partial")
+        if seen == number:
+            die()
+        replace(source, target)
+
+    train.os.replace = dying_replace
+    run_resumable(folder)
+
+
+def tiny_lm(seed=0):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def token_rows(n=40):
+    "Sequences of very different length and share of labels: a mean of means would be wrong."
+    generator = torch.Generator().manual_seed(2)
+    rows = []
+    for i in range(n):
+        length = int(torch.randint(4, 30, (1,), generator=generator))
+        ids = torch.randint(0, 40, (length,), generator=generator).tolist()
+        masked = length - 2 if i % 3 else 0
+        rows.append({"input_ids": ids, "attention_mask": [1] * length,
+                     "labels": [-100] * masked + ids[masked:]})
+    return rows
+
+
+def collate(rows):
+    return train.pad_batch(rows, 0)
+
+
+def cases():
+    "name -> function that trains and returns (model, history)."
+    quick = dict(steps=12, batch_size=8, lr=1e-2, progress=False, log_every=3, device="cpu")
+
+    def plain(accumulate, **kwargs):
+        model = mlp()
+        return model, train.fit(model, digits_like(), cross_entropy, accumulate=accumulate,
+                                **(quick | kwargs)).history
+
+    def language(accumulate):
+        model = tiny_lm()
+        return model, train.fit(model, token_rows(), collate_fn=collate, accumulate=accumulate,
+                                **quick).history
+
+    def loader(accumulate):
+        model, dataset = mlp(), TensorDataset(*digits_like(64))
+        loader = DataLoader(dataset, batch_size=8, shuffle=True)
+        return model, train.fit(model, loader, cross_entropy, accumulate=accumulate,
+                                **(quick | {"batch_size": None})).history
+
+    def unused(accumulate):  # a trainable parameter that has no part in the loss
+        model = mlp()
+        model.spare = nn.Linear(2, 2)
+        for p in model.spare.parameters():
+            nn.init.zeros_(p)
+        return model, train.fit(model, digits_like(), lambda m, b: F.cross_entropy(
+            nn.Sequential(*list(m)[:5])(b[0]), b[1]), accumulate=accumulate, **quick).history
+
+    found = {}
+    for accumulate in (1, 2):
+        found[f"plain-{accumulate}"] = lambda a=accumulate: plain(a, clip=0.5, schedule="linear")
+        found[f"language-{accumulate}"] = lambda a=accumulate: language(a)
+        found[f"loader-{accumulate}"] = lambda a=accumulate: loader(a)
+    found["bf16-1"] = lambda: plain(1, precision="bf16")
+    found["unused-1"] = lambda: unused(1)
+    return found
+
+
+def pair(out):
+    "Run every case; the first process writes the weights. Also resume with two processes."
+    results = {}
+    for name, case in cases().items():
+        model, history = case()
+        results[name] = ({k: v.clone() for k, v in model.state_dict().items()},
+                         history["loss"].tolist())
+    folder = Path(out).with_suffix(".checkpoints")
+
+    def stop(state):
+        state.stop = state.step == 11
+
+    class Dead(Exception):
+        pass
+
+    def fail(state):
+        if state.step == 18:
+            raise Dead
+
+    whole, _ = run_resumable(None)
+    try:
+        run_resumable(folder, callbacks=[fail])
+    except Dead:
+        pass
+    resumed, result = run_resumable(folder)
+    same = all(torch.equal(a, b) for a, b in zip(
+        whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+    results["resume"] = (same, result.resumed_from)
+    if int(os.environ["RANK"]) == 0:
+        torch.save(results, out)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    job, target, *rest = sys.argv[1:]
+    {"kill": kill, "kill-save": kill_save, "pair": pair}[job](target, *map(int, rest))
