@@ -1,0 +1,997 @@
+"""Adapters: exact round trips, files, other libraries' mechanisms, agreement with PEFT."""
+
+import copy
+import json
+import pickle
+import re
+import subprocess
+import sys
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, safe_open, save_file
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from adaptlab.adapters import (
+    Adapter,
+    LoraAdapter,
+    LowRank,
+    adapters,
+    attach,
+    count_parameters,
+    detach,
+    enabled,
+    from_peft,
+    load,
+    match_layers,
+    merge,
+    merge_and_unload,
+    save,
+    to_peft,
+    trainable_parameters,
+    unmerge,
+)
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
+
+
+class Scale(Adapter):
+    "y = gamma * (W x + b)"
+
+    def __init__(self, layer, start=1.0):
+        super().__init__(layer)
+        self.start = start
+        self.gamma = nn.Parameter(torch.full((self.out_features,), start, **self.factory))
+
+    def forward(self, x, base_output):
+        return base_output * self.gamma.to(base_output.dtype)
+
+    def delta_weight(self):
+        return self.as_weight((self.gamma - 1)[:, None] * self.base_weight())
+
+    def delta_bias(self):
+        return None if self.base_bias() is None else (self.gamma - 1) * self.base_bias()
+
+
+class Shift(Adapter):
+    "y = W x + b + shift; can be merged also where there is no bias yet"
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.shift = nn.Parameter(torch.zeros(self.out_features, **self.factory))
+
+    def forward(self, x, base_output):
+        return base_output + self.shift.to(base_output.dtype)
+
+    def delta_weight(self):
+        return torch.zeros_like(self.layer.weight)
+
+    def delta_bias(self):
+        return self.shift
+
+
+class Split(LowRank):
+    "Residual plus the leading singular directions; the frozen weight changes."
+
+    scaling = 1.0
+
+    def __init__(self, layer, rank=2):
+        super().__init__(layer)
+        self.rank = rank
+        U, S, Vh = torch.linalg.svd(self.base_weight().float(), full_matrices=False)
+        root = S[:rank].sqrt()
+        self.A, self.B = nn.Parameter(root[:, None] * Vh[:rank]), nn.Parameter(U[:, :rank] * root)
+        self.register_buffer("A0", self.A.detach().clone())
+        self.register_buffer("B0", self.B.detach().clone())
+
+    def prepare(self):
+        self.replace_base(self.base_weight() - self.B0 @ self.A0)
+
+    def lora_factors(self):
+        return torch.cat([self.A, -self.A0]), torch.cat([self.B, self.B0], dim=1), 1.0
+
+
+class Bottleneck(Adapter):
+    "Serial, non-linear, on any module: can't be merged."
+
+    supports = (nn.Module,)
+
+    def __init__(self, layer, width=8, rank=2):
+        super().__init__(layer)
+        self.width, self.rank = width, rank
+        self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
+
+    def forward(self, x, base_output):
+        first = base_output[0] if isinstance(base_output, tuple) else base_output
+        first = first + self.up(torch.relu(self.down(first)))
+        return (first, *base_output[1:]) if isinstance(base_output, tuple) else first
+
+
+METHODS = [partial(LoraAdapter, rank=2), Scale, Shift, Split]
+
+
+def llama(**changes):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2)
+    return LlamaForCausalLM(LlamaConfig(**sizes | changes)).eval()
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2)).eval()
+
+
+IDS = torch.arange(14).reshape(2, 7)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def shake(model, seed=1, std=0.5):
+    "Give adapters (and what else is trained) other values, as training would."
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in trainable_parameters(model):
+            p += (torch.randn(p.shape, generator=generator) * std).to(p.dtype)
+
+
+def snapshot(model):
+    values = {k: v.clone() for k, v in model.state_dict().items()}
+    return values, {n: p.requires_grad for n, p in model.named_parameters()}
+
+
+def same(model, before):
+    values, flags = snapshot(model)
+    return (
+        values.keys() == before[0].keys()
+        and all(torch.equal(v, before[0][k]) for k, v in values.items())
+        and flags == before[1]
+    )
+
+
+# ---------------------------------------------------------------- round trips
+
+
+@st.composite
+def nets(draw):
+    "A small net with one layer of each drawn kind, and an input for it."
+    kind = draw(st.sampled_from(["linear", "conv1d", "conv2d", "embedding"]))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    n_in, n_out = draw(st.integers(2, 9)), draw(st.integers(2, 9))
+    shape = draw(st.lists(st.integers(1, 3), min_size=0, max_size=2))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    if kind == "linear":
+        layer = nn.Linear(n_in, n_out, bias=draw(st.booleans()))
+        x = torch.randn(*shape, n_in, dtype=dtype)
+    elif kind == "conv1d":
+        layer, x = Conv1D(n_out, n_in), torch.randn(*shape, n_in, dtype=dtype)
+    elif kind == "conv2d":
+        kernel, stride = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+        layer = nn.Conv2d(n_in, n_out, kernel, stride, draw(st.integers(0, 1)))
+        x = torch.randn(2, n_in, 5, 6, dtype=dtype)
+    else:
+        layer, x = nn.Embedding(n_in, n_out), torch.randint(0, n_in, shape)
+    return nn.Sequential(layer.to(dtype)), x, dtype
+
+
+@st.composite
+def lora_makers(draw):
+    return partial(
+        LoraAdapter,
+        rank=draw(st.integers(1, 4)),
+        alpha=draw(st.floats(0.5, 4)),
+        rslora=draw(st.booleans()),
+        init=draw(st.sampled_from(["kaiming", "gaussian"])),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(nets(), lora_makers())
+def test_lora_round_trip(net_and_input, make):
+    net, x, dtype = net_and_input
+    before, plain = snapshot(net), net(x)
+    attach(net, make, ["0"])
+    assert torch.equal(net(x), plain)
+    shake(net)
+    lora = net[0].adapter
+    assert lora.A.dtype == lora.B.dtype == torch.promote_types(dtype, torch.float32)
+    tuned = net(x)
+    assert tuned.dtype == plain.dtype and tuned.shape == plain.shape
+    close = partial(torch.testing.assert_close, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    merge(net)
+    close(net(x), tuned)
+    with enabled(net, False):
+        assert torch.equal(net(x), plain)
+    unmerge(net)
+    assert torch.equal(net(x), tuned)
+    with enabled(net, False):
+        assert torch.equal(net(x), plain)
+        with enabled(net, True):
+            assert torch.equal(net(x), tuned)
+        assert torch.equal(net(x), plain)
+    detach(net)
+    assert torch.equal(net(x), plain) and same(net, before)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(METHODS), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_any_method_round_trip(make, bias, merged, seed):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(5, 4, bias=bias), nn.Tanh(), Conv1D(3, 4))
+    net[2].bias.requires_grad_(False)
+    x, before = torch.randn(6, 5), snapshot(net)
+    plain = net(x)
+    attach(net, make, ["0", "2"])
+    torch.testing.assert_close(net(x), plain)
+    shake(net, seed)
+    tuned = net(x)
+    if merged:
+        merge(net)
+        torch.testing.assert_close(net(x), tuned, rtol=1e-4, atol=1e-4)
+    with enabled(net, False):
+        assert torch.equal(net(x), plain)
+    if merged and seed % 2:
+        unmerge(net)
+        assert torch.equal(net(x), tuned)
+    detach(net)
+    assert torch.equal(net(x), plain) and same(net, before)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(METHODS), st.integers(0, 99))
+def test_save_load_round_trip(tmp_path_factory, make, seed):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), Conv1D(3, 4), nn.LayerNorm(3))
+    fresh, x = copy.deepcopy(net), torch.randn(6, 5)
+    attach(net, make, ["0", "2"], also_train=["3"])
+    shake(net, seed)
+    tuned = net(x)
+    path = save(net, tmp_path_factory.mktemp("a") / "task.safetensors")
+    assert set(load_file(path)) <= set(net.state_dict())
+    load(fresh, path)
+    assert torch.equal(fresh(x), tuned)
+    assert count_parameters(fresh) == count_parameters(net)
+    merge_and_unload(fresh)
+    torch.testing.assert_close(fresh(x), tuned, rtol=1e-4, atol=1e-4)
+    assert not adapters(fresh) and all(p.requires_grad for p in fresh.parameters())
+
+
+def test_formula_and_gradient():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 5).double(), torch.randn(2, 3, 6, dtype=torch.float64)
+    attach(nn.Sequential(layer), partial(LoraAdapter, rank=2, alpha=3), ["0"])
+    lora = layer.adapter
+
+    def run(A, B):
+        return torch.func.functional_call(layer, {"adapter.A": A, "adapter.B": B}, (x,))
+
+    A, B = torch.randn_like(lora.A), torch.randn_like(lora.B)
+    expected = x @ (layer.weight + 1.5 * B @ A).T + layer.bias
+    torch.testing.assert_close(run(A, B), expected)
+    assert torch.autograd.gradcheck(run, (A.requires_grad_(), B.requires_grad_()))
+    jacobian = torch.func.jacrev(lambda a: run(a, B))(A)  # works under torch.func
+    assert jacobian.shape == (2, 3, 5, 2, 6)
+
+
+def test_rslora_scaling_and_dropout():
+    layer = nn.Linear(8, 8)
+    assert LoraAdapter(layer, rank=4, alpha=8).scaling == 2
+    assert LoraAdapter(layer, rank=4, alpha=8, rslora=True).scaling == 4
+    net = nn.Sequential(layer)
+    attach(net, partial(LoraAdapter, dropout=0.5), ["0"])
+    shake(net)
+    x = torch.randn(64, 8)
+    net.train()
+    assert not torch.equal(net(x), net(x))
+    net.eval()
+    assert torch.equal(net(x), net(x))
+    detach(net)
+    attach(net.eval(), partial(LoraAdapter, dropout=0.5), ["0"])
+    assert not net[0].adapter.training  # an evaluating layer gets an evaluating adapter
+
+
+# ---------------------------------------------------------------- attach
+
+
+def test_targets():
+    model = llama()
+    assert len(match_layers(model, ["q_proj", "v_proj"])) == 4
+    assert len(match_layers(model, "0.self_attn.q_proj")) == 1
+    assert len(match_layers(model, re.compile(r"model\.layers\.\d\.mlp\..*_proj"))) == 6
+    assert len(match_layers(model, lambda n, m: isinstance(m, nn.Linear))) == 15
+    for wrong in (["proj"], ["q_proj", "qproj"], re.compile("q_proj"), lambda n, m: False, []):
+        with pytest.raises(ValueError, match=r"model\.layers\.\*\.self_attn\.q_proj \(2\)"):
+            match_layers(model, wrong)
+    with pytest.raises(TypeError, match="names"):
+        match_layers(model, [1, 2])
+
+
+def test_attach_is_atomic():
+    model = llama()
+    model.lm_head.requires_grad_(False)
+    before = snapshot(model)
+
+    def third_fails(layer, calls=[]):  # noqa: B006
+        calls.append(layer)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return LoraAdapter(layer)
+
+    class BadPrepare(LoraAdapter):
+        def prepare(self):
+            self.replace_base(self.base_weight() * 0)
+            if self.out_features == 8:
+                raise RuntimeError("no statistics for this layer")
+
+    for make, error in ((third_fails, RuntimeError), (BadPrepare, RuntimeError),
+                        (lambda layer: nn.Identity(), TypeError),
+                        (lambda layer: LoraAdapter(nn.Linear(2, 2)), TypeError),
+                        (partial(LoraAdapter, rank=0), ValueError)):
+        with pytest.raises(error):
+            attach(model, make, ["q_proj", "v_proj"])
+        assert same(model, before) and not adapters(model)
+        assert not any("forward" in m.__dict__ for m in model.modules())
+    with pytest.raises(TypeError, match="'model.norm'.*supports Linear"):
+        attach(model, LoraAdapter, ["q_proj", "norm"])
+    with pytest.raises(ValueError, match="also_train"):
+        attach(model, LoraAdapter, ["q_proj"], also_train=["score"])
+    with pytest.raises(TypeError, match="targets"):
+        attach(model, LoraAdapter)
+    assert same(model, before) and not adapters(model)
+
+
+def test_attach_twice_and_to_other_layers():
+    model, plain = llama(), logits(llama())
+    before = snapshot(model)
+    attach(model, LoraAdapter, ["q_proj"])
+    with pytest.raises(ValueError, match="has an adapter already"):
+        attach(model, LoraAdapter, ["q_proj", "v_proj"])
+    assert len(adapters(model)) == 2
+    attach(model, Scale, ["up_proj"], also_train="norm")
+    attach(model, partial(Bottleneck, width=16), ["mlp"])  # around the module, adapters inside
+    attach(model, partial(Bottleneck, width=16), ["self_attn"])  # tuple outputs, keyword input
+    assert len(adapters(model)) == 8
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert all(".adapter." in n or n == "model.norm.weight" for n in trained)
+    shake(model)
+    assert not torch.allclose(logits(model), plain)
+    with enabled(model, False):
+        assert torch.equal(logits(model), plain)
+    with pytest.raises(NotImplementedError, match="Bottleneck can't be folded"):
+        merge(model)
+    assert not any(a.merged for a in adapters(model).values())
+    detach(model)
+    assert same(model, before)
+
+
+def test_attach_to_a_part_then_to_the_whole():
+    model = llama()
+    before = snapshot(model)
+    attach(model.model, LoraAdapter, ["q_proj"], also_train=["norm"])
+    shake(model.model)
+    attach(model, LoraAdapter, ["lm_head"])
+    shake(model)
+    detach(model)
+    assert same(model, before)
+
+
+def test_mapping_gives_each_layer_its_own():
+    model = llama()
+    makers = {f"model.layers.{i}.self_attn.q_proj": partial(LoraAdapter, rank=i + 1)
+              for i in range(2)}
+    attach(model, makers)
+    assert [a.rank for a in adapters(model).values()] == [1, 2]
+    with pytest.raises(ValueError, match="no module is named q_proj"):
+        attach(llama(), {"q_proj": LoraAdapter})
+
+
+def test_bitfit_needs_no_adapter(tmp_path):
+    model = gpt2()
+    before, plain = snapshot(model), logits(model)
+    attach(model, {}, also_train=re.compile(r".*\.bias"))
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trained and all(n.endswith(".bias") for n in trained)
+    shake(model)
+    tuned = logits(model)
+    with enabled(model, False):
+        assert torch.equal(logits(model), plain)
+        save(model, tmp_path / "bias.safetensors")  # the trained values, also while switched off
+    assert torch.equal(logits(model), tuned)
+    with enabled(model, False):
+        detach(model)
+    assert same(model, before)
+    load(model, tmp_path / "bias.safetensors")
+    assert torch.equal(logits(model), tuned)
+    with pytest.raises(ValueError, match="nothing to train"):
+        attach(gpt2(), {})
+
+
+# ---------------------------------------------------------------- other mechanisms
+
+
+def test_tied_weights():
+    model = llama(tie_word_embeddings=True)
+    before, plain = snapshot(model), logits(model)
+    attach(model, LoraAdapter, ["lm_head"])
+    shake(model)
+    tuned, embedding = logits(model), model.model.embed_tokens.weight.clone()
+    merge(model)
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    torch.testing.assert_close(logits(model), tuned, rtol=1e-4, atol=1e-4)
+    unmerge(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    detach(model)
+    assert same(model, before) and torch.equal(logits(model), plain)
+
+
+def test_merge_and_unload_keeps_an_untied_head(tmp_path):
+    model = llama(tie_word_embeddings=True)
+    attach(model, LoraAdapter, ["lm_head", "q_proj"])
+    shake(model)
+    tuned = logits(model)
+    merge_and_unload(model).save_pretrained(tmp_path / "m")
+    back = LlamaForCausalLM.from_pretrained(tmp_path / "m").eval()
+    torch.testing.assert_close(logits(back), tuned, rtol=1e-4, atol=1e-4)
+
+
+def test_shared_module_gets_one_adapter(tmp_path):
+    shared = nn.Linear(4, 4)
+    net = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared, nn.Linear(4, 4))})
+
+    def run(x):
+        return net["b"](net["a"](x))
+
+    x, plain, fresh = torch.randn(3, 4), run(torch.ones(1, 4)), copy.deepcopy(net)
+    attach(net, LoraAdapter, ["b.0"])  # its second name
+    assert list(adapters(net)) == ["a.0"] and count_parameters(net)[0] == 64
+    shake(net)
+    assert not torch.allclose(run(torch.ones(1, 4)), plain)
+    tuned = run(x)
+    load(fresh, save(net, tmp_path / "x.safetensors"))
+    assert torch.equal(fresh["b"](fresh["a"](x)), tuned)
+    merge(net)
+    torch.testing.assert_close(run(x), tuned, rtol=1e-4, atol=1e-4)
+    detach(net)
+    assert torch.equal(run(torch.ones(1, 4)), plain)
+
+
+def test_parameter_shared_by_adapters(tmp_path):
+    def tie(model):
+        first, *others = adapters(model).values()
+        for other in others:
+            other.A = first.A
+
+    model, fresh = llama(), llama()
+    attach(model, LoraAdapter, ["q_proj"])
+    tie(model)
+    shake(model)
+    load(fresh, save(model, tmp_path / "x.safetensors"))
+    assert torch.equal(logits(fresh), logits(model))
+    assert count_parameters(fresh) == count_parameters(model)
+    first, second = adapters(fresh).values()
+    assert first.A is second.A and first.B is not second.B
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_deepcopy_and_pickle_are_independent(make):
+    model = llama()
+    plain = logits(model)
+    attach(model, make, ["q_proj"], also_train=["lm_head"])
+    shake(model)
+    tuned = logits(model)
+    copies = [copy.deepcopy(model), copy.deepcopy(merge(model))]
+    unmerge(model)
+    if make is not Split:
+        copies.append(pickle.loads(pickle.dumps(model)))
+    detach(model)
+    assert torch.equal(logits(model), plain)
+    for twin in copies:
+        torch.testing.assert_close(logits(twin), tuned, rtol=1e-4, atol=1e-4)
+        if adapters(twin)["model.layers.0.self_attn.q_proj"].merged:
+            unmerge(twin)
+        assert torch.equal(logits(twin), tuned)
+        assert torch.equal(logits(detach(twin)), plain)
+
+
+def test_compile_sees_the_switches():
+    model = llama()
+    plain = logits(model)
+    attach(model, LoraAdapter, ["q_proj", "lm_head"])
+    shake(model)
+    tuned = logits(model)
+    fast = torch.compile(model, fullgraph=True, backend="aot_eager")
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+    close(logits(fast), tuned)
+    with enabled(fast, False):
+        close(logits(fast), plain)
+    close(logits(fast), tuned)
+    merge(fast)
+    close(logits(fast), tuned)
+    unmerge(fast)
+    assert list(adapters(fast)) == list(adapters(model))
+    loss = fast(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    assert all(p.grad is not None for p in trainable_parameters(model))
+    close(logits(detach(fast)), plain)
+
+
+def gradients(model):
+    model.zero_grad()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    return [p.grad.clone() for p in trainable_parameters(model)]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_gradient_checkpointing(reentrant):
+    model = llama().train()
+    attach(model, LoraAdapter, ["q_proj", "up_proj"])
+    shake(model)
+    expected = gradients(model)
+    if reentrant:
+        model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for got, want in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_base_keeps_float32_adapters(dtype):
+    model = llama().to(dtype)
+    plain = logits(model)
+    attach(model, LoraAdapter, ["q_proj", "up_proj", "embed_tokens"])
+    assert {p.dtype for p in trainable_parameters(model)} == {torch.float32}
+    assert torch.equal(logits(model), plain)
+    shake(model)
+    tuned = logits(model)
+    assert tuned.dtype == dtype
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients(model))
+    merge(model)
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
+    scale = tuned.abs().max().item()
+    torch.testing.assert_close(logits(model), tuned, rtol=0.1, atol=0.1 * scale)
+    assert torch.equal(logits(detach(model)), plain)
+
+
+def test_autocast():
+    model = llama()
+    attach(model, LoraAdapter, ["q_proj", "up_proj"])
+    shake(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(input_ids=IDS, labels=IDS)
+    out.loss.backward()
+    torch.testing.assert_close(out.logits.float(), logits(model), rtol=0.1, atol=0.1)
+    assert {p.grad.dtype for p in trainable_parameters(model)} == {torch.float32}
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_conversion_of_an_adapted_model(merged):
+    "`.to` reaches the weights that are set aside too."
+    model = llama()
+    attach(model, Split, ["q_proj"], also_train=["lm_head"])
+    if merged:
+        merge(model)
+    model.double()
+    with enabled(model, False):
+        assert {p.dtype for p in model.parameters()} == {torch.float64}
+        logits(model)
+    assert logits(model).dtype == torch.float64
+    if merged:
+        unmerge(model)
+    assert {p.dtype for p in detach(model).parameters()} == {torch.float64}
+
+
+def test_save_pretrained_keeps_the_base_names(tmp_path):
+    model = llama()
+    plain, names = logits(model), set(model.state_dict())
+    attach(model, LoraAdapter, ["q_proj"])
+    assert names < set(model.state_dict())
+    model.save_pretrained(tmp_path / "m")
+    back = LlamaForCausalLM.from_pretrained(tmp_path / "m").eval()
+    assert torch.equal(logits(back), plain)
+
+
+def test_forward_set_by_another_library():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Double(ModelHook):
+        def post_forward(self, module, output):
+            return 2 * output
+
+    layer, x = nn.Linear(3, 3), torch.randn(2, 3)
+    add_hook_to_module(layer, Double())
+    net, plain = nn.Sequential(layer), layer(x)
+    attach(net, Shift, ["0"])
+    nn.init.ones_(layer.adapter.shift)
+    assert torch.equal(net(x), plain + 1)
+    detach(net)
+    assert torch.equal(net(x), plain)
+
+
+def test_layers_that_are_not_called_are_refused():
+    block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    with pytest.raises(TypeError, match="MultiheadAttention"):
+        attach(block, LoraAdapter, ["out_proj"])
+    with pytest.raises(ValueError, match="set_fastpath_enabled"):
+        attach(block, LoraAdapter, ["linear1"])
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        x = torch.randn(2, 3, 8)
+        attach(block, LoraAdapter, ["linear1"])
+        plain = block(x)
+        shake(block)
+        with torch.no_grad():
+            assert not torch.allclose(block(x), plain)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+DDP = """
+import torch, torch.distributed as dist, os
+from torch.nn.parallel import DistributedDataParallel as DDP
+from adaptlab.adapters import *
+import sys
+sys.path.insert(0, sys.argv[2])
+from test_adapters import llama, shake, IDS
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model = llama().train()
+torch.manual_seed(rank)  # another random A on each process: DDP must send out the first
+attach(model, LoraAdapter, ["q_proj", "up_proj"])
+wrapped = DDP(model)
+shake(wrapped)
+optimizer = torch.optim.SGD(trainable_parameters(wrapped), lr=0.5)
+for _ in range(3):
+    optimizer.zero_grad()
+    wrapped(input_ids=IDS[rank:rank + 1], labels=IDS[rank:rank + 1]).loss.backward()
+    optimizer.step()
+assert len(adapters(wrapped)) == 4
+if rank == 0:
+    save(wrapped, sys.argv[1])
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_match_one(tmp_path):
+    from pathlib import Path
+
+    script, path = tmp_path / "ddp.py", tmp_path / "ddp.safetensors"
+    script.write_text(DDP)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+               "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
+               str(script), str(path), str(Path(__file__).parent)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    model = llama().train()
+    torch.manual_seed(0)
+    attach(model, LoraAdapter, ["q_proj", "up_proj"])
+    shake(model)
+    optimizer = torch.optim.SGD(trainable_parameters(model), lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    for name, value in load_file(path).items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_header(tmp_path):
+    model = llama()
+    model.config.name_or_path = "someone/base"
+    attach(model, partial(LoraAdapter, rank=3), ["q_proj"])
+    with safe_open(save(model, tmp_path / "x.safetensors"), "pt") as file:
+        header = json.loads(file.metadata()["adaptlab"])
+    assert header["base_model"] == "someone/base" and header["version"] == 1
+    assert header["base_shapes"]["model.layers.*.mlp.up_proj.weight"] == {"24x16": 2}
+    first = header["layers"]["model.layers.0.self_attn.q_proj"]
+    assert first["method"] == "LoraAdapter" and first["config"]["rank"] == 3
+
+
+def test_load_refuses_another_base(tmp_path):
+    path = save(attach(llama(), LoraAdapter, ["q_proj"]), tmp_path / "x.safetensors")
+    for other in (llama(num_hidden_layers=3), llama(intermediate_size=32), gpt2()):
+        before = snapshot(other)
+        with pytest.raises(ValueError, match="parameters.*differ"):
+            load(other, path)
+        assert same(other, before) and not adapters(other)
+    row = "mlp.up_proj.weight: {'24x16': 2} in the file's base, {'32x16': 2} here"
+    with pytest.raises(ValueError, match=row):
+        load(llama(intermediate_size=32), path)
+
+
+def rewrite(path, change):
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["adaptlab"])
+    change(tensors, header)
+    save_file(tensors, path, {"adaptlab": json.dumps(header)})
+
+
+def test_load_bad_files(tmp_path):
+    model = llama()
+    before = snapshot(model)
+
+    def bad(change, message):
+        path = save(attach(llama(), LoraAdapter, ["q_proj"]), tmp_path / "x.safetensors")
+        rewrite(path, change)
+        with pytest.raises(ValueError, match=message):
+            load(model, path)
+        assert same(model, before) and not adapters(model)
+
+    q = "model.layers.0.self_attn.q_proj"
+    bad(lambda t, h: t[f"{q}.adapter.A"].fill_(float("nan")), "NaN or infinity in model.layers")
+    bad(lambda t, h: t.pop(f"{q}.adapter.A"), "Missing key")
+    bad(lambda t, h: t.update({f"{q}.adapter.A": torch.zeros(3, 3)}), "size mismatch")
+    bad(lambda t, h: h.update(version=9), "upgrade")
+    bad(lambda t, h: h["layers"][q].update(method="Unheard"), "unknown method 'Unheard'.*make=")
+    (tmp_path / "x.safetensors").write_bytes(b"not a file of tensors")
+    with pytest.raises(ValueError, match="no readable safetensors"):
+        load(model, tmp_path / "x.safetensors")
+    save_file({"a": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="header"):
+        load(model, tmp_path / "x.safetensors")
+    with pytest.raises(FileNotFoundError):
+        load(model, tmp_path / "nowhere.safetensors")
+
+
+def test_load_with_make(tmp_path):
+    def local():
+        class Local(Adapter):
+            def __init__(self, layer, gain):
+                super().__init__(layer)
+                self.gain = nn.Parameter(torch.tensor(gain))
+
+            def config(self):
+                return {}
+
+            def forward(self, x, base_output):
+                return base_output * self.gain
+
+        return Local
+
+    model, cls = llama(), local()
+    path = save(attach(model, partial(cls, gain=2.0), ["q_proj"]), tmp_path / "x.safetensors")
+    Adapter.registry.pop("Local")
+    with pytest.raises(ValueError, match="unknown method 'Local'"):
+        load(llama(), path)
+    fresh = load(llama(), path, make=partial(cls, gain=1.0))
+    assert torch.equal(logits(fresh), logits(model))
+
+
+def test_save_failures_write_nothing(tmp_path):
+    model, path = llama(), tmp_path / "x.safetensors"
+    with pytest.raises(ValueError, match="no adapters"):
+        save(model, path)
+    attach(model, LoraAdapter, ["q_proj"])
+    adapters(model)["model.layers.0.self_attn.q_proj"].B.data.fill_(float("inf"))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        save(model, path)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        to_peft(model, path)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        merge(model)
+    assert not any(a.merged for a in adapters(model).values())
+
+    class Forgetful(Adapter):
+        def __init__(self, layer, size=3):
+            super().__init__(layer)
+
+    with pytest.raises(TypeError, match="no attribute \\['size'\\]"):
+        save(attach(llama(), Forgetful, ["q_proj"]), path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lesson_method_is_found_by_its_module(tmp_path):
+    "Another process that has not imported the method's module (of this package) loads the file."
+    path = save(attach(llama(), LoraAdapter, ["q_proj"]), tmp_path / "x.safetensors")
+    rewrite(path, lambda t, h: [v.update(module="adaptlab.cache", method="Unheard")
+                                for v in h["layers"].values()])
+    with pytest.raises(ValueError, match="unknown method"):
+        load(llama(), path)
+
+
+def test_states_are_checked():
+    model = llama()
+    for action in (merge, unmerge, detach, merge_and_unload):
+        with pytest.raises(ValueError, match="no adapters"):
+            action(model)
+    with pytest.raises(ValueError, match="no adapters"), enabled(model, False):
+        pass
+    attach(model, LoraAdapter, ["q_proj"])
+    with pytest.raises(ValueError, match="not merged"):
+        unmerge(model)
+    with pytest.raises(ValueError, match="already merged"):
+        merge(merge(model))
+    with pytest.raises(RuntimeError, match="stop"), enabled(model, False):
+        raise RuntimeError("stop")
+    assert all(a.enabled for a in adapters(model).values())
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(rank=0), dict(rank=2.5), dict(rank=True), dict(alpha=float("nan")), dict(dropout=1.0),
+    dict(dropout=-0.1), dict(init="pissa"),
+])
+def test_lora_arguments(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        LoraAdapter(nn.Linear(2, 2), **wrong)
+
+
+def test_lora_layers():
+    for layer in (nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(2, 2, 1, padding_mode="circular"),
+                  nn.Embedding(4, 4, max_norm=1.0), nn.LayerNorm(4), nn.Conv1d(2, 2, 1)):
+        with pytest.raises(TypeError):
+            LoraAdapter(layer)
+    with pytest.raises(ValueError, match="dropout"):
+        LoraAdapter(nn.Embedding(4, 4), dropout=0.1)
+
+
+# ---------------------------------------------------------------- PEFT
+
+peft = pytest.importorskip("peft")
+
+
+class Vision(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(3, 4, 3, 2, 1), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.head(self.conv(x).mean((2, 3)))
+
+
+def through_peft(model, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", category=UserWarning)  # e.g. missing keys, wrong layout
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # its advice on ties
+        return peft.PeftModel.from_pretrained(model, folder).eval()
+
+
+CASES = {
+    "llama": (llama, {"q_proj": 3, "v_proj": 3, "down_proj": 5}),
+    "tied": (partial(llama, tie_word_embeddings=True), {"embed_tokens": 2, "o_proj": 4}),
+    "gpt2": (gpt2, {"c_attn": 3, "c_fc": 2, "lm_head": 4}),
+    "part": (llama, {"0.self_attn.q_proj": 2, "1.mlp.up_proj": 4}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_loads_ours_and_we_theirs(tmp_path, case, rslora):
+    build, ranks = CASES[case]
+    model = build()
+    for i, (target, rank) in enumerate(ranks.items()):
+        dropout = 0.0 if target == "embed_tokens" else 0.1
+        make = partial(LoraAdapter, rank=rank, alpha=4 + i, rslora=rslora, dropout=dropout)
+        attach(model, make, [target])
+    shake(model, std=0.2)
+    tuned = logits(model)
+    to_peft(model, tmp_path / "ours", base_model_name="some/base")
+    theirs = through_peft(build(), tmp_path / "ours")
+    torch.testing.assert_close(logits(theirs), tuned, rtol=1e-5, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    for folder in ("ours", "theirs"):
+        back = from_peft(build(), tmp_path / folder)
+        torch.testing.assert_close(logits(back), tuned, rtol=1e-5, atol=1e-5)
+
+
+def test_peft_conv(tmp_path):
+    model, x = Vision().eval(), torch.randn(2, 3, 8, 8)
+    attach(model, partial(LoraAdapter, rank=2), ["conv"], also_train=["head"])
+    shake(model, std=0.2)
+    tuned = model(x)
+    theirs = through_peft(Vision(), to_peft(model, tmp_path / "p"))
+    torch.testing.assert_close(theirs(x), tuned, rtol=1e-5, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "q")
+    back = from_peft(Vision().eval(), tmp_path / "q")
+    torch.testing.assert_close(back(x), tuned, rtol=1e-5, atol=1e-5)
+    assert {n for n, p in back.named_parameters() if p.requires_grad} == {
+        "conv.adapter.A", "conv.adapter.B", "head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_peft_modules_to_save(tmp_path, tie):
+    model = llama(tie_word_embeddings=tie)
+    attach(model, LoraAdapter, ["q_proj"], also_train=["lm_head"])
+    shake(model, std=0.2)
+    tuned = logits(model)
+    to_peft(model, tmp_path / "p")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(llama(tie_word_embeddings=tie), tmp_path / "p")
+    torch.testing.assert_close(logits(theirs.eval()), tuned, rtol=1e-5, atol=1e-5)
+    back = from_peft(llama(tie_word_embeddings=tie), tmp_path / "p")
+    torch.testing.assert_close(logits(back), tuned, rtol=1e-5, atol=1e-5)
+
+
+def test_peft_gets_a_residual_method_as_plain_lora(tmp_path):
+    model = attach(llama(), Split, ["q_proj", "up_proj"])
+    shake(model, std=0.2)
+    tuned = logits(model)
+    theirs = through_peft(llama(), to_peft(model, tmp_path / "p"))
+    torch.testing.assert_close(logits(theirs), tuned, rtol=1e-5, atol=1e-5)
+
+
+def test_from_peft_own_folder_with_patterns(tmp_path):
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "up_proj"], use_rslora=True,
+        rank_pattern={"up_proj": 2, "0.self_attn.v_proj": 3}, alpha_pattern={"up_proj": 9},
+        init_lora_weights=False, modules_to_save=["norm"],
+    )
+    theirs = peft.get_peft_model(llama(), config).eval()
+    theirs.save_pretrained(tmp_path / "p")
+    ours = from_peft(llama(), tmp_path / "p")
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
+    v = adapters(ours)["model.layers.0.self_attn.v_proj"]
+    assert (v.rank, v.alpha, v.rslora) == (3, 6, True)
+
+
+def test_same_gradients_as_peft():
+    "One step from the same A and B: the same loss and gradients."
+    ours = attach(llama().train(), partial(LoraAdapter, rank=3, alpha=5), ["q_proj", "down_proj"])
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"])
+    theirs = peft.get_peft_model(llama().train(), config)
+    shake(ours)
+    modules = dict(theirs.base_model.model.named_modules())
+    losses = [m(input_ids=IDS, labels=IDS).loss for m in (ours, theirs)]
+    for name, lora in adapters(ours).items():
+        modules[name].lora_A["default"].weight.data.copy_(lora.A)
+        modules[name].lora_B["default"].weight.data.copy_(lora.B)
+    losses[1] = theirs(input_ids=IDS, labels=IDS).loss
+    torch.testing.assert_close(losses[0], losses[1])
+    sum(losses).backward()
+    for name, lora in adapters(ours).items():
+        torch.testing.assert_close(lora.A.grad, modules[name].lora_A["default"].weight.grad)
+        torch.testing.assert_close(lora.B.grad, modules[name].lora_B["default"].weight.grad)
+
+
+@pytest.mark.parametrize("option", [
+    dict(use_dora=True), dict(bias="lora_only"), dict(init_lora_weights="pissa"),
+    dict(lora_bias=True),
+])
+def test_from_peft_refuses_other_formulas(tmp_path, option):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], **option)
+    peft.get_peft_model(llama(), config).save_pretrained(tmp_path / "p")
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=next(iter(option))):
+        from_peft(model, tmp_path / "p")
+    assert same(model, before)
+
+
+def test_from_peft_bad_folders(tmp_path):
+    ia3 = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    peft.get_peft_model(llama(), ia3).save_pretrained(tmp_path / "ia3")
+    with pytest.raises(ValueError, match="IA3"):
+        from_peft(llama(), tmp_path / "ia3")
+    with pytest.raises(ValueError, match="adapter_config.json"):
+        from_peft(llama(), tmp_path)
+    folder = to_peft(attach(llama(), LoraAdapter, ["q_proj"]), tmp_path / "p")
+    with pytest.raises(ValueError, match="does not fit"):
+        from_peft(gpt2(), folder)
+    with pytest.raises(ValueError, match="size mismatch"):
+        from_peft(llama(hidden_size=32), folder)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match="pickles"):
+        from_peft(llama(), folder)
+
+
+def test_to_peft_refuses_what_is_no_lora(tmp_path):
+    with pytest.raises(ValueError, match="Scale"):
+        to_peft(attach(llama(), Scale, ["q_proj"]), tmp_path / "p")
+    model = attach(gpt2(), LoraAdapter, ["c_attn"], also_train=["ln_f.bias"])
+    with pytest.raises(ValueError, match="whole modules"):
+        to_peft(model, tmp_path / "p")
+    assert not list(tmp_path.iterdir())
