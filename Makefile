@@ -1,0 +1,70 @@
+# adaptlab: the commands of the course. `make help` lists them.
+# Needs Python >= 3.10 (with venv and pip) and make; everything else goes into .venv.
+
+PYTHON ?= python3
+ARGS ?=
+EXTRAS ?= dev,lab
+WORKERS ?= 2
+
+VENV   := .venv
+STAMPS := $(VENV)/stamps
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+ROOT_OK := $(if $(filter 0,$(shell id -u 2>/dev/null)),--allow-root)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lab test bench site preview readme
+.DELETE_ON_ERROR:
+
+help:  ## show this list
+	@echo "make <command> [ARGS=...] [PYTHON=python3.12]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# ------------------------------------------------------------------ set-up, done once
+
+$(STAMPS)/venv:
+	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "adaptlab: '$(PYTHON)' is not on this machine; install Python 3.10 or newer, or name another one: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "adaptlab: '$(PYTHON)' is older than Python 3.10; install a newer one, or name it: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "adaptlab: '$(PYTHON)' cannot make environments; install its venv module (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
+	@echo "adaptlab: making the environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/install: $(STAMPS)/venv settings.ini setup.py constraints.txt
+	@echo "adaptlab: installing (the first time takes some minutes)"
+	@$(PIP) install -c constraints.txt setuptools wheel
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]' \
+	  || { echo "adaptlab: pip could not install the packages above; is there a network, or an index in your pip configuration?"; exit 1; }
+	@touch $@
+
+$(STAMPS)/models: $(STAMPS)/install
+	@echo "adaptlab: fetching the two base models into the cache"
+	@$(BIN)/adaptlab fetch smollm2 minilm
+	@touch $@
+
+setup: $(STAMPS)/models  ## make .venv, install, fetch the base models
+
+# ------------------------------------------------------------------ commands
+
+lab: $(STAMPS)/models  ## open the course in JupyterLab (ARGS=--no-browser for a server)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" \
+	  --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ROOT_OK) $(ARGS)
+
+# Two workers, one thread each: the notebooks and the tests share the machine's cores evenly.
+test: $(STAMPS)/models  ## run everything that CI runs (ARGS="-k lame" picks)
+	@$(BIN)/ruff check --quiet adaptlab nbs tests
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" \
+	  $(BIN)/python -m pytest -p no:benchmark -n $(WORKERS) --dist loadscope --nbval-lax nbs tests $(ARGS)
+
+bench: $(STAMPS)/models  ## run the benchmarks, one at a time
+	@HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" \
+	  $(BIN)/python -m pytest -p no:xdist -p no:nbval tests/benchmarks --benchmark-only $(ARGS)
+
+site: $(STAMPS)/install  ## build the website into _docs (with Quarto when it is installed)
+	@$(BIN)/python -m adaptlab.site build $(ARGS)
+
+preview: site  ## build the website and serve it on this machine
+	@cd _docs && "$(CURDIR)/$(BIN)/python" -m http.server --bind 127.0.0.1 $(or $(PORT),8080)
+
+readme: $(STAMPS)/install  ## bring the README's and the home page's tables up to date
+	@$(BIN)/python -m adaptlab.site readme

@@ -1,0 +1,62 @@
+"""Notebooks, package, README and home page say the same: regenerating changes nothing."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adaptlab import site
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    "The notebooks and the package, where they may be changed."
+    folder = tmp_path_factory.mktemp("copy") / ROOT.name
+    skip = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+    for name in ("nbs", "adaptlab"):
+        shutil.copytree(ROOT / name, folder / name, ignore=skip)
+    shutil.copy(ROOT / "settings.ini", folder)
+    return folder
+
+
+def _run(*command: str, cwd: Path) -> None:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_exporting_the_notebooks_gives_the_package(copy: Path) -> None:
+    "Every module comes from a notebook, and is what its notebook exports now."
+    for path in (copy / "adaptlab").rglob("*.py"):
+        path.unlink()
+    _run(str(BIN / "nbdev_export"), cwd=copy)
+
+    def modules(root: Path) -> dict[str, str]:
+        files = (root / "adaptlab").rglob("*.py")
+        return {p.relative_to(root).as_posix(): p.read_text(encoding="utf-8") for p in files}
+
+    ours, fresh = modules(ROOT), modules(copy)
+    assert sorted(ours) == sorted(fresh), "a module has no notebook, or a notebook no module"
+    differ = [name for name in ours if ours[name] != fresh[name]]
+    assert not differ, f"run nbdev_export: {differ} are not what the notebooks say"
+
+
+def test_cleaning_the_notebooks_changes_nothing(copy: Path) -> None:
+    "Notebooks are stored without counters, timestamps and the like."
+    _run(str(BIN / "nbdev_clean"), "--fname", str(copy / "nbs"), cwd=copy)
+    dirty = [
+        path.relative_to(copy).as_posix()
+        for path in sorted((copy / "nbs").rglob("*.ipynb"))
+        if path.read_bytes() != (ROOT / path.relative_to(copy)).read_bytes()
+    ]
+    assert not dirty, f"run nbdev_clean: {dirty} are not clean"
+
+
+def test_readme_and_home_page_are_in_step() -> None:
+    "The README, its picture and the home page's table are what `make readme` would write."
+    late = [p.relative_to(ROOT).as_posix() for p in site.behind(ROOT)]
+    assert not late, f"run `make readme`: {late} are behind"
