@@ -7,7 +7,8 @@ __all__ = ['Targets', 'layer_features', 'FrozenLayer', 'LayerWeights', 'Adapter'
            'merge', 'unmerge', 'enabled', 'trainable_parameters', 'count_parameters', 'LowRank', 'LoraAdapter', 'save',
            'load', 'merge_and_unload', 'to_peft', 'from_peft']
 
-# %% ../nbs/core/05_adapters.ipynb #46904e61
+# %% ../nbs/core/05_adapters.ipynb #fc8a5d35
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -34,15 +35,40 @@ def layer_features(
         return layer.num_embeddings, layer.embedding_dim
     return None, None
 
-# %% ../nbs/core/05_adapters.ipynb #58231b59
-class FrozenLayer:
-    """A frozen layer as a matrix, and the weights that it may carry."""
+# %% ../nbs/core/05_adapters.ipynb #283c2fb1
+class _LayerReference:
+    """A reference to a layer that can be weak, and can be copied and pickled all the same."""
+
+    def __init__(self, layer: nn.Module):
+        self._weak, self._strong = weakref.ref(layer), layer
+
+    @property
+    def layer(self) -> nn.Module:
+        """The frozen layer."""
+        layer = self._weak()
+        if layer is None:
+            raise RuntimeError("the adapter's layer no longer exists: keep its model")
+        return layer
+
+    def hold(self, strongly: bool) -> None:
+        """Keep the layer alive, or only refer to it because the model keeps it."""
+        self._strong = self.layer if strongly else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_weak": self.layer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _weak=weakref.ref(state["_weak"]))
+
+# %% ../nbs/core/05_adapters.ipynb #068cc80d
+class FrozenLayer(_LayerReference):
+    """A frozen layer as a matrix."""
 
     def __init__(
         self,
         layer: nn.Module,  # the layer; its own weight and bias are never written to
     ):
-        self.layer = layer
+        super().__init__(layer)
         self.in_features, self.out_features = layer_features(layer)
         own = {k: layer._parameters[k] for k in ("weight", "bias") if k in layer._parameters}
         self.versions: dict[str, dict[str, nn.Parameter | None]] = {"original": own}
@@ -139,11 +165,45 @@ class _OnLayer(nn.Module):
         self.frozen.convert(fn)
         return self
 
+# %% ../nbs/core/05_adapters.ipynb #58a4ac82
+class _OnMatrix(_OnLayer):
+    """What a method may use: the frozen weight as a matrix, and the means to replace it."""
+
+    def base_weight(self) -> Tensor:  # (out_features, in_features)
+        """The frozen weight as a matrix, whatever the kind of layer; a view, not a copy."""
+        return self.frozen.matrix()
+
+    def base_bias(self) -> Tensor | None:  # (out_features,)
+        """The frozen bias, if the layer has one."""
+        bias = self.frozen.base.get("bias")
+        return None if bias is None else bias.detach()
+
+    def as_weight(
+        self,
+        matrix: Tensor,  # (out_features, in_features)
+    ) -> Tensor:  # in the layout of `layer.weight`
+        """A matrix in the layout of the layer's weight."""
+        return self.frozen.as_weight(matrix)
+
+    def replace_base(
+        self,
+        matrix: Tensor,  # (out_features, in_features), the new frozen weight
+    ) -> None:
+        """Replace the frozen weight; `detach` and `enabled(model, False)` put it back.
+
+        The new one is rounded to the data type of the old one. Raises ValueError for another shape.
+        """
+        if tuple(matrix.shape) != (self.out_features, self.in_features):
+            raise ValueError(f"need shape {(self.out_features, self.in_features)}, "
+                             f"got {tuple(matrix.shape)}")
+        self.frozen.store("residual", {"weight": self.as_weight(matrix)})
+        self.use_weights()
+
 # %% ../nbs/core/05_adapters.ipynb #220dd3af
 import inspect
 
-# %% ../nbs/core/05_adapters.ipynb #e2b3e27c
-class Adapter(_OnLayer):
+# %% ../nbs/core/05_adapters.ipynb #a518b78d
+class Adapter(_OnMatrix):
     """A trainable change of one frozen layer.
 
     A subclass defines `forward` and, if it can be folded into the weight, `delta_weight`. Its
@@ -195,33 +255,6 @@ class Adapter(_OnLayer):
                             "arguments of __init__ under their names, or override config()")
         return {n: getattr(self, n) for n in names}
 
-    def base_weight(self) -> Tensor:  # (out_features, in_features)
-        """The frozen weight as a matrix, whatever the kind of layer; a view, not a copy."""
-        return self.frozen.matrix()
-
-    def base_bias(self) -> Tensor | None:  # (out_features,)
-        """The frozen bias, if the layer has one."""
-        bias = self.frozen.base.get("bias")
-        return None if bias is None else bias.detach()
-
-    def as_weight(
-        self,
-        matrix: Tensor,  # (out_features, in_features)
-    ) -> Tensor:  # in the layout of `layer.weight`
-        """A matrix in the layout of the layer's weight."""
-        return self.frozen.as_weight(matrix)
-
-    def replace_base(
-        self,
-        matrix: Tensor,  # (out_features, in_features), the new frozen weight
-    ) -> None:
-        """Replace the frozen weight; `detach` and `enabled(model, False)` put it back."""
-        if tuple(matrix.shape) != (self.out_features, self.in_features):
-            raise ValueError(f"need shape {(self.out_features, self.in_features)}, "
-                             f"got {tuple(matrix.shape)}")
-        self.frozen.store("residual", {"weight": self.as_weight(matrix)})
-        self.use_weights()
-
 # %% ../nbs/core/05_adapters.ipynb #64d5a52e
 import re
 
@@ -261,7 +294,18 @@ def _ends_with(name: str, target: str) -> bool:
 def _layer_names(model: nn.Module) -> str:
     return _collapse(n for n, m in _walk(model) if layer_features(m)[0] is not None)
 
-# %% ../nbs/core/05_adapters.ipynb #c2a8eb7e
+# %% ../nbs/core/05_adapters.ipynb #6bac54eb
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel or torch.compile."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod
+        else:
+            return model
+
+
 def _names(targets: Any, what: str) -> list[str]:
     """A name or several as a list; TypeError for anything else."""
     if isinstance(targets, str):
@@ -271,7 +315,7 @@ def _names(targets: Any, what: str) -> list[str]:
         raise TypeError(f"{what} must be names, a compiled pattern or a predicate, got {targets!r}")
     return names
 
-
+# %% ../nbs/core/05_adapters.ipynb #1aff599b
 def match_layers(
     model: nn.Module,  # where to look
     targets: Targets,  # names, compiled pattern, or predicate (name, module) -> bool
@@ -299,31 +343,19 @@ def match_layers(
         raise ValueError(f"{what}; the model's layers are: {_layer_names(model)}")
     return {first[id(m)]: m for _, m in hits}
 
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel or torch.compile."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._orig_mod
-        else:
-            return model
-
 # %% ../nbs/core/05_adapters.ipynb #c53f720b
 import itertools
 from dataclasses import dataclass, field
 from functools import partial
 
-# %% ../nbs/core/05_adapters.ipynb #b1e9079a
-def _adapted_forward(layer: nn.Module, base_forward: Callable, *args, **kwargs) -> Any:
+# %% ../nbs/core/05_adapters.ipynb #0b303185
+def _adapted_forward(adapter: Adapter, base_forward: Callable, *args, **kwargs) -> Any:
     """What an adapted layer runs as its `forward`."""
-    adapter = layer.adapter
     if len(kwargs) == 1 and not args:  # layer(input=x), whatever the name
         args, kwargs = tuple(kwargs.values()), {}
     if adapter.enabled and not adapter.merged:
         return adapter.layer_forward(base_forward, *args, **kwargs)
-    return base_forward(layer, *args, **kwargs)
+    return base_forward(adapter.layer, *args, **kwargs)
 
 
 def _call(layer: nn.Module, *args, **kwargs) -> Any:
@@ -338,19 +370,21 @@ def _install(adapter: Adapter) -> None:
         base_forward = _call
     adapter.train(layer.training)
     layer.adapter = adapter
-    layer.forward = partial(_adapted_forward, layer, base_forward)
+    layer.forward = partial(_adapted_forward, adapter, base_forward)
+    adapter.frozen.hold(False)
 
 
 def _uninstall(adapter: Adapter) -> None:
     layer = adapter.layer
     if layer._modules.get("adapter") is not adapter:
         return
+    adapter.frozen.hold(True)
     adapter.frozen.use("original")
     del layer.adapter, layer.forward
     if "_forward_before_adapter" in layer.__dict__:
         layer.forward = layer.__dict__.pop("_forward_before_adapter")
 
-# %% ../nbs/core/05_adapters.ipynb #91b8d4d2
+# %% ../nbs/core/05_adapters.ipynb #38b77b79
 def adapters(
     model: nn.Module,  # a model, with adapters or without
 ) -> dict[str, Adapter]:  # name of the adapted layer -> its adapter
@@ -363,7 +397,7 @@ def adapters(
             found.setdefault(id(module), (name, adapter))
     return dict(found.values())
 
-
+# %% ../nbs/core/05_adapters.ipynb #d707a34a
 def _base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The model's own parameters; a tied one under each of its names."""
     return {
@@ -379,7 +413,7 @@ def _first_names(params: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     names = {id(p): n for n, p in reversed(params.items())}
     return {n: p for n, p in params.items() if names[id(p)] == n}
 
-
+# %% ../nbs/core/05_adapters.ipynb #e7c745d0
 def _select_parameters(model: nn.Module, also_train: Targets) -> dict[str, nn.Parameter]:
     """The base parameters that `also_train` selects, by their first names."""
     params = _base_parameters(model)
@@ -395,13 +429,15 @@ def _select_parameters(model: nn.Module, also_train: Targets) -> dict[str, nn.Pa
         wanted = _names(also_train, "also_train")
         hits = [n for n in params if any(inside(n, w) for w in wanted)]
         unmatched = [w for w in wanted if not any(inside(n, w) for n in hits)]
+        if not wanted:
+            return {}
     if unmatched or not hits:
         raise ValueError(f"also_train={unmatched or also_train} matches no parameter; there are: "
                          f"{_collapse(params)}")
     chosen = {id(params[n]) for n in hits}
     return {n: p for n, p in _first_names(params).items() if id(p) in chosen}
 
-# %% ../nbs/core/05_adapters.ipynb #0afd2bc9
+# %% ../nbs/core/05_adapters.ipynb #458580d2
 _attach_number = itertools.count()
 
 
@@ -424,7 +460,7 @@ def _records(model: nn.Module) -> dict[str, tuple[nn.Module, _Before]]:
     }
     return dict(sorted(found.items(), key=lambda item: -item[1][1].number))
 
-
+# %% ../nbs/core/05_adapters.ipynb #12eb3a3a
 def _plan(model: nn.Module, make: Any, targets: Targets | None) -> dict[str, Callable]:
     """First name of each layer to adapt -> how to make its adapter."""
     if not isinstance(make, Mapping):
@@ -439,7 +475,7 @@ def _plan(model: nn.Module, make: Any, targets: Targets | None) -> dict[str, Cal
     first = {id(m): n for n, m in reversed(layers.items())}
     return {first[id(layers[n])]: f for n, f in make.items()}
 
-
+# %% ../nbs/core/05_adapters.ipynb #c93ee5ff
 def _refuse_bypassed(model: nn.Module, names: Iterable[str]) -> None:
     """Refuse layers whose parent reads their weight instead of calling them."""
     modules = {"": model, **dict(_walk(model))}
@@ -453,7 +489,7 @@ def _refuse_bypassed(model: nn.Module, names: Iterable[str]) -> None:
             raise ValueError(f"{name!r}: the fast path of nn.TransformerEncoderLayer would ignore "
                              "an adapter; call torch.backends.mha.set_fastpath_enabled(False)")
 
-# %% ../nbs/core/05_adapters.ipynb #649e9f18
+# %% ../nbs/core/05_adapters.ipynb #b60f2b52
 def _build(name: str, layer: nn.Module, make: Callable[[nn.Module], Adapter]) -> Adapter:
     """Make one adapter; errors say for which layer."""
     if "adapter" in layer._modules:
@@ -467,7 +503,7 @@ def _build(name: str, layer: nn.Module, make: Callable[[nn.Module], Adapter]) ->
                         f"got {type(adapter).__name__}")
     return adapter
 
-
+# %% ../nbs/core/05_adapters.ipynb #fe7917f6
 def _fill(name: str, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
     """Load saved tensors; what does not fit is a ValueError."""
     try:
@@ -484,8 +520,7 @@ def _attach(
     layers, params = dict(_walk(model)), _base_parameters(model)
     _refuse_bypassed(model, makers)
     built = {n: _build(n, layers[n], make) for n, make in makers.items()}
-    nobody = isinstance(also_train, list | tuple) and not also_train
-    chosen = {} if nobody else _select_parameters(model, also_train)
+    chosen = _select_parameters(model, also_train)
     if not built and not chosen:
         raise ValueError("nothing to train: give make and targets, or also_train")
     before = model.__dict__.get("_before_adapters")
@@ -506,7 +541,7 @@ def _attach(
     for name, p in _first_names(_base_parameters(model)).items():
         p.requires_grad_(name in before.values)
 
-# %% ../nbs/core/05_adapters.ipynb #d7541bdf
+# %% ../nbs/core/05_adapters.ipynb #187172ea
 def attach(
     model: nn.Module,  # changed in place
     make: Callable[[nn.Module], Adapter] | Mapping[str, Callable],  # layer -> its adapter; where
@@ -524,7 +559,7 @@ def attach(
     _attach(model_, _plan(model_, make, targets), also_train)
     return model
 
-
+# %% ../nbs/core/05_adapters.ipynb #1013883a
 def _require(model: nn.Module) -> dict[str, Adapter]:
     """The adapters; ValueError if the model never saw `attach`."""
     found = adapters(model)
@@ -552,7 +587,7 @@ def detach(
 # %% ../nbs/core/05_adapters.ipynb #ee482b84
 from contextlib import contextmanager
 
-# %% ../nbs/core/05_adapters.ipynb #a5af4697
+# %% ../nbs/core/05_adapters.ipynb #2c3ce689
 def _merge(name: str, adapter: Adapter) -> None:
     changes, merged = {"weight": adapter.delta_weight(), "bias": adapter.delta_bias()}, {}
     for key, delta in changes.items():
@@ -575,7 +610,7 @@ def _unmerge(adapter: Adapter) -> None:
     adapter.frozen.versions.pop("merged", None)
     adapter.use_weights()
 
-
+# %% ../nbs/core/05_adapters.ipynb #ab7b4abf
 @torch.no_grad()
 def merge(
     model: nn.Module,  # changed in place
@@ -600,7 +635,7 @@ def merge(
         raise
     return model
 
-
+# %% ../nbs/core/05_adapters.ipynb #7c3fd337
 def unmerge(
     model: nn.Module,  # changed in place
 ) -> nn.Module:  # the same model
@@ -613,7 +648,7 @@ def unmerge(
         _unmerge(adapter)
     return model
 
-# %% ../nbs/core/05_adapters.ipynb #46bcb8e5
+# %% ../nbs/core/05_adapters.ipynb #39e03415
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters trained by `also_train`, by their names in `model`."""
     params = _base_parameters(model)
@@ -632,7 +667,7 @@ def _swap(module: nn.Module, before: _Before) -> None:
         before.values[name], params[name].data = params[name].data, value.to(params[name])
     before.swapped = not before.swapped
 
-
+# %% ../nbs/core/05_adapters.ipynb #8b763387
 @contextmanager
 def enabled(
     model: nn.Module,  # a model with adapters
@@ -681,7 +716,17 @@ import math
 
 import torch.nn.functional as F
 
-# %% ../nbs/core/05_adapters.ipynb #fda5527e
+# %% ../nbs/core/05_adapters.ipynb #0093bde4
+def _conv_branch(layer: nn.Conv2d, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    kernel = A.view(len(A), *layer.weight.shape[1:])
+    h = F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation)
+    return F.conv2d(h, B[:, :, None, None])
+
+
+def _embedding_branch(layer: nn.Embedding, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return F.linear(F.embedding(x, A.t(), layer.padding_idx), B)
+
+# %% ../nbs/core/05_adapters.ipynb #b8b59202
 class LowRank(Adapter):
     """An adapter of the form W x + scaling * B A x: whoever sets `A`, `B` and `scaling`.
 
@@ -730,17 +775,7 @@ class LowRank(Adapter):
         """The factors; to be overridden where the frozen weight is not the original one."""
         return self.A, self.B, self.scaling
 
-
-def _conv_branch(layer: nn.Conv2d, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    kernel = A.view(len(A), *layer.weight.shape[1:])
-    h = F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation)
-    return F.conv2d(h, B[:, :, None, None])
-
-
-def _embedding_branch(layer: nn.Embedding, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    return F.linear(F.embedding(x, A.t(), layer.padding_idx), B)
-
-# %% ../nbs/core/05_adapters.ipynb #b1c86591
+# %% ../nbs/core/05_adapters.ipynb #c9115f9e
 def _check_lora(layer: nn.Module, rank: int, alpha: float, dropout: float, init: str) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be an integer >= 1, got {rank!r}")
@@ -760,7 +795,7 @@ def _check_lora(layer: nn.Module, rank: int, alpha: float, dropout: float, init:
         if dropout:
             raise ValueError("an embedding's input are indices: dropout must be 0 there")
 
-
+# %% ../nbs/core/05_adapters.ipynb #725e4643
 class LoraAdapter(LowRank):
     """Low-rank adaptation (Hu et al. 2021, section 4.1): W x + scaling * B A x.
 
@@ -795,10 +830,10 @@ class LoraAdapter(LowRank):
         """What is shown when the model is printed."""
         return f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
 
-# %% ../nbs/core/05_adapters.ipynb #2e2cf5a8
+# %% ../nbs/core/05_adapters.ipynb #d6790233
 import importlib
 import json
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -806,7 +841,7 @@ from safetensors.torch import save_file
 
 from .cache import atomic_path
 
-# %% ../nbs/core/05_adapters.ipynb #cc99c3fd
+# %% ../nbs/core/05_adapters.ipynb #0dc51325
 _VERSION = 1  # of the file format
 
 
@@ -819,7 +854,7 @@ def _base_shapes(model: nn.Module) -> dict[str, dict[str, int]]:
             row[shape] = row.get(shape, 0) + 1
     return table
 
-
+# %% ../nbs/core/05_adapters.ipynb #c3da2d6b
 def _check_base(model: nn.Module, header: Mapping, path: str | Path) -> None:
     """ValueError with a list if the file's base has other parameters than `model`."""
     there, here = header["base_shapes"], _base_shapes(model)
@@ -846,7 +881,7 @@ def _check_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
-# %% ../nbs/core/05_adapters.ipynb #1820f2fa
+# %% ../nbs/core/05_adapters.ipynb #a5c4c127
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What to save by its state-dict name; and names that repeat an earlier one (shared)."""
     tensors, aliases, seen = {}, {}, {}
@@ -859,7 +894,7 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
                 tensors[full], seen[id(value)] = _copy(value), full
     return tensors, aliases
 
-
+# %% ../nbs/core/05_adapters.ipynb #a57433a0
 def _header(model: nn.Module, aliases: Mapping[str, str]) -> str:
     layers = {}
     for name, adapter in _require(model).items():
@@ -878,7 +913,7 @@ def _header(model: nn.Module, aliases: Mapping[str, str]) -> str:
         "aliases": dict(aliases),
     })
 
-
+# %% ../nbs/core/05_adapters.ipynb #c3284bb6
 def save(
     model: nn.Module,  # a model with adapters
     path: str | Path,  # the file to write, "....safetensors"
@@ -898,7 +933,7 @@ def save(
         save_file(tensors, temporary, {"format": "pt", "adaptlab": header})
     return Path(path)
 
-# %% ../nbs/core/05_adapters.ipynb #236b17f4
+# %% ../nbs/core/05_adapters.ipynb #479d1a56
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a file, checked."""
     try:
@@ -910,6 +945,11 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if meta is None:
         raise ValueError(f"{path} was not written by adaptlab's save: it has no 'adaptlab' header")
     header = json.loads(meta)
+    fields = {"version", "base_model", "base_shapes", "layers", "also_train", "aliases"}
+    missing = fields - set(header)
+    missing |= {*header.get("also_train", ()), *header.get("aliases", {}).values()} - set(tensors)
+    if missing:
+        raise ValueError(f"{path} is incomplete: it lacks {_collapse(sorted(missing))}")
     if header["version"] > _VERSION:
         raise ValueError(f"{path} has format version {header['version']}; this adaptlab reads "
                          f"versions up to {_VERSION}: upgrade it")
@@ -919,8 +959,9 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _find_class(method: str, module: str) -> type[Adapter]:
     """The Adapter class of a file's header."""
-    if module.startswith("adaptlab."):
-        importlib.import_module(module)
+    if re.fullmatch(r"adaptlab(\.[a-z]\w*)+", module):
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(module)
     classes = Adapter.registry.get(method)
     if not classes:
         raise ValueError(f"unknown method {method!r} of module {module!r}; known: "
@@ -936,7 +977,7 @@ def _share(model: nn.Module, aliases: Mapping[str, str]) -> None:
         source, _, name = original.rpartition(".")
         setattr(model.get_submodule(owner), leaf, getattr(model.get_submodule(source), name))
 
-# %% ../nbs/core/05_adapters.ipynb #337ecf74
+# %% ../nbs/core/05_adapters.ipynb #6cfc2b2b
 def load(
     model: nn.Module,  # the base model, changed in place
     path: str | Path,  # a file written by `save`
@@ -959,10 +1000,20 @@ def load(
     for name, group in groups.items():
         mark = f"{name}.adapter."
         group.update({k[len(mark):]: v for k, v in every.items() if k.startswith(mark)})
-    _attach(inner, makers, header["also_train"], groups)
+    values, params = {n: tensors[n] for n in header["also_train"]}, _base_parameters(inner)
+    bad = [n for n, v in values.items() if n not in params or params[n].shape != v.shape]
+    if bad:
+        raise ValueError(f"{path}: no parameters of these names and shapes here: {_collapse(bad)}")
+    _attach(inner, makers, _exactly(values), groups)
     _share(inner, header["aliases"])
-    _write(inner, {name: tensors[name] for name in header["also_train"]})
+    _write(inner, values)
     return model
+
+
+def _exactly(names: Iterable[str]) -> Targets:
+    """As `also_train`: these parameters, by their whole names."""
+    wanted = set(names)
+    return (lambda name, _: name in wanted) if wanted else ()
 
 
 @torch.no_grad()
@@ -1000,7 +1051,7 @@ def merge_and_unload(
             config.tie_word_embeddings = False
     return model
 
-# %% ../nbs/core/05_adapters.ipynb #9173d830
+# %% ../nbs/core/05_adapters.ipynb #60b96739
 _PEFT = "base_model.model."  # what PEFT puts before each name
 
 
@@ -1029,7 +1080,7 @@ def _peft_targets(model: nn.Module, names: Iterable[str]) -> list[str] | str:
         ends.append(end)
     return ends
 
-
+# %% ../nbs/core/05_adapters.ipynb #d47042f9
 def _peft_tensors(layer: nn.Module, name: str, A: Tensor, B: Tensor) -> dict[str, Tensor]:
     """A and B under PEFT's names and in its shapes."""
     if isinstance(layer, nn.Embedding):
@@ -1114,7 +1165,7 @@ def to_peft(
         Path(temporary, "adapter_config.json").write_text(text, encoding="utf-8")
     return Path(folder)
 
-# %% ../nbs/core/05_adapters.ipynb #7cfc5339
+# %% ../nbs/core/05_adapters.ipynb #e6dbe7ff
 _PEFT_INITS = (True, False, "gaussian", "eva", "orthogonal")  # these leave the base as it is
 _PEFT_REFUSED = (
     "use_dora", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication",
@@ -1143,7 +1194,7 @@ def _read_peft_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no adapter_model.safetensors (pickles are not read)")
     return config
 
-
+# %% ../nbs/core/05_adapters.ipynb #1c2d3184
 def _peft_groups(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Layer -> {"A": ..., "B": ...}, and the parameters that were saved whole."""
     groups: dict[str, dict[str, Tensor]] = {}
@@ -1158,13 +1209,13 @@ def _peft_groups(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, 
                 whole[key.removeprefix(_PEFT)] = file.get_tensor(key)
     return groups, whole
 
-# %% ../nbs/core/05_adapters.ipynb #8f57bb3e
+# %% ../nbs/core/05_adapters.ipynb #d51670d1
 def _pattern_value(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
     """The value of the first pattern that matches the end of `name`, as PEFT does it."""
     hits = (v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", name))
     return next(hits, default)
 
-
+# %% ../nbs/core/05_adapters.ipynb #f17c4e5c
 def from_peft(
     model: nn.Module,  # the base model, changed in place
     folder: str | Path,  # written by PEFT's `save_pretrained`, or by `to_peft`
@@ -1196,6 +1247,6 @@ def from_peft(
     }
     for name, pair in groups.items():
         _check_finite(pair, f"{folder}, {name}")
-    _attach(inner, makers, list(whole), groups)
+    _attach(inner, makers, _exactly(whole), groups)
     _write(inner, whole)
     return model

@@ -190,7 +190,7 @@ def build_once(
             _seal(temporary)
     return folder
 
-# %% ../nbs/core/01_cache.ipynb #f332c5a7
+# %% ../nbs/core/01_cache.ipynb #9f825ae2
 class FetchError(OSError):
     "A file could not be had; the message says why, and how to get it."
 
@@ -203,7 +203,8 @@ def _pip_download(requirement: str, folder: Path) -> Path:
             "`python -m ensurepip` (or `uv pip install pip`) adds it"
         )
     options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
-    manner = ["--no-input", "--no-color", "--disable-pip-version-check", "--quiet", "--retries", "2"]
+    manner = ["--no-input", "--no-color", "--quiet", "--retries", "2"]
+    manner += ["--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, *manner]
     done = subprocess.run(
         [*command, "--dest", str(folder), requirement], capture_output=True, text=True)

