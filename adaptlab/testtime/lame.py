@@ -840,7 +840,7 @@ _ONLINE: dict[str, type[OnlineAdaptation]] = {
 }
 Method = Literal["LAME", "LAME-rbf", "LAME-linear", "AdaBN", "Tent", "SHOT-IM", "pseudo-label"]
 
-# %% ../../nbs/testtime/01_lame.ipynb #69f5c112
+# %% ../../nbs/testtime/01_lame.ipynb #edda71fb
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     "Settings of the LAME experiment. `methods` must contain LAME."
@@ -865,7 +865,7 @@ class Config(BaseConfig):
     neighbors: tuple[int, ...] = bounded((1, 3, 5), low=1)  # k: LAME's grid
     lrs: tuple[float, ...] = bounded((1e-2, 1e-1, 1.0), above=0)  # grid of the methods with SGD
     bn_momenta: tuple[float, ...] = bounded((0.0, 1.0), low=0, high=1)  # the same methods' grid
-    adabn_momenta: tuple[float, ...] = bounded((0.1, 0.3, 0.6, 0.8, 1.0), above=0, high=1)
+    adabn_momenta: tuple[float, ...] = bounded((0.1, 0.3, 0.6, 0.8, 1.0), above=0, high=1)  # grid
     adabn_layers: str = ""  # regular expression: the BatchNorm layers that AdaBN adapts
     in_memory: bool = True  # keep the prepared images in memory
     workers: int = bounded(1, low=1)  # threads that prepare images
@@ -1098,7 +1098,7 @@ def energy_study(
             rows += [(stream, name, step, value) for step, value in enumerate(above)]
     return pd.DataFrame(rows, columns=["stream", "affinity", "step", "energy"])
 
-# %% ../../nbs/testtime/01_lame.ipynb #7039e95c
+# %% ../../nbs/testtime/01_lame.ipynb #4f4bea60
 def _short(shift: str, stream: str) -> str:
     "The name of a scenario that fits beside a figure."
     mixed = shift.count("+") + 1
@@ -1115,12 +1115,13 @@ def _change_figure(tested: pd.DataFrame, methods: Sequence[str]) -> plt.Figure:
     style = {"label": "change (points)", "center": 0, "fmt": "+.1f"}
     plots.layer_heatmap(change.to_numpy(), rows, list(methods), **style, ax=ax)
     worst = ", ".join(f"{m} {change[m].min():+.0f}" for m in methods[:3])
-    fig.suptitle(f"Worst scenario, in points: {worst}", x=0.02, ha="left")
+    fig.suptitle(f"Worst scenario, in points: {worst}", x=0.02, ha="left", weight="bold")
     return fig
 
-# %% ../../nbs/testtime/01_lame.ipynb #fd2dbefd
+# %% ../../nbs/testtime/01_lame.ipynb #b8f911c1
 def _cross_figure(cross: pd.DataFrame, methods: Sequence[str]) -> plt.Figure:
     "One matrix per method: tuned on (rows) x used in (columns)."
+    cross = cross[cross.method.isin(methods)]
     n, reach = cross["scenario"].nunique(), cross["change"].abs().max()
     size = (2.2 + 0.5 * n * len(methods), 2.2 + 0.42 * n)
     fig, axes = plt.subplots(
@@ -1184,7 +1185,7 @@ def _say(report: Report, text: str, paper: str, source: str, measured: Any, hold
     report.claim(text, paper=paper, source=source, measured=measured, holds=holds, unit=unit,
                  reason="" if holds else why_not)
 
-# %% ../../nbs/testtime/01_lame.ipynb #182907f1
+# %% ../../nbs/testtime/01_lame.ipynb #336c6ee5
 def _claims_on_streams(report: Report, tested: pd.DataFrame, rivals: Sequence[str]) -> None:
     "What the test streams say."
     wide = tested.pivot_table("accuracy", ["stream", "shift", "seed"], "method", sort=False)
@@ -1221,9 +1222,10 @@ def _claims_on_tuning(report: Report, cross: pd.DataFrame, rivals: Sequence[str]
     for method, paper in (("Tent", "from +20 down to -66"), ("AdaBN", "not read off")):
         if method in rivals:
             low, high = change.loc[method]
-            _say(report, f"Tuned in one scenario, {method} loses more than 30 points in another",
-                 paper, "validation grid", f"from {high:+.1f} down to {low:+.1f} points",
-                 low < -30, "its worst cell is above -30")
+            _say(report, f"{method} is fragile: tuned in one scenario, it can lose more in another "
+                 "than it ever gains", paper, "validation grid",
+                 f"from {high:+.1f} down to {low:+.1f} points", -low > high,
+                 "its largest gain is larger than its largest loss")
 
 # %% ../../nbs/testtime/01_lame.ipynb #618dcf9d
 def _claims_on_studies(
