@@ -52,7 +52,7 @@ lab: $(STAMPS)/models  ## open the course in JupyterLab (ARGS=--no-browser for a
 
 # Two workers, one thread each: the notebooks and the tests share the machine's cores evenly.
 test: $(STAMPS)/models  ## run everything that CI runs (ARGS="-k lame" picks)
-	@$(BIN)/ruff check --quiet adaptlab nbs tests
+	@$(BIN)/ruff check --quiet adaptlab nbs tests conftest.py setup.py
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" \
 	  $(BIN)/python -m pytest -p no:benchmark -n $(WORKERS) --dist loadscope --nbval-lax nbs tests $(ARGS)
 

@@ -47,6 +47,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(config.adaptlab_runs, ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    "Notebooks are stored without execution counts; nbval takes a cell without one for not run."
+    for item in items:
+        cell = getattr(item, "cell", None)
+        if cell is not None and cell.get("execution_count", 0) is None:
+            cell.execution_count = 1
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     "Add up the time of every cell (set-up of the first one includes the start of the kernel)."
     path, _, cell = report.nodeid.partition("::")

@@ -55,7 +55,7 @@ class Estimate:
 
     __rmul__ = __mul__
 
-# %% ../nbs/core/07_evaluate.ipynb #f6b54f19
+# %% ../nbs/core/07_evaluate.ipynb #24a0000c
 def _as_samples(values: Any, name: str = "values") -> np.ndarray:
     "Numbers as a float64 array with samples along the first axis; refuses empty and NaN."
     if isinstance(values, Tensor):
@@ -83,7 +83,7 @@ def _interval(value: float, resampled: np.ndarray, n: int, shift: float = 0.0) -
     low, high = np.quantile(resampled, [0.025, 0.975]) - shift
     return Estimate(float(value), float(low), float(high), n)
 
-
+# %% ../nbs/core/07_evaluate.ipynb #4b28e3f9
 def bootstrap(
     values: Any,  # [n, ...] one entry (or row) per independent sample
     statistic: Callable = np.mean,  # (array [r, n, ...], axis=1) -> [r]; np.mean, np.median, ...
@@ -247,7 +247,7 @@ def predict(
             outputs.append(out.float().cpu())
     return torch.cat(outputs).clone()  # clone: an ordinary tensor, not an inference one
 
-# %% ../nbs/core/07_evaluate.ipynb #dc4bec5d
+# %% ../nbs/core/07_evaluate.ipynb #32fa68bf
 def _check_temperature(temperature: float) -> float:
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be a positive number, got {temperature}")
@@ -266,7 +266,7 @@ def nll(
     losses = F.cross_entropy(logits / _check_temperature(temperature), labels, reduction="none")
     return bootstrap(losses, n_resamples=n_resamples)
 
-
+# %% ../nbs/core/07_evaluate.ipynb #4f26eee3
 def fit_temperature(
     logits: Any,  # [N, C] on data that the model was not trained on
     labels: Any,  # [N]
@@ -295,7 +295,7 @@ def fit_temperature(
         return math.exp(-best)
     return math.exp(-brentq(slope, *ends, xtol=1e-10))
 
-# %% ../nbs/core/07_evaluate.ipynb #c5746cea
+# %% ../nbs/core/07_evaluate.ipynb #f4920569
 def _confidences(logits, labels, n_bins, temperature) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Confidence, correctness and bin of every sample."
     if n_bins < 1:
@@ -320,7 +320,7 @@ def reliability(
     table.insert(1, "high", (table.index + 1) / n_bins)
     return table.reset_index(drop=True)
 
-
+# %% ../nbs/core/07_evaluate.ipynb #82e594f7
 def expected_calibration_error(
     logits: Any,  # [N, C]
     labels: Any,  # [N]
@@ -347,7 +347,7 @@ def expected_calibration_error(
     found = _interval(value, resampled, n, shift=float(resampled.mean() - value))
     return Estimate(found.value, max(0.0, found.low), max(0.0, found.high), n)
 
-# %% ../nbs/core/07_evaluate.ipynb #a92652cc
+# %% ../nbs/core/07_evaluate.ipynb #1ff2170a
 def _length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     "Item numbers in batches of similar length, the longest first (out of memory shows at once)."
     if batch_size < 1:
@@ -356,7 +356,7 @@ def _length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[in
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
-
+# %% ../nbs/core/07_evaluate.ipynb #be8638ca
 def _score(
     model: nn.Module,
     rows: list[Tensor],  # token ids, each [length]
@@ -559,7 +559,7 @@ def multiple_choice(
     pairs = zip(scores, items, strict=True)
     return bootstrap([int(score.argmax()) == item["answer"] for score, item in pairs])
 
-# %% ../nbs/core/07_evaluate.ipynb #3723962b
+# %% ../nbs/core/07_evaluate.ipynb #451f892f
 # the neutral values silence warnings about sampling settings in a model's own configuration
 _GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
 
@@ -592,7 +592,7 @@ def generate(
                 texts[i] = text
     return texts
 
-
+# %% ../nbs/core/07_evaluate.ipynb #7b65f29a
 def normalize_answer(
     text: str,  # an answer
 ) -> str:  # lower case, no punctuation, no articles, single spaces
@@ -645,7 +645,7 @@ def count_flops(
         fn()
     return counter.get_total_flops()
 
-# %% ../nbs/core/07_evaluate.ipynb #3536ba91
+# %% ../nbs/core/07_evaluate.ipynb #1b883c2a
 @contextlib.contextmanager
 def _no_native_stderr() -> Iterator[None]:
     "Hide what native code writes to file descriptor 2: the profiler announces its start and end."
@@ -676,7 +676,7 @@ def _peak_on_cpu(fn: Callable[[], Any]) -> int:
     held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
     return int(max(0, held.max(initial=0)))
 
-
+# %% ../nbs/core/07_evaluate.ipynb #04b5fcd4
 def peak_memory(
     fn: Callable[[], Any],  # the work, called once
     device: Any = "auto",  # "cpu" or "cuda"; "auto": CUDA where there is one

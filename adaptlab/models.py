@@ -508,7 +508,7 @@ class _Block(nn.Module):
         x = x + self.attn(self.norm1(x))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
-# %% ../nbs/core/02_models.ipynb #6ea4a869
+# %% ../nbs/core/02_models.ipynb #34135831
 class TinyViT(_Classifier):
     "A vision transformer: patches as tokens, a class token, learned positions."
 
@@ -532,10 +532,10 @@ class TinyViT(_Classifier):
         self.image_size, self.patch_size = image_size, patch_size
         self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (image_size // patch_size) ** 2, dim))
+        tokens = 1 + (image_size // patch_size) ** 2
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, tokens, dim))
         self.blocks = nn.Sequential(*[_Block(dim, heads) for _ in range(depth)])
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, n_classes)
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, n_classes)
 
     def embed(self, x: Tensor) -> Tensor:
         "Images to tokens with positions, class token first: [N, 1 + patches, dim]."

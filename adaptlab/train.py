@@ -29,16 +29,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-# %% ../nbs/core/04_train.ipynb #a7cc2c4f
+# %% ../nbs/core/04_train.ipynb #743307d8
 def set_seed(
     seed: int,  # seed of Python's, numpy's and torch's (all devices) random generators
 ) -> None:
     "Seed every random generator that a training run may draw from. Raises ValueError below 0."
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**31:
         raise ValueError(f"seed must be an integer in [0, 2**31), got {seed!r}")
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.manual_seed(int(seed))
+
+
+def _mixed(*numbers: int) -> int:
+    "One seed out of several numbers, well mixed: the CPU's generator reads 32 bits of it only."
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
 
 
 @contextlib.contextmanager
@@ -54,7 +59,7 @@ def _own_random_state(seed: int | None = None) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
 
-# %% ../nbs/core/04_train.ipynb #97c868c6
+# %% ../nbs/core/04_train.ipynb #b2944ad0
 class IndexStream:
     """The order of the samples: one fresh permutation per epoch, a function of the seed alone.
 
@@ -80,9 +85,7 @@ class IndexStream:
     ) -> Tensor:  # [n] int64, a permutation
         "The order in which one epoch visits the samples."
         if number != self._epoch:
-            # the CPU generator reads 32 bits of a seed: mix both numbers into them
-            mixed = np.random.SeedSequence((self.seed, number)).generate_state(1)[0]
-            generator = torch.Generator().manual_seed(int(mixed))
+            generator = torch.Generator().manual_seed(_mixed(self.seed, number))
             self._epoch, self._order = number, torch.randperm(self.n, generator=generator)
         return self._order
 
@@ -98,7 +101,7 @@ class IndexStream:
             start, missing = start + len(parts[-1]), missing - len(parts[-1])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-# %% ../nbs/core/04_train.ipynb #72c09a9f
+# %% ../nbs/core/04_train.ipynb #3a32cf84
 def _columns(data: Any) -> Any:
     "The tensors of column-wise data (Tensor, tuple or dict of tensors, TensorDataset), else None."
     if isinstance(data, TensorDataset):
@@ -119,50 +122,7 @@ def _take(columns: Any, rows: Tensor) -> Any:
         return {k: _take(v, rows) for k, v in columns.items()}
     return tuple(_take(v, rows) for v in columns)
 
-
-def _fetcher(data: Any, collate_fn: Callable | None) -> tuple[int, Callable[[Tensor], Any]]:
-    "Number of samples of map-style `data`, and a function from row numbers to a batch."
-    columns = None if collate_fn else _columns(data)
-    if columns is not None:
-        tensors = [columns] if isinstance(columns, Tensor) else list(
-            columns.values() if isinstance(columns, dict) else columns)
-        lengths = {len(t) for t in tensors}
-        if len(lengths) > 1:
-            raise ValueError(f"the tensors of `data` differ in length: {sorted(lengths)}")
-        return lengths.pop(), partial(_take, columns)
-    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-        raise TypeError(f"data must be a map-style Dataset, tensors or a DataLoader, got "
-                        f"{type(data).__name__}; wrap an iterable in a DataLoader")
-    if hasattr(data, "with_format") and collate_fn is None:  # datasets.Dataset: whole columns
-        table = data.with_format("torch")
-        return len(data), lambda rows: dict(table[rows.tolist()])
-    collate = collate_fn or default_collate
-    if hasattr(data, "__getitems__"):
-        return len(data), lambda rows: collate(data.__getitems__(rows.tolist()))
-    return len(data), lambda rows: collate([data[i] for i in rows.tolist()])
-
-# %% ../nbs/core/04_train.ipynb #72c09a9f-2
-def _columns(data: Any) -> Any:
-    "The tensors of column-wise data (Tensor, tuple or dict of tensors, TensorDataset), else None."
-    if isinstance(data, TensorDataset):
-        return tuple(data.tensors)
-    if isinstance(data, Tensor):
-        return data
-    values = data.values() if isinstance(data, Mapping) else data
-    if isinstance(data, (tuple, Mapping)) and values and all(isinstance(v, Tensor) for v in values):
-        return dict(data) if isinstance(data, Mapping) else data
-    return None
-
-
-def _take(columns: Any, rows: Tensor) -> Any:
-    "Rows of column-wise data: one `index_select` per tensor instead of one call per sample."
-    if isinstance(columns, Tensor):
-        return columns.index_select(0, rows.to(columns.device))
-    if isinstance(columns, dict):
-        return {k: _take(v, rows) for k, v in columns.items()}
-    return tuple(_take(v, rows) for v in columns)
-
-
+# %% ../nbs/core/04_train.ipynb #9d9f242e
 def _fetcher(data: Any, collate_fn: Callable | None) -> tuple[int, Callable[[Tensor], Any]]:
     "Number of samples of map-style `data`, and a function from row numbers to a batch."
     columns = None if collate_fn else _columns(data)
@@ -205,7 +165,7 @@ class _Rows:
         for part in self.parts:
             yield self.fetch(rows[part * self.size : (part + 1) * self.size])
 
-# %% ../nbs/core/04_train.ipynb #61d8c00b
+# %% ../nbs/core/04_train.ipynb #7aedf382
 def _slice(batch: Any, part: int, parts: int) -> Any:
     "Part number `part` of `parts` equal parts of a collated batch (nested tensors, lists)."
     if isinstance(batch, Mapping):
@@ -221,7 +181,7 @@ def _slice(batch: Any, part: int, parts: int) -> Any:
     size = len(batch) // parts
     return batch[part * size : (part + 1) * size]
 
-
+# %% ../nbs/core/04_train.ipynb #3fc9fab9
 class _Batches:
     "Micro-batches of a DataLoader: each of its batches is one global batch, seeded per epoch."
 
@@ -241,7 +201,7 @@ class _Batches:
     def _start_epoch(self) -> None:
         "Start the next epoch. Samplers draw their order when the first batch is asked for."
         self.epoch += 1
-        with _own_random_state((self.seed + 7919 * self.epoch) % 2**31):
+        with _own_random_state(_mixed(self.seed, self.epoch)):
             self.iterator = iter(self.loader)
             self.first = next(self.iterator, None)
         if self.first is None:
@@ -606,7 +566,7 @@ def _clear_checkpoints(folder: Path) -> None:
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
 
-# %% ../nbs/core/04_train.ipynb #ffb4edc3
+# %% ../nbs/core/04_train.ipynb #a6f2e5cb
 @dataclass
 class TrainState:
     "What a callback sees, and how it ends the run (`state.stop = True`, on every process alike)."
@@ -638,7 +598,7 @@ class Callback:
     ) -> None:
         "Called after the optimiser moved, for example to average weights."
 
-
+# %% ../nbs/core/04_train.ipynb #dc491f02
 @dataclass
 class FitResult:
     "What `fit` returns. The model itself was trained in place."
@@ -648,7 +608,7 @@ class FitResult:
     seconds: float  # duration of this call
     resumed_from: int = 0  # step at which this call took over (0: the start)
 
-# %% ../nbs/core/04_train.ipynb #2ce640e2
+# %% ../nbs/core/04_train.ipynb #89470682
 def _check_count(**counts: int | None) -> None:
     "Counts are integers of at least 1, or None where they were not given."
     for name, value in counts.items():
@@ -657,7 +617,7 @@ def _check_count(**counts: int | None) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
-
+# %% ../nbs/core/04_train.ipynb #7d15f72b
 @dataclass
 class _Plan:
     "When things happen in a run."
@@ -750,7 +710,7 @@ class _Loop:
             "steps": None if schedule == "constant" else plan.steps,
         } | _fingerprint(model, optimizer)
 
-# %% ../nbs/core/04_train.ipynb #d8337270
+# %% ../nbs/core/04_train.ipynb #3acc43b2
 def _backward(loop: _Loop, batch: Any, last: bool) -> tuple[Tensor, Tensor | None]:
     "Forward and backward of one micro-batch; processes exchange gradients on the last one only."
     if loop.device.type != "cpu":
@@ -767,7 +727,7 @@ def _backward(loop: _Loop, batch: Any, last: bool) -> tuple[Tensor, Tensor | Non
         loss.backward() if loop.plain else loop.accelerator.backward(loss)
     return loss.detach(), count
 
-
+# %% ../nbs/core/04_train.ipynb #c725d95d
 def _gradients(loop: _Loop) -> Tensor:
     "Gradients of one step's global batch; returns its mean loss on this process."
     total = counted = None
@@ -806,7 +766,7 @@ def _step(loop: _Loop) -> None:
     for callback in loop.after:
         callback(state)
 
-# %% ../nbs/core/04_train.ipynb #3c2d2c04
+# %% ../nbs/core/04_train.ipynb #9a27d2a6
 def _drain(loop: _Loop) -> None:
     "Bring the losses since the last look to the host in one copy; stop at one that is not finite."
     if not loop.recent:
@@ -839,7 +799,7 @@ def _log(loop: _Loop, extra: Mapping[str, float]) -> None:
     if loop.accelerator.trackers:
         loop.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
-
+# %% ../nbs/core/04_train.ipynb #ebdcc8a6
 def _evaluate(model: nn.Module, eval_fn: Callable) -> dict[str, float]:
     "Call eval_fn in eval mode; training goes on as if it had not been called."
     with _modes_kept(model), torch.no_grad(), _own_random_state():
@@ -952,7 +912,7 @@ def _run(loop: _Loop) -> int:
             bar.update()
     return start
 
-# %% ../nbs/core/04_train.ipynb #3de7a27b
+# %% ../nbs/core/04_train.ipynb #81c1216b
 def fit(
     model: nn.Module,  # trained in place; only parameters with requires_grad move
     data: Any,  # map-style Dataset, list, tensors (one, a tuple, a dict) or DataLoader
@@ -996,7 +956,8 @@ def fit(
     recipe = _Recipe(optimizer, lr, weight_decay, schedule, warmup)
     with (_modes_kept(model), _own_random_state(seed),
           _accelerator(model, precision, device, tracker, log_dir) as accelerator):
-        set_seed(seed + accelerator.process_index)  # other dropout masks on other processes
+        if accelerator.process_index:
+            set_seed(_mixed(seed, accelerator.process_index))  # its own dropout masks
         source = plan.source(data, collate_fn, accelerator.process_index, accelerator.num_processes)
         model.train()
         try:

@@ -314,7 +314,7 @@ def _stamp(path: Path) -> tuple[int, int]:
     info = path.stat()
     return info.st_size, info.st_mtime_ns
 
-# %% ../nbs/core/06_weights.ipynb #015ff0bd
+# %% ../nbs/core/06_weights.ipynb #88cfbac6
 def _read_header(path: Path) -> tuple[dict[str, _Place], dict[str, str]]:
     "The places of all tensors of one file, and its metadata. The library checks the file first."
     from safetensors import SafetensorError, safe_open
@@ -339,11 +339,11 @@ def _read_header(path: Path) -> tuple[dict[str, _Place], dict[str, str]]:
     return places, metadata
 
 
-def _few(things: Collection, most: int = 10) -> str:
+def _few(things: Collection, most: int = 10, sep: str = ", ") -> str:
     "The first ten of many things, and how many more there are."
     if isinstance(things, Mapping):
         things = [f"{k}: {v}" for k, v in things.items()]
-    shown = ", ".join(str(t) for t in list(things)[:most])
+    shown = sep.join(str(t) for t in list(things)[:most])
     return shown + (f" ... and {len(things) - most} more" if len(things) > most else "")
 
 # %% ../nbs/core/06_weights.ipynb #f6ab83b9
@@ -457,11 +457,11 @@ def _read_packed(name: str, entry: dict, places: Mapping[str, _Place]) -> Packed
     parts = {part: _read_tensor(places[_part(name, part)]) for part in entry["tensors"]}
     return PackedDelta.kinds[entry["kind"]](**parts, **entry["settings"])
 
-# %% ../nbs/core/06_weights.ipynb #a82e9313
+# %% ../nbs/core/06_weights.ipynb #0a245280
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike
 
 
-def _open_mapping(tensors: Mapping[str, Any]) -> LazyState:
+def _open_mapping(tensors: Mapping[str, Any], label: str) -> LazyState:
     "See a dict of tensors as a state; shares their memory."
     packed = {n: t for n, t in tensors.items() if isinstance(t, PackedDelta)}
     dense = {n: t for n, t in tensors.items() if n not in packed}
@@ -480,7 +480,7 @@ def _open_mapping(tensors: Mapping[str, Any]) -> LazyState:
         return _packed_pieces(x) if name in packed else _split(x)
 
     specs = {n: spec(t) for n, t in tensors.items()}
-    return LazyState(specs, pieces, _tied(dense), "", read)
+    return LazyState(specs, pieces, _tied(dense), label, read)
 
 
 def _split(x: Tensor) -> Iterator[Tensor]:
@@ -488,7 +488,7 @@ def _split(x: Tensor) -> Iterator[Tensor]:
     flat = x.reshape(-1)
     return (flat[start : start + _PIECE] for start in range(0, flat.numel(), _PIECE))
 
-# %% ../nbs/core/06_weights.ipynb #95e0b931
+# %% ../nbs/core/06_weights.ipynb #042905a4
 def open_state(
     source: Source,  # a model, a state dict, a safetensors file, or a checkpoint folder
 ) -> LazyState:  # names to tensors; those of a file are read one at a time
@@ -505,14 +505,15 @@ def open_state(
                 "example by huggingface_hub.snapshot_download"
             )
         source = _open_files(path)
-    elif isinstance(source, nn.Module):
-        source = source.state_dict()
+    label = ""
+    if isinstance(source, nn.Module):
+        source, label = source.state_dict(), type(source).__name__
     if not isinstance(source, Mapping):
         raise TypeError(
             "weights come as a model, a state dict, a safetensors file or a checkpoint folder, "
             f"not as {type(source).__name__}"
         )
-    state = source if isinstance(source, LazyState) else _open_mapping(source)
+    state = source if isinstance(source, LazyState) else _open_mapping(source, label)
     if not state.specs:
         raise ValueError("the state is empty: there are no weights to work on")
     return state
@@ -556,7 +557,7 @@ def _match(states: Sequence[LazyState]) -> tuple[dict[str, list[str | None]], di
             names |= {n: [n if n in f else None for f in found] for n in group}
     return names, aliases
 
-# %% ../nbs/core/06_weights.ipynb #8b8e449e
+# %% ../nbs/core/06_weights.ipynb #94d85df6
 def _label(states: Sequence[LazyState], i: int) -> str:
     "How messages call a state."
     return f"state {i}" + (f" ({states[i].label})" if states[i].label else "")
@@ -568,7 +569,7 @@ def _is_float(spec: Spec) -> bool:
 
 def _problems(states: Sequence[LazyState], plan: _Plan, dtypes: bool) -> list[str]:
     "What does not fit, one line each."
-    first, problems = states[0], []
+    first, extra, problems = states[0], [], []
     for i, state in enumerate(states[1:], start=1):
         label = _label(states, i)
         for name, found in plan.names.items():
@@ -579,15 +580,15 @@ def _problems(states: Sequence[LazyState], plan: _Plan, dtypes: bool) -> list[st
                 continue
             a, b = first.specs[name], state.specs[found[i]]
             if a.shape != b.shape:
-                problems.append(f"{name} has shape {a.shape}, in {label} {b.shape}")
+                problems.append(f"{name} is {list(a.shape)}, in {label} {list(b.shape)}")
             elif dtypes and a.dtype != b.dtype and not (a.packed or b.packed):
                 problems.append(f"{name} is {a.dtype}, in {label} {b.dtype}")
         for name, group in _groups(state).items():
             if not any(n in first or n in plan.skip for n in group):
-                problems.append(f"{name} is only in {label}")
-    return problems
+                extra.append(f"{name} is only in {label}")
+    return extra + problems
 
-# %% ../nbs/core/06_weights.ipynb #35195f80
+# %% ../nbs/core/06_weights.ipynb #d669aba9
 def _plan(
     states: Sequence[LazyState], skip: str | Collection[str], dtypes: bool = True
 ) -> _Plan:
@@ -602,7 +603,7 @@ def _plan(
     problems = _problems(states, plan, dtypes)
     if problems:
         raise ValueError(
-            f"the states do not match, {len(problems)} difference(s): {_few(problems)}. "
+            f"the states do not match in {len(problems)} place(s): {_few(problems, sep='; ')}. "
             "Name tensors in skip to leave them alone"
         )
     return plan

@@ -38,7 +38,7 @@ def wheel(tmp_path_factory) -> Path:
     source = tmp_path_factory.mktemp("source")
     skip = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "adaptlab", source / "adaptlab", ignore=skip)
-    for name in ("setup.py", "settings.ini", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "settings.ini", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     out = tmp_path_factory.mktemp("wheel")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "-q")

@@ -429,7 +429,7 @@ def test_flops_of_a_transformer():
     lm = make_llama()
     ids = torch.randint(0, 260, (2, 16))
     linear = 2 * 2 * 16 * sum(m.weight.numel() for m in lm.modules() if isinstance(m, nn.Linear))
-    attention = 2 * (2 * 2 * 4 * 16 * 16 * 8) * 2  # scores and values; batch, heads, T, T, d; layers
+    attention = 2 * (2 * 2 * 4 * 16 * 16 * 8) * 2  # scores, values; batch, heads, T, T, d; layers
     rotary = evaluate.count_flops(lambda: lm(input_ids=ids)) - linear - attention
     assert 0 <= rotary < 0.01 * linear  # a small product of positions and frequencies
 
