@@ -519,7 +519,7 @@ def sidebar(
     contents.append({"section": "API reference", "href": "api/index.qmd", "contents": api})
     return {"website": {"sidebar": {"contents": contents}}}
 
-# %% ../nbs/core/11_site.ipynb #c7c65716
+# %% ../nbs/core/11_site.ipynb #fd270b01
 _MARKS = {"holds": ("holds", "hold"), "does not hold": ("fails", "do not hold")}
 
 
@@ -542,12 +542,17 @@ def scoreboard_page(
     )
     for slug, rows in board.groupby("paper", sort=False):
         p = catalog.find(slug)
-        parts.append(f"## [{p.short_title}]({p.page.replace('.html', '.qmd')})\n\n{p.summary}")
+        took = rows["seconds"].iloc[0]
+        time = f" Measured in {took:.0f} s." if took is not None else ""
+        title = f"[{p.short_title}]({p.page.replace('.html', '.qmd')})"
+        parts.append(f"## {title}\n\n{p.summary}{time}")
         lines = []
         for r in rows.to_dict("records"):
             why = f'<div class="reason">{html.escape(r["reason"])}</div>' if r["reason"] else ""
             mark = _MARKS.get(r["verdict"], ("open",))[0]
-            cells = [html.escape(str(r[k])) for k in ("claim", "paper's figure", "here")]
+            figures = (html.escape(str(r[k])) for k in ("paper's figure", "here"))
+            where = f"{p.page}#{r['anchor']}"
+            cells = [f'<a href="{where}">{html.escape(r["claim"])}</a>', *figures]
             cells.append(f'<span class="verdict {mark}">{html.escape(r["verdict"])}</span>{why}')
             lines.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
         head = "".join(f"<th>{h}</th>" for h in ("claim", "paper", "here", "holds?"))

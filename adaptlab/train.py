@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-# %% ../nbs/core/04_train.ipynb #743307d8
+# %% ../nbs/core/04_train.ipynb #6d4adb82
 def set_seed(
     seed: int,  # seed of Python's, numpy's and torch's (all devices) random generators
 ) -> None:
@@ -50,8 +50,9 @@ def _mixed(*numbers: int) -> int:
 def _own_random_state(seed: int | None = None) -> Iterator[None]:
     "Leave Python's, numpy's and torch's generators as they were found; `seed` them inside."
     python, numpy = random.getstate(), np.random.get_state()
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []  # one per process
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(gpus):
             if seed is not None:
                 set_seed(seed)
             yield

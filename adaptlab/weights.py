@@ -346,7 +346,7 @@ def _few(things: Collection, most: int = 10, sep: str = ", ") -> str:
     shown = sep.join(str(t) for t in list(things)[:most])
     return shown + (f" ... and {len(things) - most} more" if len(things) > most else "")
 
-# %% ../nbs/core/06_weights.ipynb #f6ab83b9
+# %% ../nbs/core/06_weights.ipynb #52e11cdf
 def _bytes(tensor: Tensor) -> memoryview:
     "The memory of a contiguous CPU tensor."
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
@@ -363,8 +363,9 @@ def _fill(file: Any, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _read_pieces(place: _Place, most: int = _PIECE) -> Iterator[Tensor]:
+def _read_pieces(place: _Place, most: int | None = None) -> Iterator[Tensor]:
     "Read consecutive pieces of a tensor into fresh memory."
+    most = most or _PIECE
     if not place.spec.numel:
         return
     if _stamp(place.path) != place.stamp:
@@ -378,7 +379,7 @@ def _read_pieces(place: _Place, most: int = _PIECE) -> Iterator[Tensor]:
 
 def _read_tensor(place: _Place) -> Tensor:
     "Read a whole tensor into fresh memory."
-    for whole in _read_pieces(place, most=max(1, place.spec.numel)):
+    for whole in _read_pieces(place, most=place.spec.numel):
         return whole.view(place.spec.shape)
     return torch.empty(place.spec.shape, dtype=place.spec.dtype)
 
@@ -410,9 +411,11 @@ def _weight_files(folder: Path) -> dict[str, list[str] | None]:
         raise ValueError(f"{indices[0]} names files that are not there: {_few(missing)}")
     return wanted
 
-# %% ../nbs/core/06_weights.ipynb #ca64f555
+# %% ../nbs/core/06_weights.ipynb #d60b39cc
 def _open_files(path: Path) -> LazyState:
     "Open a safetensors file or a checkpoint folder."
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
+        raise ValueError(f"{path} is pickled, and could run any code; convert it to safetensors")
     files = _weight_files(path) if path.is_dir() else {path.name: None}
     folder = path if path.is_dir() else path.parent
     places, aliases, packed = {}, {}, {}
@@ -684,7 +687,7 @@ class _Operands:
                 raise ValueError(f"{bad} entries of {name} in {label} are NaN or infinite")
         raise ValueError(f"the result for {name} is too large for {dtype}")
 
-# %% ../nbs/core/06_weights.ipynb #549182e4
+# %% ../nbs/core/06_weights.ipynb #633f5fba
 Combine = Callable[[Iterator[Tensor]], Tensor]  # pieces of the operands -> piece of the result
 
 
@@ -697,7 +700,7 @@ def _combined(
 
     def checked(piece):
         result = piece.to(dtype)
-        if not (_is_finite(piece) and _is_finite(result)):
+        if not _is_finite(result):  # casting keeps NaN and infinity, and can only add some
             operands.blame(name, dtype)
         return result
 

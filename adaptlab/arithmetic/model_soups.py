@@ -131,14 +131,15 @@ def uniform_soup(
         states = [_cast(s, lambda _: dtype) for s in states]
     return dict(arithmetic.linear_combination(states, shares))
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #ec301c60
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #f0f60cab
 def _sources(model: nn.Module, state: arithmetic.LazyState) -> dict[str, str]:
     "For each tensor of the model the name under which `state` holds it (ties: any of its names)."
     own = model.state_dict(keep_vars=True)
     names: dict[int, list[str]] = {}
     for key, tensor in own.items():
         names.setdefault(id(tensor), []).append(key)
-    found = {key: next((n for n in (key, *names[id(t)]) if n in state), "") for key, t in own.items()}
+    found = {key: next((n for n in (key, *names[id(t)]) if n in state), "")
+             for key, t in own.items()}
     wrong = [k for k, n in found.items() if not n] + [k for k in state if k not in own]
     if wrong:
         raise ValueError(f"the model and {state.label or 'the weights'} have different tensors: "
@@ -636,7 +637,7 @@ def recalibrate_batchnorm(
         update_bn(loader, model, device=_device(model))
         return {key: value.detach().clone() for key, value in model.state_dict().items()}
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #5fd87206
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #c0fcd295
 def lora_soup(
     models: Sequence[nn.Module],  # the same base with LoRA-like adapters on the same layers
     weights: Sequence[float] | None = None,  # shares, sum 1 (may be negative); None: 1/k each
@@ -672,7 +673,8 @@ def lora_soup(
             pairs = zip(shares, factors[name], strict=True)
             adapter.B.copy_(torch.cat([w * s * B for w, (_, B, s) in pairs], dim=1))
         for key in moved:
-            soup.state_dict()[key].copy_(sum(w * p[key] for w, p in zip(shares, plain, strict=True)))
+            pairs = zip(shares, plain, strict=True)
+            soup.state_dict()[key].copy_(sum(w * p[key] for w, p in pairs))
     return soup
 
 # %% ../../nbs/arithmetic/01_model_soups.ipynb #cc99085c
@@ -695,7 +697,7 @@ from functools import lru_cache
 from .. import data, evaluate, models, plots
 from ..experiment import BaseConfig, Report, Run, bounded, rank, world_size
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #2084e99e
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #10e9b0cc
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     "Settings of a sweep, of the soups made of it, and of what is measured on them."
@@ -727,17 +729,17 @@ class Config(BaseConfig):
     stack_device: str = "auto"  # where the learned soup keeps all models: "auto", "cpu"
     pairs: int = bounded(15, low=0)  # pairs of members for angle and approximation, per seed
     grid: int = bounded(13, low=3)  # points per side of the picture of the basin
-    scratch: int = bounded(4, low=0)  # members of the control with different starting points
+    scratch: int = bounded(5, low=0)  # members of the control with different starting points
     eval_batch: int = bounded(1024, low=1)  # samples per forward pass in evaluation
     workers: int = bounded(1, low=1)  # threads that read images
     checkpoint_every: int = bounded(0, low=0)  # steps between checkpoints of a member; 0: none
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #88a57ba2
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #98a99eff
 SMALL = Config(seeds=tuple(range(10, 16)))
 
 TEXT = Config(
     seeds=(10,), task="text", model="minilm", data="cldr_territories", trainer="one_by_one",
-    members=5, include_init=True, held_out=0.3, limit=700, lr=(1e-4, 1e-3), epochs=(1, 2),
+    members=4, include_init=True, held_out=0.3, limit=660, lr=(1e-4, 1e-3), epochs=(1, 2),
     noise=(0.0, 0.0), mixup=(0.0, 0.0), batch_size=32, learned_epochs=5, pairs=0, grid=5,
     scratch=0,
 )
@@ -746,7 +748,8 @@ FULL = Config(
     seeds=(0,), task="images", model="openai/clip-vit-base-patch32", data="imagenet",
     trainer="one_by_one", members=71, include_init=True, held_out=0.02, lr=(1e-6, 1e-4),
     noise=(0.0, 0.0), augment_ops=(0, 2), batch_size=256, warmup=500, precision="bf16",
-    probe_l2=1e-6, stack_device="cpu", pairs=20, grid=9, scratch=0, workers=16, learned_epochs=5, checkpoint_every=2000,
+    probe_l2=1e-6, stack_device="cpu", pairs=20, grid=9, scratch=0, workers=16, learned_epochs=5,
+    checkpoint_every=2000,
 )
 
 # %% ../../nbs/arithmetic/01_model_soups.ipynb #6dcad87e
@@ -837,7 +840,7 @@ class _CopyBatches:
         smoothing = self.smoothing[:live, None].expand(y.shape).to(x)
         return x, _soft_targets(y, y.flip(1), shares, smoothing, self.n_classes)
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #d61883ce
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #7f7089b1
 def train_copies(
     model: nn.Module,  # the architecture (no BatchNorm, no dropout); not changed
     starts: Sequence[Mapping[str, Tensor]],  # k starting points; often k times the same one
@@ -856,8 +859,9 @@ def train_copies(
     steps = [math.ceil(r["epochs"] * len(x) / batch_size) for r in recipes]
     order = sorted(range(len(recipes)), key=lambda i: -steps[i])
     shapes = {n: p.shape for n, p in model.named_parameters()}
-    theta = torch.stack([torch.cat([starts[i][n].detach().flatten() for n in shapes]) for i in order])
-    theta, counts = theta.to(x), torch.tensor([steps[i] for i in order], device=x.device)
+    flat = [torch.cat([starts[i][n].detach().flatten() for n in shapes]) for i in order]
+    theta = torch.stack(flat).to(x)
+    counts = torch.tensor([steps[i] for i in order], device=x.device)
     m, v = torch.zeros_like(theta), torch.zeros_like(theta)
     rates, decays = (torch.tensor([recipes[i].get(k, 0.0) for i in order]).to(x)[:, None]
                      for k in ("lr", "weight_decay"))
@@ -872,7 +876,7 @@ def train_copies(
     row = {i: theta[j] for j, i in enumerate(order)}
     return [_unpack(row[i], shapes, starts[i]) for i in range(len(order))]
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #3dea46d8
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #25fd0643
 def _split(flat: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     "Views of the last axis of `flat` in the shapes of the parameters."
     parts = flat.split([s.numel() for s in shapes.values()], dim=-1)
@@ -881,7 +885,9 @@ def _split(flat: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
             for (n, s), p in zip(shapes.items(), parts, strict=True)}
 
 
-def _gradients(model: nn.Module, shapes: Mapping, theta: Tensor, x: Tensor, target: Tensor) -> Tensor:
+def _gradients(
+    model: nn.Module, shapes: Mapping, theta: Tensor, x: Tensor, target: Tensor
+) -> Tensor:
     "The gradient [k, d] of each copy's loss on its own batch."
     leaves = {n: p.requires_grad_() for n, p in _split(theta.detach(), shapes).items()}
     logits = torch.func.vmap(lambda p, b: functional_call(model, p, (b,)))(leaves, x)
@@ -1151,7 +1157,7 @@ class _ClipClassifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #5bc3e1f4
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #1bc342d6
 def _groups(images: _Images, classes: list[str]) -> list[list[int]] | None:
     "For each class of a test set the training classes that it means; None: the same ones."
     if images.classes == classes:
@@ -1175,7 +1181,8 @@ def _images_task(cfg: Config, seed: int) -> _Task:
         raise ValueError(f"{cfg.model} is {type(clip).__name__}: give a CLIP model")
     size = clip.vision_model.config.image_size
     pool = _Images(root / "train", size, cfg.workers)
-    shifts = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in ("train", "val"))
+    shifts = sorted(p.name for p in root.iterdir()
+                    if p.is_dir() and p.name not in ("train", "val"))
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
     order = order[: cfg.limit or None]
     cut = len(order) - max(1, round(cfg.held_out * len(order)))
@@ -1324,7 +1331,7 @@ def _train_members(
             run.stage(f"{name}-{i}-trained", lambda i=i: one(i))
     return paths
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #36d652ef
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #5e635837
 def _accuracy_on(cfg: Config, samples: Any, groups: Any = None) -> Callable[[nn.Module], float]:
     "A score function: accuracy on a data set."
     labels = _labels(samples)
@@ -1344,8 +1351,9 @@ def _make_soups(
     "Write all soups of one sweep; returns the greedy histories and the learned coefficients."
     score, model, made = _accuracy_on(cfg, task.held_out), task.model, {}
     _write(run, _soup_path(run, name, "uniform soup"), uniform_soup(paths))
+    found = greedy_soup(paths, score, model, scores=scores)
     for title, tie in (("greedy soup", "accept"), ("greedy soup, strict", "reject")):
-        if tie == "accept" or _has_tie(found.history):  # without a tie both rules do the same
+        if tie == "reject" and _has_tie(found.history):  # without a tie both rules do the same
             found = greedy_soup(paths, score, model, tie, scores=scores)
         _write(run, _soup_path(run, name, title), found.state_dict)
         made[title] = {"ingredients": found.ingredients, "history": found.history.to_dict("list")}
@@ -1508,7 +1516,7 @@ def _one_sweep(cfg: Config, run: Run, report: Report, seed: int) -> dict[str, An
         found |= _diagnose(cfg, run, task, best, right, start, found)
     return found | {"right": right, "order": order, "splits": list(task.tests)}
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #bb146bac
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #fba852b3
 def _start(cfg: Config, run: Run, task: _Task, path: Path) -> dict[str, Tensor]:
     "θ0, also as a file; if the head is new, it starts as a linear probe."
     if task.probe:
@@ -1519,7 +1527,8 @@ def _start(cfg: Config, run: Run, task: _Task, path: Path) -> dict[str, Tensor]:
 
 
 def _diagnose(
-    cfg: Config, run: Run, task: _Task, best: list[Path], right: Mapping, start: Mapping, found: Mapping
+    cfg: Config, run: Run, task: _Task, best: list[Path], right: Mapping, start: Mapping,
+    found: Mapping,
 ) -> dict[str, pd.DataFrame]:
     "What tells why: growth, pairs, the control, and for the first seed the picture of the basin."
     seed, made = found["seed"], {}
@@ -1535,7 +1544,7 @@ def _diagnose(
         trio = [start, *(dict(_state(p, p.name)) for p in tuned[:2])]
         made["basin"] = run.stage(f"{name}-basin", lambda: _basin(cfg, task, trio))
         made["line"] = run.stage(f"{name}-line", lambda: _line(cfg, task, *trio[1:]))
-    if cfg.scratch:
+    if cfg.scratch and seed in cfg.seeds[:3]:
         made["scratch"] = run.stage(
             f"{name}-control", lambda: _scratch(cfg, run, task, found["recipes"], name))
     return made
@@ -1638,10 +1647,11 @@ def _sweep_claims(report: Report, parts: Sequence[Mapping[str, Any]]) -> None:
         paper="81.03 vs 81.19, at 1/72 of the cost", source=_FILES, measured=gap, holds=close,
         reason="" if close else "the interval reaches below -1.5 points", unit="points")
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #6663e7b0
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #d16e7571
 def _theory_claims(report: Report, parts: Sequence[Mapping[str, Any]]) -> None:
     "What the paper says of why soups work, and what cannot be measured here."
-    pairs = report.tables.get("pairs", pd.DataFrame(columns=["predicted", "true", "angle", "advantage"]))
+    none = pd.DataFrame(columns=["predicted", "true", "angle", "advantage"])
+    pairs = report.tables.get("pairs", none)
     for text, source, x, y in (
         ("The approximation predicts where soup and ensemble differ in loss (rank correlation)",
          "Section 4", "predicted", "true"),
@@ -1658,8 +1668,9 @@ def _theory_claims(report: Report, parts: Sequence[Mapping[str, Any]]) -> None:
         fell = bool(soup < alone / 2)
         report.claim(
             "Without a common starting point the average of the weights collapses",
-            paper="stated, no figure", source="Section 1", measured=f"{alone:.1f} % -> {soup:.1f} %",
-            holds=fell, reason="" if fell else "the soup kept more than half of the accuracy")
+            paper="stated, no figure", source="Section 1", holds=fell,
+            measured=f"{alone:.1f} % -> {soup:.1f} %",
+            reason="" if fell else "the soup kept more than half of the accuracy")
     report.claim(
         "A soup of ViT-G models sets a new state of the art on ImageNet", paper="90.94 vs 90.88",
         source="Table 1", measured="not run", holds=None,
@@ -1736,7 +1747,7 @@ def _outline() -> list:
 
     return [patheffects.withStroke(linewidth=2.5, foreground="black")]
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #b6f68c8c
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #f2641828
 _CONTRASTS = (("uniform soup", "members (mean)"), ("uniform soup", "ensemble of all"),
               ("greedy soup", "best on held-out"), ("learned soup", "greedy soup"))
 
@@ -1773,8 +1784,8 @@ def _theory_figure(pairs: pd.DataFrame) -> Any:
     left.legend()
     right.scatter(pairs["angle"], pairs["advantage"], s=18, alpha=0.6, color=plots.COLORS["blue"])
     right.axhline(0, color=plots.COLORS["black"], lw=1)
-    right.set(xlabel="angle between two fine-tunes, degrees", ylabel="interpolation advantage, points",
-              title="What averaging two models gains")
+    right.set(xlabel="angle between two fine-tunes, degrees",
+              ylabel="interpolation advantage, points", title="What averaging two models gains")
     return fig
 
 # %% ../../nbs/arithmetic/01_model_soups.ipynb #68a1f907
@@ -1815,9 +1826,10 @@ def experiment(
     _figures(cfg, report, parts, accuracies, sweep)
     return report
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #85291399
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #d22037c6
 def _figures(
-    cfg: Config, report: Report, parts: Sequence[Mapping], accuracies: pd.DataFrame, sweep: pd.DataFrame
+    cfg: Config, report: Report, parts: Sequence[Mapping], accuracies: pd.DataFrame,
+    sweep: pd.DataFrame,
 ) -> None:
     "All figures of a report."
     tables, k = report.tables, cfg.members + cfg.include_init
@@ -1832,7 +1844,7 @@ def _figures(
                   "mean and 95 % interval.")
     if "pairs" in tables:
         report.figure("theory", _theory_figure(tables["pairs"]), "The approximation against the "
-                      "truth, and interpolation advantage against angle: a dot per pair of members.")
+                      "truth; interpolation advantage against angle. A dot per pair of members.")
 
 # %% ../../nbs/arithmetic/01_model_soups.ipynb #5d5ba638
 def _activation_bytes(model: nn.Module, x: Tensor) -> int:

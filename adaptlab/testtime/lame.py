@@ -7,8 +7,8 @@ __all__ = ['Method', 'SMALL', 'FULL', 'nearest_neighbors', 'knn_affinity', 'rbf_
            'LameInfo', 'laplacian_optimization', 'lame', 'logits_and_features', 'Probabilities', 'LAME',
            'OnlineAdaptation', 'AdaBN', 'Tent', 'ShotIM', 'PseudoLabel', 'zipf_shares', 'stream_order', 'image_data',
            'labels_and_groups', 'ShiftedImages', 'small_network', 'MergedClasses', 'load_network', 'Config',
-           'candidates', 'Bench', 'stream_accuracy', 'run_scenarios', 'choose', 'cross_scenarios', 'batch_size_study',
-           'network_study', 'time_per_batch', 'energy_study', 'experiment', 'estimate']
+           'candidates', 'Bench', 'one_per_seed', 'stream_accuracy', 'run_scenarios', 'choose', 'cross_scenarios',
+           'batch_size_study', 'network_study', 'time_per_batch', 'energy_study', 'experiment', 'estimate']
 
 # %% ../../nbs/testtime/01_lame.ipynb #1bbb9a11
 import copy
@@ -747,7 +747,7 @@ def _prepare(dataset: Any, processor: Any, kinds: list, indices: Tensor) -> Tens
             x[row] = data.corrupt(x[row][None], *kind, seed=i)[0]
     return (x - mean) / std
 
-# %% ../../nbs/testtime/01_lame.ipynb #20a9e57a
+# %% ../../nbs/testtime/01_lame.ipynb #426e6d05
 def _augment(x: Tensor) -> Tensor:
     "Each image turned by up to 20 degrees, with noise of standard deviation up to 0.1."
     angle = torch.deg2rad(40 * torch.rand(len(x)) - 20)
@@ -758,14 +758,15 @@ def _augment(x: Tensor) -> Tensor:
 
 
 _SMALL_NETWORKS: dict[str, tuple[Callable[[], nn.Module], float, int]] = {  # lr, epochs
-    "cnn": (models.SmallCNN, 5e-3, 8),
-    "mlp": (models.MLP, 2e-3, 8),
-    "vit": (partial(models.TinyViT, dim=48, depth=2), 3e-3, 8),
+    "cnn": (models.SmallCNN, 5e-3, 6),
+    "mlp": (models.MLP, 2e-3, 6),
+    "vit": (partial(models.TinyViT, dim=48, depth=2), 3e-3, 6),
 }
 
 
 def small_network(
     name: Literal["cnn", "mlp", "vit"],  # architecture
+    seed: int = 0,  # of the weights and of the training
 ) -> nn.Module:  # trained, in eval mode
     "A digit classifier trained for a few epochs with light augmentation; kept in the cache."
     architecture, lr, epochs = _SMALL_NETWORKS[name]
@@ -774,13 +775,13 @@ def small_network(
         digits = data.as_tensors(image_data("mnist5k", "train"))
         how = {"epochs": epochs, "batch_size": 64, "device": "cpu", "progress": False}
         adam = partial(torch.optim.Adam, lr=lr)
-        train.fit(model, digits, _augmented_loss, optimizer=adam, **how)
+        train.fit(model, digits, _augmented_loss, optimizer=adam, seed=seed, **how)
 
     def build() -> nn.Module:
         return architecture().to(memory_format=torch.channels_last)  # faster convolutions
 
     recipe = {"name": f"lame-{name}", "data": "mnist5k train", "lr": lr, "epochs": epochs}
-    recipe |= {"augment": "rotation 20, noise 0.1", "layout": "channels_last"}
+    recipe |= {"augment": "rotation 20, noise 0.1", "layout": "channels_last", "seed": seed}
     return models.cached(recipe, build, fit)
 
 
@@ -817,15 +818,16 @@ class MergedClasses(nn.Module):
         merged = merged.scatter_add(1, self.class_map[kept].expand_as(p), p)
         return merged.clamp_min(torch.finfo(p.dtype).tiny).log()
 
-# %% ../../nbs/testtime/01_lame.ipynb #186a785b
+# %% ../../nbs/testtime/01_lame.ipynb #173fd788
 def load_network(
     name: str,  # "cnn", "mlp", "vit", a hub id or a folder
     class_map: str = "",  # JSON file with the list that `MergedClasses` takes; "": none
     device: str | torch.device = "auto",  # where to put it
+    seed: int = 0,  # of a small network's training
 ) -> tuple[nn.Module, Any, str]:  # classifier, image processor or None, name of its head
     "A frozen image classifier."
     if name in _SMALL_NETWORKS:
-        model, processor = small_network(name).to(models.resolve_device(device)), None
+        model, processor = small_network(name, seed).to(models.resolve_device(device)), None
     else:
         model, processor = models.load(name, device, task="image-classification")
     head = _head_name(model, None)
@@ -896,7 +898,7 @@ def candidates(
     steps = [{"lr": lr, "bn_momentum": m} for lr, m in product(cfg.lrs, cfg.bn_momenta)]
     return {method: grids.get(method, steps) for method in ("source", *cfg.methods)}
 
-# %% ../../nbs/testtime/01_lame.ipynb #c2df796f
+# %% ../../nbs/testtime/01_lame.ipynb #8a16c3fa
 class Bench:
     "A frozen network and one part of the data: its images under each shift, its outputs on them."
 
@@ -906,10 +908,12 @@ class Bench:
         run: Run,  # keeps the outputs
         part: Literal["test", "validation"],  # which data
         network: str = "",  # "": `cfg.model`
+        seed: int = 0,  # of a small network's training
     ):
-        self.cfg, self.run, self.part, self.network = cfg, run, part, network or cfg.model
+        self.cfg, self.run, self.part = cfg, run, part
+        self.network, self.seed = network or cfg.model, seed
         self.device = models.resolve_device(cfg.device)
-        loaded = load_network(self.network, cfg.class_map, self.device)
+        loaded = load_network(self.network, cfg.class_map, self.device, seed)
         self.model, self.processor, self.head = loaded
         self.dataset = image_data(getattr(cfg, f"{part}_data"), getattr(cfg, f"{part}_split"))
         self.labels, self.groups = labels_and_groups(self.dataset)
@@ -926,7 +930,7 @@ class Bench:
     def outputs(self, shift: str) -> dict[str, Tensor]:  # logits [N, K], features [N, d]
         "What the frozen network says of every image: one pass, kept with the run."
         if shift not in self._outputs:
-            name = _file_name("outputs", self.part, self.network, shift)
+            name = _file_name("outputs", self.part, self.network, self.seed, shift)
             self._outputs[shift] = self.run.stage(name, partial(_forward_all, self, shift))
         return self._outputs[shift]
 
@@ -934,9 +938,19 @@ class Bench:
         "A stream of this part of the data."
         mixture = torch.arange(len(self.labels)) % len(_parse_shift(shift))
         n = getattr(self.cfg, f"n_{self.part}")
-        return stream_order(self.labels, stream, n, seed, self.groups | {"corruption": mixture})
+        return stream_order(self.labels, stream, n, seed, {"corruption": mixture} | self.groups)
 
-# %% ../../nbs/testtime/01_lame.ipynb #b78a1c57
+# %% ../../nbs/testtime/01_lame.ipynb #6d7278e4
+def one_per_seed(
+    cfg: Config,  # settings; its seeds
+    run: Run,  # keeps the outputs
+) -> dict[int, Bench]:  # seed -> test bench
+    "Small networks are trained anew for each seed; a pretrained network is there once."
+    if cfg.model in _SMALL_NETWORKS:
+        return {seed: Bench(cfg, run, "test", seed=seed) for seed in cfg.seeds}
+    return dict.fromkeys(cfg.seeds, Bench(cfg, run, "test"))
+
+
 def _file_name(*parts: Any) -> str:
     return re.sub(r"[^\w.+-]", "_", "-".join(map(str, parts)))
 
@@ -950,7 +964,7 @@ def _forward_all(bench: Bench, shift: str) -> dict[str, Tensor]:
         features.append(found[1].float().cpu())
     return {"logits": torch.cat(logits), "features": torch.cat(features)}
 
-
+# %% ../../nbs/testtime/01_lame.ipynb #c2aa0532
 def stream_accuracy(
     bench: Bench,  # network and data
     methods: Sequence[tuple[str, dict[str, Any]]],  # (method, its settings), each from scratch
@@ -975,7 +989,7 @@ def stream_accuracy(
             right[i] += int((scores.argmax(1) == bench.labels[batch]).sum())
     return [100 * r / len(order) for r in right]
 
-# %% ../../nbs/testtime/01_lame.ipynb #990b25a3
+# %% ../../nbs/testtime/01_lame.ipynb #35eb5fde
 _COLUMNS = ["shift", "stream", "seed", "method", "settings", "accuracy"]
 
 
@@ -994,15 +1008,14 @@ def _scenario(
 
 
 def run_scenarios(
-    bench: Bench,  # network and data
+    benches: dict[int, Bench],  # seed of the stream -> network and data
     shifts: Sequence[str],  # of the images
     streams: Sequence[str],  # orders of arrival
-    seeds: Sequence[int],  # one stream each
     settings: dict[str, list[dict]],  # method -> settings to run
 ) -> pd.DataFrame:  # columns shift, stream, seed, method, settings (JSON), accuracy (percent)
     "All scenarios: shifts x streams x seeds. Each is kept, so that a run can be resumed."
     tables = []
-    for shift, stream, seed in product(shifts, streams, seeds):
+    for shift, stream, (seed, bench) in product(shifts, streams, benches.items()):
         name = _file_name(bench.part, shift, stream, seed)
         work = partial(_scenario, bench, shift, stream, seed, settings)
         tables.append(bench.run.stage(name, work))
@@ -1031,15 +1044,15 @@ def cross_scenarios(
             rows += [(method, tuned_on, scenario, value) for scenario, value in row.items()]
     return pd.DataFrame(rows, columns=["method", "tuned_on", "scenario", "change"])
 
-# %% ../../nbs/testtime/01_lame.ipynb #34c6072e
+# %% ../../nbs/testtime/01_lame.ipynb #4d0b8aa6
 def batch_size_study(
-    bench: Bench,  # network and data
+    benches: dict[int, Bench],  # seed of the stream -> network and data
     settings: dict[str, Any],  # of LAME
 ) -> pd.DataFrame:  # columns batch_size, shift, stream, seed, source, LAME (percent)
     "LAME on all test streams with several batch sizes."
-    cfg, rows = bench.cfg, []
+    cfg, rows = next(iter(benches.values())).cfg, []
     methods = [("source", {}), ("LAME", settings)]
-    for shift, stream, seed in product(cfg.shifts, cfg.streams, cfg.seeds):
+    for shift, stream, (seed, bench) in product(cfg.shifts, cfg.streams, benches.items()):
         order = bench.order(shift, stream, seed)
         for size in cfg.batch_sizes:
             found = stream_accuracy(bench, methods, shift, order, size)
@@ -1048,15 +1061,16 @@ def batch_size_study(
 
 
 def network_study(
-    cfg: Config,  # settings
-    run: Run,  # keeps the outputs
+    benches: dict[int, Bench],  # seed of the stream -> network and data, of `cfg.model`
     settings: dict[str, Any],  # of LAME, chosen with `cfg.model`
 ) -> pd.DataFrame:  # columns network, shift, stream, seed, source, LAME (percent)
     "Source and LAME, with the same setting, on every network."
     rows, methods = [], [("source", {}), ("LAME", settings)]
+    cfg, run = next((bench.cfg, bench.run) for bench in benches.values())
     for network in (cfg.model, *cfg.networks):
-        bench = Bench(cfg, run, "test", network)
-        for shift, stream, seed in product(cfg.shifts, cfg.streams, cfg.seeds):
+        if network != cfg.model:
+            benches = dict.fromkeys(cfg.seeds, Bench(cfg, run, "test", network))
+        for shift, stream, (seed, bench) in product(cfg.shifts, cfg.streams, benches.items()):
             order = bench.order(shift, stream, seed)
             found = stream_accuracy(bench, methods, shift, order, cfg.batch_size)
             rows.append((network, shift, stream, seed, *found))
@@ -1143,7 +1157,7 @@ def _cross_figure(cross: pd.DataFrame, methods: Sequence[str]) -> plt.Figure:
     fig.colorbar(image, ax=axes, label="change (points)")
     return fig
 
-# %% ../../nbs/testtime/01_lame.ipynb #fd12fc9f
+# %% ../../nbs/testtime/01_lame.ipynb #24286f9c
 def _size_figure(sizes: pd.DataFrame) -> plt.Figure:
     "Change against batch size, one line per order of arrival."
     sizes = sizes.assign(
@@ -1158,6 +1172,7 @@ def _size_figure(sizes: pd.DataFrame) -> plt.Figure:
     mean = sizes.groupby("batch_size")["change"].mean()
     text = ", ".join(f"{change:+.1f} at {size}" for size, change in mean.items())
     ax.set_title(f"Mean over streams: {text}")
+    ax.legend(title="stream", loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
 
@@ -1265,7 +1280,7 @@ def _figures(
     report.figure("batch_size", _size_figure(sizes), "Change against batch size")
     report.figure("energy", _energy_figure(energies), "Energy along the iteration")
 
-# %% ../../nbs/testtime/01_lame.ipynb #ad643e92
+# %% ../../nbs/testtime/01_lame.ipynb #fb46c5cf
 def experiment(
     cfg: Config,  # settings
     run: Run,  # where results are kept
@@ -1273,20 +1288,23 @@ def experiment(
     "Choose one setting per method on validation streams, then compare on test streams."
     report, plain = run.report(cfg), [m for m in cfg.methods if not m.startswith("LAME-")]
     rivals = [m for m in cfg.methods if m in _ONLINE]
-    validation, test = Bench(cfg, run, "validation"), Bench(cfg, run, "test")
     with report.timer("validation"):
-        where = (cfg.validation_shifts, cfg.validation_streams, cfg.validation_seeds)
-        tried = run_scenarios(validation, *where, candidates(cfg))
+        bench = Bench(cfg, run, "validation", seed=cfg.seeds[0])
+        benches = dict.fromkeys(cfg.validation_seeds, bench)
+        where = (cfg.validation_shifts, cfg.validation_streams)
+        tried = run_scenarios(benches, *where, candidates(cfg))
     best = choose(tried)
     settings = {m: json.loads(s) for m, s in zip(best.method, best.settings, strict=True)}
     with report.timer("test"):
         chosen = {method: [setting] for method, setting in settings.items()}
-        tested = run_scenarios(test, cfg.shifts, cfg.streams, cfg.seeds, chosen)
+        tests = one_per_seed(cfg, run)
+        tested = run_scenarios(tests, cfg.shifts, cfg.streams, chosen)
     with report.timer("studies"):
-        sizes = run.stage("batch_sizes", partial(batch_size_study, test, settings["LAME"]))
-        networks = run.stage("networks", partial(network_study, cfg, run, settings["LAME"]))
-        seconds = run.stage("seconds", partial(time_per_batch, test, settings))
-        energies = run.stage("energies", partial(energy_study, test))
+        sizes = run.stage("batch_sizes", partial(batch_size_study, tests, settings["LAME"]))
+        networks = run.stage("networks", partial(network_study, tests, settings["LAME"]))
+        first = tests[cfg.seeds[0]]
+        seconds = run.stage("seconds", partial(time_per_batch, first, settings))
+        energies = run.stage("energies", partial(energy_study, first))
     cross = cross_scenarios(tried)
     tables = {"tried": tried, "chosen": best, "cross": cross, "tested": tested, "sizes": sizes,
               "networks": networks, "energies": energies}

@@ -159,6 +159,17 @@ def test_descent_identity(seed, weight):
     torch.testing.assert_close(fall, kl + 0.5 * weight * ((w @ step) * step).sum())
 
 
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), weight=st.floats(0.1, 5))
+def test_energy_falls_when_no_eigenvalue_is_below_minus_one_over_lambda(seed, weight):
+    logits, _ = batch(seed=seed)
+    values, vectors = torch.linalg.eigh(psd(24, seed) - 1.5 * torch.eye(24).double())
+    w = (vectors * values.clamp_min(-1 / weight)) @ vectors.T
+    assert torch.linalg.eigvalsh(w)[0] < -0.1
+    info = laplacian_optimization(logits, (w + w.T) / 2, weight, return_info=True)[1]
+    assert (torch.tensor(info.energies, dtype=torch.float64).diff() <= 1e-9).all()
+
+
 @pytest.mark.parametrize("name", ["rbf", "linear"])
 def test_twins_agree(name):
     logits, x = batch()
@@ -482,7 +493,7 @@ def test_full_scale_path(full_scale, tmp_path, monkeypatch):
     assert len(report.claims) >= 8
     monkeypatch.setattr(lesson, "stream_accuracy", None)  # a resumed run computes nothing again
     bench = lesson.Bench(cfg, core.Run(run.folder, "lame", "full"), "test")
-    again = lesson.run_scenarios(bench, cfg.shifts, cfg.streams, cfg.seeds, {})
+    again = lesson.run_scenarios(dict.fromkeys(cfg.seeds, bench), cfg.shifts, cfg.streams, {})
     assert again.equals(tested)
 
 
