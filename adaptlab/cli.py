@@ -61,7 +61,7 @@ def show_paper(args: argparse.Namespace) -> int:
             print(f"{name:<28} {str(small[name]):<28} {full[name]}")
     return OK
 
-# %% ../nbs/core/10_cli.ipynb #75ee6aa6
+# %% ../nbs/core/10_cli.ipynb #8bf0e220
 def _settings(paper: str, scale: str, rest: list[str]):
     "The preset of `scale`, changed by the options in `rest`."
     import tyro
@@ -83,7 +83,6 @@ def run_paper(args: argparse.Namespace) -> int:
     "Run a lesson's experiment, print its claims, and tell where the report is."
     from adaptlab import experiment
 
-    catalog.find(args.paper)
     slug = catalog.find(args.paper).slug
     config = _settings(slug, args.scale, args.rest)
     root = Path(args.root) if args.root else experiment.runs_root()
@@ -134,7 +133,7 @@ def fetch_models(args: argparse.Namespace) -> int:
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, in the cache")
     return OK
 
-# %% ../nbs/core/10_cli.ipynb #cbc9cf92
+# %% ../nbs/core/10_cli.ipynb #ca710989
 def open_lab(args: argparse.Namespace) -> int:
     "Open JupyterLab at a lesson, or at the course's index."
     project = _project()
@@ -157,6 +156,8 @@ def open_lab(args: argparse.Namespace) -> int:
         f"--notebook-dir={project}",
         f"--LabApp.default_url=/lab/tree/nbs/{target}",
     ]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")  # in a container; Jupyter refuses root otherwise
     return subprocess.call([*command, *args.rest])
 
 

@@ -623,18 +623,16 @@ def check_compatible(
     plan = _plan([open_state(s) for s in states], skip)
     return [n for n in plan.names if n not in plan.skip]
 
-# %% ../nbs/core/06_weights.ipynb #e664c718
+# %% ../nbs/core/06_weights.ipynb #80335862
 _COUNTERS = ("num_batches_tracked",)  # integers that may differ: they only count
 
 
-def _is_finite(x: Tensor) -> bool:
-    "Whether there is neither NaN nor infinity, in one pass and without a copy."
-    if not x.numel() or not x.dtype.is_floating_point:
+def _fits(x: Tensor, dtype: torch.dtype) -> bool:
+    "Whether all entries are numbers that `dtype` can hold; one pass, no copy."
+    if not x.numel():
         return True
-    if x.dtype.itemsize == 1:  # 8-bit floats have no arithmetic of their own
-        x = x.float()
-    low, high = x.detach().aminmax()  # both are NaN if any entry is
-    return bool(torch.isfinite(low) and torch.isfinite(high))
+    low, high = x.aminmax()  # both are NaN if any entry is
+    return bool(max(-low, high) <= torch.finfo(dtype).max)
 
 
 def _add_to(total: Tensor, x: Tensor, factor: float) -> None:
@@ -687,7 +685,7 @@ class _Operands:
                 raise ValueError(f"{bad} entries of {name} in {label} are NaN or infinite")
         raise ValueError(f"the result for {name} is too large for {dtype}")
 
-# %% ../nbs/core/06_weights.ipynb #633f5fba
+# %% ../nbs/core/06_weights.ipynb #ca72a255
 Combine = Callable[[Iterator[Tensor]], Tensor]  # pieces of the operands -> piece of the result
 
 
@@ -699,10 +697,9 @@ def _combined(
     iterators = operands.pieces(name)
 
     def checked(piece):
-        result = piece.to(dtype)
-        if not _is_finite(result):  # casting keeps NaN and infinity, and can only add some
+        if not _fits(piece, dtype):
             operands.blame(name, dtype)
-        return result
+        return piece.to(dtype)
 
     for _ in range(0, operands.states[0].specs[name].numel, _PIECE):
         yield checked(combine(next(iterator) for iterator in iterators))
