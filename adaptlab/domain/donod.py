@@ -545,7 +545,7 @@ class DonodPruner:
         order = np.argsort(-self.scores["closeness"].to_numpy(), kind="stable")
         return order[: math.ceil(self.keep * len(order))]
 
-# %% ../../nbs/domain/01_donod.ipynb #494bc4b4
+# %% ../../nbs/domain/01_donod.ipynb #3c7dac71
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     "Settings of the DONOD experiment."
@@ -553,7 +553,7 @@ class Config(BaseConfig):
     tracks: tuple[Literal["digits", "llm"], ...] = ("digits", "llm")  # which experiments
     keep: float = bounded(0.3, above=0, high=1)  # share of the samples to keep
     probe_lr: float = bounded(1e-3, above=0)  # learning rate of the probing step
-    budgets: tuple[float, ...] = bounded((0.1, 0.2, 0.3, 0.5, 0.7), above=0, high=1)  # digits
+    budgets: tuple[float, ...] = bounded((0.1, 0.3, 0.5, 0.7), above=0, high=1)  # digits
     digits_noise: float = bounded(0.4, low=0, below=1)  # share of random wrong labels, digits
     digits_steps: int = bounded(400, low=1)  # fine-tuning steps, digits
     model: str = "smollm2"  # language model that scores and is tuned
@@ -566,10 +566,10 @@ class Config(BaseConfig):
     other_config: str | None = None  # its configuration on the hub
     other_split: str = "test"  # its split
     noise: float = bounded(0.3, low=0, below=1)  # share of answers permuted among themselves
-    n_train: int | None = bounded(90, low=4)  # training samples; None: all
-    n_test: int | None = bounded(24, low=2)  # test samples per domain; None: all
+    n_train: int | None = bounded(80, low=4)  # training samples; None: all
+    n_test: int | None = bounded(20, low=2)  # test samples per domain; None: all
     score_batch: int = bounded(8, low=1)  # samples per forward pass when scoring
-    sft_steps: int = bounded(5, low=1)  # fine-tuning steps per subset
+    sft_steps: int = bounded(4, low=1)  # fine-tuning steps per subset
     sft_batch: int = bounded(8, low=1)  # samples per step, over all processes
     sft_lr: float = bounded(1e-3, above=0)  # learning rate of fine-tuning (LoRA)
     lora_rank: int = bounded(16, low=1)  # rank of LoRA

@@ -680,10 +680,12 @@ def test_nan_and_infinity_are_named(value, where):
             call()
 
 
-def test_overflow_is_named():
-    big = {"w": torch.full((3,), 6e4).half()}
-    with pytest.raises(ValueError, match="result for w is too large for torch.float16"):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_overflow_is_named(dtype):
+    big = {"w": torch.full((3,), torch.finfo(dtype).max * 0.9).to(dtype)}
+    with pytest.raises(ValueError, match=f"result for w is too large for {dtype}"):
         add(big, big)
+    assert torch.equal(average([big, big])["w"].float(), big["w"].float())
 
 
 @pytest.mark.parametrize(
