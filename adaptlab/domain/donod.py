@@ -545,7 +545,7 @@ class DonodPruner:
         order = np.argsort(-self.scores["closeness"].to_numpy(), kind="stable")
         return order[: math.ceil(self.keep * len(order))]
 
-# %% ../../nbs/domain/01_donod.ipynb #3c7dac71
+# %% ../../nbs/domain/01_donod.ipynb #4003a496
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     "Settings of the DONOD experiment."
@@ -566,7 +566,7 @@ class Config(BaseConfig):
     other_config: str | None = None  # its configuration on the hub
     other_split: str = "test"  # its split
     noise: float = bounded(0.3, low=0, below=1)  # share of answers permuted among themselves
-    n_train: int | None = bounded(80, low=4)  # training samples; None: all
+    n_train: int | None = bounded(60, low=4)  # training samples; None: all
     n_test: int | None = bounded(20, low=2)  # test samples per domain; None: all
     score_batch: int = bounded(8, low=1)  # samples per forward pass when scoring
     sft_steps: int = bounded(4, low=1)  # fine-tuning steps per subset
