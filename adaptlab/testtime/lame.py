@@ -1200,7 +1200,7 @@ def _say(report: Report, text: str, paper: str, source: str, measured: Any, hold
     report.claim(text, paper=paper, source=source, measured=measured, holds=holds, unit=unit,
                  reason="" if holds else why_not)
 
-# %% ../../nbs/testtime/01_lame.ipynb #4262f5af
+# %% ../../nbs/testtime/01_lame.ipynb #b33cbb28
 def _claims_on_streams(report: Report, tested: pd.DataFrame, rivals: list[str]) -> None:
     "What the test streams say."
     wide = tested.pivot_table("accuracy", ["stream", "shift", "seed"], "method", sort=False)
@@ -1227,7 +1227,7 @@ def _claims_on_streams(report: Report, tested: pd.DataFrame, rivals: list[str]) 
         _say(report, "On shuffled streams LAME costs next to nothing", "-0.0, worst -1.2",
              "validation grid", change, change.low > -1.2, "it reaches below -1.2")
 
-
+# %% ../../nbs/testtime/01_lame.ipynb #a8847552
 def _claims_on_tuning(report: Report, cross: pd.DataFrame, rivals: Sequence[str]) -> None:
     "What happens when a setting is used elsewhere than where it was chosen."
     change = cross.groupby("method")["change"].agg(["min", "max"])
