@@ -167,7 +167,7 @@ def _lent(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[nn.Module
         for module, mode in modes:
             module.training = mode
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #0cde59f0
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #b83240b2
 def _score(
     score_fn: Callable, model: nn.Module | None, state: Mapping[str, Tensor], name: str
 ) -> float:
@@ -199,13 +199,9 @@ class SoupResult:
     ingredients: list[int]  # numbers of the models in it, in the order in which they were added
     scores: list[float]  # score of each candidate alone, in the order in which they were given
     history: pd.DataFrame  # a row per model tried: candidate, alone, soup (score with it), accepted
+    score: float  # of the finished soup, on the held-out data
 
-    @property
-    def score(self) -> float:
-        "The soup's own score on the held-out data."
-        return float(self.history.loc[self.history["accepted"], "soup"].iloc[-1])
-
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #d6e12b15
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #b9b4c4e9
 def _finite_scores(scores: Sequence[float], candidates: list[Candidate]) -> list[float]:
     "Scores that are known already, checked."
     numbers = [float(s) for s in scores]
@@ -226,7 +222,7 @@ def _order(order: Sequence[int] | None, scores: list[float]) -> list[int]:
         raise ValueError(f"order = {found}: it must name each of the models 0 to {k - 1} once")
     return found
 
-
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #0a4e99ed
 def _wide(dtype: torch.dtype) -> torch.dtype:
     "Where to add up: float32 at least."
     return torch.promote_types(dtype, torch.float32)
@@ -249,7 +245,7 @@ def _alone(
                f"model {i}")
         for i, c in enumerate(candidates)]
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #19511d1b
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #432f194c
 def greedy_soup(
     candidates: Sequence[Candidate],  # k models; paths and functions are read when needed
     score_fn: Callable,  # state dict (or the filled `model`) -> number, higher is better
@@ -287,7 +283,7 @@ def greedy_soup(
             ingredients.append(i)
     history = pd.DataFrame(rows, columns=["candidate", "alone", "soup", "accepted"])
     soup = arithmetic.load_state(_cast(arithmetic.open_state(mean), kinds.__getitem__))
-    return SoupResult(soup, ingredients, scores, history)
+    return SoupResult(soup, ingredients, scores, history, best)
 
 # %% ../../nbs/arithmetic/01_model_soups.ipynb #547e445c
 class _Mix(torch.autograd.Function):
@@ -427,7 +423,7 @@ class _Mixture(nn.Module):
         self._stack.apply(fn)
         return super()._apply(fn, recurse)
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #5f4e038f
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #1f897c7a
 class LearnedSoup(_Mixture):
     """β · f(x; Σ αᵢ θᵢ), α = softmax(`raw`) row by row, `raw` = 0 and β = 1 at first (Appendix I).
 
@@ -458,7 +454,7 @@ class LearnedSoup(_Mixture):
         lr: float = 0.05,  # learning rate of AdamW (no weight decay)
         epochs: float = 5,  # passes over the data
         **options: Any,  # more of `train.fit`: batch_size (256 unless a DataLoader), seed...
-    ) -> train.FitResult:
+    ) -> train.FitResult:  # history of the loss, number of steps, seconds
         "Train `raw` and `beta` on data that no ingredient was trained on; report on a third set."
         if not isinstance(loader, torch.utils.data.DataLoader):
             options.setdefault("batch_size", min(256, len(loader)))
@@ -555,7 +551,7 @@ def _dataset_logits(model: nn.Module, state: Mapping, loader: Iterable) -> tuple
         raise ValueError("the loader yields no batch")
     return torch.cat([p[0].double().cpu() for p in pairs]), torch.cat([p[1].cpu() for p in pairs])
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #9d927b02
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #76778c33
 def soup_ensemble_gap(
     model: nn.Module,  # the architecture, filled with each set of weights; unchanged afterwards
     sd0: Candidate,  # one end of the line
@@ -564,7 +560,7 @@ def soup_ensemble_gap(
     alpha: float = 0.5,  # place on the line, 0 to 1
     beta: float = 1.0,  # factor on the logits
     step: float = 0.05,  # h of the central difference
-) -> SoupEnsembleGap:
+) -> SoupEnsembleGap:  # true and predicted difference of the losses, in nats
     "α(1-α)/2 · (-d²L_soup/dα² + β² E Var[Δf]) against L_soup - L_ens (Section 4, cross-entropy)."
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha = {alpha}: it must lie in [0, 1]")
@@ -589,7 +585,7 @@ def soup_ensemble_gap(
     return SoupEnsembleGap(soup_loss - ensemble_loss, predicted, curvature, variance,
                            soup_loss, ensemble_loss)
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #a7a95257
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #2aee7292
 @dataclass(frozen=True)
 class LossPlane:
     "Flat coordinates, in units of weight distance, on the plane through three models."
@@ -599,7 +595,12 @@ class LossPlane:
     y2: float  # its height over the line through models 0 and 1
 
     @classmethod
-    def through(cls, sd0: Candidate, sd1: Candidate, sd2: Candidate) -> "LossPlane":
+    def through(
+        cls,
+        sd0: Candidate,  # model 0, the origin
+        sd1: Candidate,  # model 1, on the x-axis
+        sd2: Candidate,  # model 2, above it
+    ) -> "LossPlane":  # their plane
         "The plane through three models; `ValueError` if they lie on one line."
         states = [_state(s, f"sd{i}") for i, s in enumerate((sd0, sd1, sd2))]
         u, v = (arithmetic.task_vector(s, states[0]) for s in states[1:])
@@ -610,11 +611,15 @@ class LossPlane:
         return cls(x1, length * cosine, length * math.sqrt(1 - cosine**2))
 
     @property
-    def points(self) -> list[tuple[float, float]]:
+    def points(self) -> list[tuple[float, float]]:  # (x, y) of models 0, 1, 2
         "Coordinates of the three models."
         return [(0.0, 0.0), (self.x1, 0.0), (self.x2, self.y2)]
 
-    def shares(self, x: float, y: float) -> list[float]:
+    def shares(
+        self,
+        x: float,  # first coordinate
+        y: float,  # second coordinate
+    ) -> list[float]:  # three weights, sum 1; negative outside the triangle
         "Weights of the three models, sum 1, whose mix lies at (x, y)."
         w2 = y / self.y2
         w1 = (x - w2 * self.x2) / self.x1
@@ -697,7 +702,7 @@ from functools import lru_cache
 from .. import data, evaluate, models, plots
 from ..experiment import BaseConfig, Report, Run, bounded, rank, world_size
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #10e9b0cc
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #a0ff2d3e
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     "Settings of a sweep, of the soups made of it, and of what is measured on them."
@@ -728,19 +733,19 @@ class Config(BaseConfig):
     learned_batch: int = bounded(256, low=1)  # samples per step of the learned soup
     stack_device: str = "auto"  # where the learned soup keeps all models: "auto", "cpu"
     pairs: int = bounded(15, low=0)  # pairs of members for angle and approximation, per seed
-    grid: int = bounded(13, low=3)  # points per side of the picture of the basin
-    scratch: int = bounded(5, low=0)  # members of the control with different starting points
+    grid: int = bounded(11, low=3)  # points per side of the picture of the basin
+    scratch: int = bounded(6, low=0)  # members of the control (different starts), first 3 seeds
     eval_batch: int = bounded(1024, low=1)  # samples per forward pass in evaluation
     workers: int = bounded(1, low=1)  # threads that read images
     checkpoint_every: int = bounded(0, low=0)  # steps between checkpoints of a member; 0: none
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #98a99eff
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #7cc76ee4
 SMALL = Config(seeds=tuple(range(10, 16)))
 
 TEXT = Config(
     seeds=(10,), task="text", model="minilm", data="cldr_territories", trainer="one_by_one",
-    members=4, include_init=True, held_out=0.3, limit=660, lr=(1e-4, 1e-3), epochs=(1, 2),
-    noise=(0.0, 0.0), mixup=(0.0, 0.0), batch_size=32, learned_epochs=5, pairs=0, grid=5,
+    members=4, include_init=True, held_out=0.3, limit=800, lr=(3e-4, 3e-3), epochs=(1, 2),
+    noise=(0.0, 0.0), mixup=(0.0, 0.0), batch_size=32, learned_epochs=2, pairs=0, grid=5,
     scratch=0,
 )
 
@@ -900,7 +905,7 @@ def _unpack(flat: Tensor, shapes: Mapping, start: Mapping[str, Tensor]) -> dict[
     trained = {n: p.clone() for n, p in _split(flat, shapes).items()}
     return {key: trained.get(key, value) for key, value in start.items()}
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #97db43c0
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #172535cf
 @dataclass
 class _Task:
     "What a sweep works on."
@@ -932,9 +937,9 @@ def _turned(
 
 
 _DIGIT_SHIFTS = {
-    "rotation": {"angles": (30, 40)},
-    "noise": {"noise": 0.6},
-    "dim": {"scale": 0.5},
+    "more rotation": {"angles": (30, 40)},
+    "more noise": {"noise": 0.6},
+    "less light": {"scale": 0.5},
     "blur": {"kind": "blur"},
     "occlusion": {"kind": "occlusion", "severity": 3},
 }
@@ -976,12 +981,12 @@ def _digits_task(cfg: Config, seed: int) -> _Task:
         torch.utils.data.TensorDataset(tuned[cut:], y[pool][cut:]),
         {n: (torch.utils.data.TensorDataset(t, y[test]), None) for n, t in tests.items()})
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #026b1bb9
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #48d643dc
 _LANGUAGES = ("cs", "de", "en", "es", "fi", "fr", "hu", "it", "nl", "pl", "pt", "tr")
 
 
-class _LastLayer(nn.Module):
-    "The last layer of a BERT-like encoder on stored hidden states, mean pooling and a head."
+class _TopLayer(nn.Module):
+    "One layer of a BERT-like encoder on stored hidden states, mean pooling and a head."
 
     def __init__(self, layer: nn.Module, width: int, n_classes: int):
         super().__init__()
@@ -1007,10 +1012,10 @@ def _names(kind: str, limit: int, seed: int) -> tuple[list[str], Tensor]:
     rows = rows.iloc[order]
     return rows["name"].tolist(), torch.tensor([_LANGUAGES.index(c) for c in rows["language"]])
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #3e761e4e
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #fe4ccf2f
 @torch.no_grad()
 def _hidden(encoder: nn.Module, tokenizer: Any, texts: list[str]) -> Tensor:
-    "Input of the last layer, [N, 8, width], zero where there is padding."
+    "Input of the layer that is fine-tuned, [N, 8, width], zero where there is padding."
     tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=8,
                        return_tensors="pt").to(encoder.device)
     parts = []
@@ -1026,12 +1031,12 @@ def _hidden(encoder: nn.Module, tokenizer: Any, texts: list[str]) -> Tensor:
 def _text_task(cfg: Config, seed: int) -> _Task:
     "Names of territories to tune and test on; names of languages as the shift."
     encoder, tokenizer = models.load(cfg.model, cfg.device, "float32")
-    last = encoder.encoder.layer[-1]
-    encoder.encoder.layer = encoder.encoder.layer[:-1]  # the rest is frozen: run it once
+    layers = encoder.encoder.layer
+    last, encoder.encoder.layer = layers[1], layers[:1]  # what is below `last` runs only once
     texts, y = _names(cfg.data, cfg.limit + cfg.limit // 3, seed)
     moved, moved_y = _names("cldr_languages", cfg.limit // 3, seed)
     x, moved = _hidden(encoder, tokenizer, texts), _hidden(encoder, tokenizer, moved)
-    model = _LastLayer(last, encoder.config.hidden_size, len(_LANGUAGES)).eval()
+    model = _TopLayer(last, encoder.config.hidden_size, len(_LANGUAGES)).eval()
     pool = len(x) * 3 // 4
     cut = round(pool * (1 - cfg.held_out))
     parts = [torch.utils.data.TensorDataset(x[a:b], y[a:b])
@@ -1080,7 +1085,7 @@ _AUGMENTATIONS: list[Callable] = [
     _affine(lambda s, w, h: (1, 0, 0, 0, 1, 0.45 * s * h)),
 ]
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #d8fecce1
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #14fdec04
 class _Images(torch.utils.data.Dataset):
     "Images of a folder of class folders, read by a pool of threads, ready for CLIP."
 
@@ -1103,12 +1108,6 @@ class _Images(torch.utils.data.Dataset):
         part.paths, part.labels = [self.paths[i] for i in rows.tolist()], self.labels[rows]
         return part
 
-    def augmented(self, recipe: Mapping[str, Any]) -> "_Images":
-        "The same images, with RandAugment as the recipe says."
-        part = copy.copy(self)
-        part.ops, part.strength = recipe["augment_ops"], recipe["augment_strength"]
-        return part
-
     def __len__(self) -> int:
         return len(self.paths)
 
@@ -1116,11 +1115,13 @@ class _Images(torch.utils.data.Dataset):
         from concurrent.futures import ThreadPoolExecutor
 
         seed = int(torch.randint(2**31, ()))  # drawn here: threads must not share a generator
-        with ThreadPoolExecutor(self.workers) as pool:
-            return list(pool.map(lambda i: (self._read(i, seed), self.labels[i]), rows))
 
-    def _read(self, i: int, seed: int) -> Tensor:
-        return _pixels(self.paths[i], self.size, self.ops, self.strength, (seed, i))
+        def read(i: int) -> tuple[Tensor, Tensor]:
+            pixels = _pixels(self.paths[i], self.size, self.ops, self.strength, (seed, i))
+            return pixels, self.labels[i]
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(read, rows))
 
 # %% ../../nbs/arithmetic/01_model_soups.ipynb #c821bc9c
 def _pixels(path: Path, size: int, ops: int, strength: int, seed: tuple[int, int]) -> Tensor:
@@ -1263,7 +1264,7 @@ def _right(logits: Tensor, labels: Tensor, groups: list[list[int]] | None) -> Te
 
 _TASKS = {"digits": _digits_task, "text": _text_task, "images": _images_task}
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #50aed499
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #96f62c4a
 def _member_loss(recipe: Mapping[str, Any], n_classes: int) -> Callable:
     "The loss of one member: noise, mixup and label smoothing as its recipe says."
     def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -1285,7 +1286,9 @@ def _train_one(cfg: Config, task: _Task, start: Mapping, recipe: Mapping, folder
     "Fine-tune one member with `train.fit`; a killed run goes on from its last checkpoint."
     model = copy.deepcopy(task.model)
     model.load_state_dict(start)
-    samples = task.train.augmented(recipe) if isinstance(task.train, _Images) else task.train
+    samples = copy.copy(task.train)
+    if isinstance(samples, _Images):
+        samples.ops, samples.strength = recipe["augment_ops"], recipe["augment_strength"]
     checkpoints = {"checkpoint_dir": folder, "checkpoint_every": cfg.checkpoint_every}
     train.fit(
         model, samples, _member_loss(recipe, model.head.out_features), epochs=recipe["epochs"],
@@ -1331,7 +1334,7 @@ def _train_members(
             run.stage(f"{name}-{i}-trained", lambda i=i: one(i))
     return paths
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #5e635837
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #f76f1744
 def _accuracy_on(cfg: Config, samples: Any, groups: Any = None) -> Callable[[nn.Module], float]:
     "A score function: accuracy on a data set."
     labels = _labels(samples)
@@ -1344,7 +1347,7 @@ def _batches(cfg: Config, samples: Any) -> Any:
         return torch.utils.data.DataLoader(samples, batch_size=cfg.eval_batch)
     return list(zip(*(t.split(cfg.eval_batch) for t in samples.tensors), strict=True))
 
-
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #e108b4e3
 def _make_soups(
     cfg: Config, run: Run, task: _Task, paths: list[Path], scores: list[float], name: str
 ) -> dict[str, Any]:
@@ -1361,8 +1364,8 @@ def _make_soups(
     for title, per in (("learned soup", "tensor"), ("learned soup, per model", "model")):
         pot = LearnedSoup(model, paths, per, place)
         samples = task.held_out if isinstance(task.held_out, _Images) else task.held_out.tensors
-        pot.fit(samples, epochs=cfg.learned_epochs, seed=0,
-                batch_size=min(cfg.learned_batch, len(task.held_out)))
+        batch = min(cfg.learned_batch, len(task.held_out)) // world_size() * world_size()
+        pot.fit(samples, epochs=cfg.learned_epochs, seed=0, batch_size=max(batch, world_size()))
         _write(run, _soup_path(run, name, title), pot.to_state_dict())
         made[title] = {"beta": pot.beta.item(), "alpha": pot.alpha().mean(0).tolist()}
     return made
@@ -1419,7 +1422,7 @@ def _growth(cfg: Config, task: _Task, best: list[Path], right: Mapping) -> pd.Da
         rows.append(("ensemble of the best m", m, 100 * float(ensemble)))
     return pd.DataFrame(rows, columns=["recipe", "models", "accuracy"])
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #0f090e45
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #46e3a3fd
 def _pairs(
     cfg: Config, task: _Task, paths: list[Path], accuracy: list[float], start: Mapping, seed: int
 ) -> pd.DataFrame:
@@ -1435,7 +1438,7 @@ def _pairs(
                      "predicted": gap.predicted})
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #760e6dfc
 def _basin(cfg: Config, task: _Task, states: Sequence[Mapping]) -> pd.DataFrame:
     "Test error on a grid of the plane through three models (start, and two fine-tunes)."
     plane = LossPlane.through(*states)
@@ -1590,7 +1593,7 @@ def _accuracies(parts: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         for p in parts for r in _RECIPES]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #07267553
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #d0ff12ec
 def _contrast(parts: Sequence[Mapping], a: str, b: str, shifted: bool = False) -> evaluate.Estimate:
     "Accuracy of recipe a minus that of b, in points, on the task or (mean) on its shifts."
     pairs = [[_weighted(p, r, _shift_names(p) if shifted else ["test"]) for r in (a, b)]
@@ -1600,12 +1603,17 @@ def _contrast(parts: Sequence[Mapping], a: str, b: str, shifted: bool = False) -
     return evaluate.paired_difference(*pairs[0])
 
 
-def _better(report: Report, text: str, estimate: evaluate.Estimate, **known: str) -> None:
-    "A claim that a difference is positive: its interval decides."
+def _better(report: Report, parts: Sequence[Mapping], text: str, a: str, b: str,
+            shifted: bool = False, **known: str) -> None:
+    "The claim that recipe a is better than b: the interval of the difference decides."
+    estimate = _contrast(parts, a, b, shifted)
     holds = True if estimate.low > 0 else False if estimate.high < 0 else None
-    reasons = {None: "the interval contains 0", False: "the difference has the other sign"}
-    report.claim(text, measured=estimate, holds=holds, reason=reasons.get(holds, ""),
-                 unit="points", **known)
+    reason = {None: "the interval contains 0", False: "the difference is negative"}.get(holds, "")
+    ceiling = _contrast(parts, "ensemble of all", b, shifted)
+    if holds is not True and b == "best on held-out" and ceiling.low <= 0:
+        reason += (f"; here not even the ensemble of all is better ({ceiling:+.2f} points), so "
+                   "there is little that averaging could gain")
+    report.claim(text, measured=estimate, holds=holds, reason=reason, unit="points", **known)
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> evaluate.Estimate | None:
@@ -1621,7 +1629,7 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> evaluate.Estimate | None:
         return None
     return evaluate.bootstrap(ranks, pearson)
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #9b4de0f1
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #7497c255
 _FILES = "the code's result files, ImageNet top-1"
 _SHIFTED = "the code's result files, mean of 5 shifts"
 
@@ -1629,17 +1637,16 @@ _SHIFTED = "the code's result files, mean of 5 shifts"
 def _sweep_claims(report: Report, parts: Sequence[Mapping[str, Any]]) -> None:
     "What the paper says of soups of a sweep."
     best, greedy, uniform = "best on held-out", "greedy soup", "uniform soup"
-    _better(report, "The uniform soup is better than its ingredients are on average",
-            _contrast(parts, uniform, "members (mean)"), paper="79.97 vs 77.93", source=_FILES)
-    _better(report, "The greedy soup is better than the best single model",
-            _contrast(parts, greedy, best), paper="81.03 vs 80.39", source=_FILES)
-    _better(report, "The greedy soup is better than the best single model under shift",
-            _contrast(parts, greedy, best, True), paper="50.86 vs 47.97", source=_SHIFTED)
-    _better(report, "The uniform soup is better than the best single model under shift",
-            _contrast(parts, uniform, best, True), paper="51.58 vs 47.97", source=_SHIFTED)
-    _better(report, "The learned soup is better than the greedy soup",
-            _contrast(parts, "learned soup", greedy), paper="81.38 vs 81.03",
-            source="README of the code")
+    _better(report, parts, "The uniform soup is better than its ingredients are on average",
+            uniform, "members (mean)", paper="79.97 vs 77.93", source=_FILES)
+    _better(report, parts, "The greedy soup is better than the best single model",
+            greedy, best, paper="81.03 vs 80.39", source=_FILES)
+    _better(report, parts, "The greedy soup is better than the best single model under shift",
+            greedy, best, True, paper="50.86 vs 47.97", source=_SHIFTED)
+    _better(report, parts, "The uniform soup is better than the best single model under shift",
+            uniform, best, True, paper="51.58 vs 47.97", source=_SHIFTED)
+    _better(report, parts, "The learned soup is better than the greedy soup",
+            "learned soup", greedy, paper="81.38 vs 81.03", source="a comment in the code")
     gap = _contrast(parts, greedy, "ensemble of all")
     close = True if gap.low > -1.5 else False if gap.high < -1.5 else None
     report.claim(
@@ -1676,7 +1683,7 @@ def _theory_claims(report: Report, parts: Sequence[Mapping[str, Any]]) -> None:
         source="Table 1", measured="not run", holds=None,
         reason="ViT-G/14 pre-trained on JFT-3B is not public")
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #fa8d08be
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #0115e11e
 _STARS = {"uniform soup": ("blue", "*"), "greedy soup": ("vermillion", "*"),
           "learned soup": ("green", "*"), "best on held-out": ("black", "o"),
           "ensemble of all": ("purple", "D")}
@@ -1707,13 +1714,15 @@ def _scatter_figure(accuracies: pd.DataFrame, sweep: pd.DataFrame, cost: int) ->
 def _growth_figure(growth: pd.DataFrame) -> Any:
     "Accuracy against the number of models, best first."
     ax = plots.curves(growth, "models", "accuracy", hue="recipe",
-                      title="The first few models give most of the gain")
+                      title="More models, best first")
     ax.set_xscale("log", base=2)
+    sizes = sorted(growth["models"].unique())
+    ax.set_xticks(sizes, sizes)
     ax.set_xlabel("number of models m, best on held-out data first")
     ax.set_ylabel("accuracy on the task, %")
     return ax.figure
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #0e3a0974
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #2d5f6bd2
 def _basin_figure(basin: pd.DataFrame, line: pd.DataFrame) -> Any:
     "The plane through start and two members, and the line between the two members."
     import matplotlib.pyplot as plt
@@ -1725,7 +1734,9 @@ def _basin_figure(basin: pd.DataFrame, line: pd.DataFrame) -> Any:
     fig.colorbar(filled, ax=left, label="test error, %")
     for (_, row), marker in zip(marks.iterrows(), "XoD", strict=True):
         left.plot(row["x"], row["y"], marker, color="white", ms=9, mec="black")
-        left.annotate(row["model"], (row["x"], row["y"]), (6, 8), textcoords="offset points",
+        far = row["x"] > table.columns.to_series().quantile(0.7)  # keep the words inside
+        left.annotate(row["model"], (row["x"], row["y"]), (-6 if far else 6, 8),
+                      textcoords="offset points", ha="right" if far else "left",
                       color="white", weight="bold", path_effects=_outline())
     middle = marks.iloc[1:][["x", "y"]].mean()
     left.plot(*middle, "*", color=plots.COLORS["orange"], ms=16, mec="black")
@@ -1747,16 +1758,17 @@ def _outline() -> list:
 
     return [patheffects.withStroke(linewidth=2.5, foreground="black")]
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #f2641828
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #1dc12551
 _CONTRASTS = (("uniform soup", "members (mean)"), ("uniform soup", "ensemble of all"),
-              ("greedy soup", "best on held-out"), ("learned soup", "greedy soup"))
+              ("ensemble of all", "best on held-out"), ("greedy soup", "best on held-out"),
+              ("learned soup", "greedy soup"))
 
 
 def _seeds_figure(parts: Sequence[Mapping[str, Any]]) -> Any:
     "Differences between recipes: a dot per seed, mean and interval."
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained", sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained", sharey=True)
     for ax, shifted in zip(axes, (False, True), strict=True):
         for y, (a, b) in enumerate(_CONTRASTS):
             each = [_contrast([p], a, b, shifted).value for p in parts]
@@ -1770,7 +1782,7 @@ def _seeds_figure(parts: Sequence[Mapping[str, Any]]) -> Any:
         ax.set_title("Under shift" if shifted else "On the task")
     return fig
 
-
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #2167614a
 def _theory_figure(pairs: pd.DataFrame) -> Any:
     "Predicted and true gap, and advantage against angle, a dot per pair of members."
     import matplotlib.pyplot as plt
@@ -1788,7 +1800,7 @@ def _theory_figure(pairs: pd.DataFrame) -> Any:
               ylabel="interpolation advantage, points", title="What averaging two models gains")
     return fig
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #68a1f907
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #a9c0a795
 def _sweep_table(cfg: Config, parts: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     "Hyper-parameters and accuracies of every member, in percent."
     rows = []
@@ -1807,7 +1819,7 @@ def _sweep_table(cfg: Config, parts: Sequence[Mapping[str, Any]]) -> pd.DataFram
 def experiment(
     cfg: Config,  # settings
     run: Run,  # where files, stages and the report go
-) -> Report:
+) -> Report:  # claims, tables, figures
     "Sweep, soups, tests; the same at every scale."
     report = run.report(cfg)
     parts = [_one_sweep(cfg, run, report, seed) for seed in cfg.seeds]
@@ -1846,23 +1858,23 @@ def _figures(
         report.figure("theory", _theory_figure(tables["pairs"]), "The approximation against the "
                       "truth; interpolation advantage against angle. A dot per pair of members.")
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #5d5ba638
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #5e1c111c
 def _activation_bytes(model: nn.Module, x: Tensor) -> int:
     "Bytes that autograd keeps for one backward pass; works on the meta device."
+    own = {p.untyped_storage()._cdata for p in model.parameters()}  # their views cost nothing
     kept: dict[int, int] = {}
 
     def keep(t: Tensor) -> Tensor:
-        if not isinstance(t, nn.Parameter):
-            kept[id(t.untyped_storage())] = t.numel() * t.element_size()
-            alive.append(t)
+        storage = t.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
         return t
 
-    alive: list[Tensor] = []  # an id means something only as long as its object lives
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model(x)
-    return sum(kept.values())
+        out = model(x)  # kept alive: its graph holds the storages that are being counted
+    return sum(kept.values()) if out.requires_grad else 0
 
-
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #a87a9953
 def estimate(
     cfg: Config,  # the settings
     model: nn.Module,  # the architecture; may be on the meta device

@@ -1,0 +1,697 @@
+"""CorDA: what must hold, agreement with PEFT, what is refused, the full-scale path in small."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+from adaptlab import experiment as core
+from adaptlab import models
+from adaptlab.adapters import (
+    adapters,
+    attach,
+    count_parameters,
+    detach,
+    enabled,
+    load,
+    merge,
+    merge_and_unload,
+    save,
+    to_peft,
+    trainable_parameters,
+    unmerge,
+)
+from adaptlab.lowrank import corda as lesson
+from adaptlab.lowrank.corda import (
+    FULL,
+    SMALL,
+    CordaAdapter,
+    CorDAConfig,
+    Covariance,
+    add_inputs,
+    collect_covariance,
+    context_svd,
+    corda_adapter,
+    corda_to_lora,
+    damped,
+    final_number,
+    get_corda_model,
+    oriented_svd,
+    starting_factors,
+    truncate,
+)
+
+ROOT = Path(__file__).parents[2]
+SHAPES = [(12, 8), (8, 12), (10, 10)]
+MODES = ["ipm", "kpm"]
+
+
+def matrix(out, width, seed=0):
+    return torch.randn(out, width, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def inputs(n, width, seed=1, decay=-1.5):
+    x = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+    return x @ matrix(width, width, seed + 1).float() * torch.logspace(0, decay, width)
+
+
+def covariance(width, n=300, **kw):
+    return add_inputs(Covariance.zeros(width), inputs(n, width, **kw))
+
+
+def llama(**kw):
+    torch.manual_seed(0)
+    return models.tiny_llama(**({"hidden_size": 32, "layers": 2} | kw))
+
+
+def token_batches(n=4, length=24, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(4, 260, (2, length), generator=g)} for _ in range(n)]
+
+
+@torch.no_grad()
+def shake(model, size=0.02):
+    "Move the adapters as training would."
+    torch.manual_seed(1)
+    for p in trainable_parameters(model):
+        p += size * torch.randn_like(p)
+
+
+# ---------------------------------------------------------------- decomposition
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", ["corda", "svd", "asvd", "whiten"])
+def test_the_decomposition_is_exact(shape, method):
+    W, C = matrix(*shape), covariance(shape[1])
+    U, S, Vhat = oriented_svd(W, C, method)
+    assert (U @ S.diag() @ Vhat - W).norm() <= 1e-5 * W.norm()
+    R = min(shape)
+    assert U.shape == (shape[0], R) and S.shape == (R,) and Vhat.shape == (R, shape[1])
+    torch.testing.assert_close(U.T @ U, torch.eye(R).double())
+    assert (S.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_are_orthonormal_after_the_context_only(shape):
+    W, C = matrix(*shape), covariance(shape[1])
+    Cd, _, _ = damped(C)
+    _, _, Vhat = context_svd(W, C)
+    eye = torch.eye(min(shape)).double()
+    torch.testing.assert_close((Vhat @ Cd) @ (Vhat @ Cd).T, eye)
+    assert not torch.allclose(Vhat @ Vhat.T, eye, atol=0.1)
+
+
+@pytest.mark.parametrize("k", [0, 1, 4, 8])
+def test_truncation_is_optimal_in_its_own_norm(k):
+    W, C = matrix(12, 8), covariance(8)
+    Cd, L, _ = damped(C)
+    S = context_svd(W, C)[1]
+    cut = {m: W - truncate(W, C, k, m) for m in ("corda", "svd", "asvd", "whiten")}
+    weighted = {m: float((d @ Cd).norm()) for m, d in cut.items()}
+    output = {m: float((d @ L).norm()) for m, d in cut.items()}
+    assert weighted["corda"] == pytest.approx(float(S[k:].norm()), rel=1e-6, abs=1e-8)
+    assert all(weighted["corda"] <= w + 1e-8 for w in weighted.values())
+    assert all(output["whiten"] <= o + 1e-8 for o in output.values())
+    assert output["corda"] <= output["svd"] + 1e-8
+    g = torch.Generator().manual_seed(k)
+    for _ in range(20 if k else 0):  # any other matrix of this rank is worse
+        near = truncate(W, C, k) + 0.1 * torch.randn(12, 8, generator=g).double()
+        other = truncate(near, None, k, "svd")
+        assert ((W - other) @ Cd).norm() >= weighted["corda"] - 1e-8
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_scale_and_white_inputs(mode):
+    W, C = matrix(12, 8).float(), covariance(8)
+
+    def start(C, scaling=1.0):
+        A, B = starting_factors(W, C, 3, mode, scaling)
+        return scaling * B @ A
+
+    torch.testing.assert_close(start(1e6 * C.matrix), start(C), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(start(C, 4.0), start(C))
+    for c in (1e-6, 1.0, 1e6):
+        torch.testing.assert_close(start(c * torch.eye(8)), start(None), rtol=1e-5, atol=1e-5)
+
+
+def test_damping_copes_with_rank_deficiency_and_doubles_when_it_must():
+    x = torch.randn(3, 8).double()
+    Cd, L, used = damped(x.T @ x)
+    assert used == 0.01
+    torch.testing.assert_close(L @ L.T, Cd)
+    C = torch.diag(torch.tensor([1.0] * 7 + [-0.0])).double()
+    C[0, 1] = C[1, 0] = 1.1  # an eigenvalue of -0.1: not a covariance, within reach of damping
+    assert damped(C)[2] > 0.01
+    C[0, 1] = C[1, 0] = 1e9
+    with pytest.raises(ValueError, match="can't be inverted"):
+        damped(C)
+
+
+# ---------------------------------------------------------------- covariance
+
+
+def test_covariance_is_a_running_mean_and_leaves_padding_out():
+    x = inputs(6 * 10, 8).view(6, 10, 8)
+    keep = torch.arange(10) >= torch.tensor([0, 3, 7, 0, 5, 9])[:, None]  # padding on the left
+    once = add_inputs(Covariance.zeros(8), x, keep)
+    stream = Covariance.zeros(8)
+    for rows in (slice(0, 1), slice(1, 5), slice(5, 6)):
+        add_inputs(stream, x[rows], keep[rows])
+    torch.testing.assert_close(once.matrix, stream.matrix, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(once.mean_abs, stream.mean_abs, rtol=1e-5, atol=1e-6)
+    rows = x[keep].double()
+    torch.testing.assert_close(once.matrix, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
+    assert once.tokens == int(keep.sum()) and once.samples == 6
+    assert torch.equal(once.matrix, once.matrix.T) or torch.allclose(once.matrix, once.matrix.T)
+    assert torch.linalg.eigvalsh(once.matrix).min() > -1e-6
+    single = add_inputs(Covariance.zeros(8), x[0, 0])
+    assert single.tokens == single.samples == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*rank-deficient")
+def test_collection_ignores_padding_whatever_stands_there():
+    model, ids = llama(), token_batches(1, 20)[0]["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    other = torch.where(mask.bool(), ids, 7)
+    a, b = (collect_covariance(model, [{"input_ids": i, "attention_mask": mask}])
+            for i in (ids, other))
+    for name in a:
+        torch.testing.assert_close(a[name].matrix, b[name].matrix)
+        assert a[name].tokens == 32
+
+
+def test_layers_that_share_an_input_share_a_covariance():
+    model = llama()
+    found = collect_covariance(model, token_batches())
+    assert len(found) == 14 and len({id(c) for c in found.values()}) == 8
+    block = "model.layers.0."
+    assert found[block + "self_attn.q_proj"] is found[block + "self_attn.v_proj"]
+    assert found[block + "mlp.gate_proj"] is found[block + "mlp.up_proj"]
+    assert found[block + "self_attn.o_proj"] is not found[block + "self_attn.q_proj"]
+
+
+class Fork(nn.Module):
+    "Two layers on one input, on two inputs, or with a change in between."
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        first = self.a(x)
+        if self.calls == 2:
+            x = 2 * x
+        if self.calls == 3:
+            x.mul_(3)
+        return first + self.b(x)
+
+
+def test_sharing_is_given_up_when_the_inputs_part():
+    batches = [torch.randn(5, 6) for _ in range(4)]
+    total = {"a": 0, "b": 0}
+    for i, x in enumerate(batches):
+        x = x.double()
+        total["a"] = total["a"] + x.T @ x
+        total["b"] = total["b"] + {1: 4.0, 2: 9.0}.get(i, 1.0) * x.T @ x
+    found = collect_covariance(Fork(), [x.clone() for x in batches])
+    for name in "ab":
+        torch.testing.assert_close(found[name].total, total[name], rtol=1e-4, atol=1e-5)
+    with pytest.warns(UserWarning, match="rank-deficient"):
+        shared = collect_covariance(Fork(), batches[:1])
+    assert shared["a"] is shared["b"]
+
+
+def test_a_module_that_runs_twice_counts_twice():
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    x = torch.randn(10, 4)
+    found = collect_covariance(model, [x])["0"]
+    rows = torch.cat([x, layer(x).relu()]).double()
+    torch.testing.assert_close(found.total, (rows.T @ rows).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_collection_leaves_no_trace_even_when_it_fails():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2)).train()
+    model[2].eval()
+    x = torch.randn(30, 4)
+    dropped = collect_covariance(model, [x])
+    still = collect_covariance(model.eval(), [x])
+    torch.testing.assert_close(dropped["2"].matrix, still["2"].matrix)
+    model.train()
+    model[2].eval()
+    bad = x.clone()
+    bad[3, 1] = torch.nan
+    with pytest.raises(ValueError, match="'0'.*NaN"):
+        collect_covariance(model, [x, bad])
+    assert [m.training for m in model] == [True, True, False]
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert torch.is_grad_enabled() and model[0].weight.requires_grad
+
+
+def test_several_passes_give_the_same_model():
+    starts = []
+    for budget in (None, 2e-5):
+        model = llama()
+        get_corda_model(model, CorDAConfig(r=4), calibration_batches=iter(token_batches()),
+                        budget_gib=budget)
+        starts.append({n: a.B0 @ a.A0 for n, a in adapters(model).items()})
+    for name in starts[0]:
+        torch.testing.assert_close(starts[0][name], starts[1][name], rtol=1e-3, atol=1e-5)
+
+
+# ---------------------------------------------------------------- adapter
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("alpha", [None, 1, 64])
+def test_the_start_is_exact(dtype, mode, alpha):
+    model, ids = llama().to(dtype), token_batches(1)[0]["input_ids"]
+    contexts = collect_covariance(model, token_batches())
+    with torch.no_grad():
+        before = model(ids).logits
+        get_corda_model(model, CorDAConfig(r=4, alpha=alpha, mode=mode), contexts)
+        assert torch.equal(model(ids).logits, before)
+        shake(model)
+        assert not torch.equal(model(ids).logits, before)
+        with enabled(model, False):
+            assert torch.equal(model(ids).logits, before)  # the original, not the residual
+        assert torch.equal(detach(model)(ids).logits, before)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_forward_is_the_papers_residual_form(kind):
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 12) if kind == "linear" else Conv1D(12, 8)
+    model, x = nn.Sequential(layer), inputs(30, 8).view(3, 10, 8)
+    C = covariance(8)
+    attach(model, partial(corda_adapter, covariance=C, rank=3, alpha=6, mode="kpm"), ["0"])
+    shake(model)
+    a = adapters(model)["0"]
+    assert a.A.shape == (3, 8) and a.B.shape == (12, 3)
+    assert count_parameters(model)[0] == 3 * (8 + 12)
+    paper = x @ a.residual().T + a.scaling * x @ a.A.T @ a.B.T + layer.bias
+    torch.testing.assert_close(model(x), paper, rtol=1e-5, atol=1e-5)
+    out = model(x)
+    merge(model)
+    torch.testing.assert_close(model(x), out, rtol=1e-5, atol=1e-5)
+    unmerge(model)
+    assert torch.equal(model(x), out)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_full_rank_leaves_no_residual(shape):
+    layer = nn.Linear(shape[1], shape[0])
+    a = corda_adapter(layer, covariance(shape[1]), rank=min(shape))
+    assert a.residual().norm() <= 1e-5 * layer.weight.norm()
+
+
+def test_gradients_reach_only_the_factors():
+    model = llama()
+    get_corda_model(model, CorDAConfig(r=4, mode="kpm"), calibration_batches=token_batches())
+    ids = token_batches(1)[0]["input_ids"]
+    model(input_ids=ids, labels=ids).loss.backward()
+    reached = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.grad is not None}
+    assert reached == {"A", "B"}
+    assert all(p.grad.abs().sum() > 0 for p in trainable_parameters(model))
+
+
+def test_gradients_are_those_of_the_residual_form():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(8, 12), inputs(30, 8)
+    make = partial(corda_adapter, covariance=covariance(8), rank=3)
+    model = attach(nn.Sequential(layer), make, ["0"])
+    shake(model)
+    a = adapters(model)["0"]
+    got = torch.autograd.grad(model(x).square().sum(), [a.A, a.B])
+    out = x @ a.residual().T + a.scaling * x @ a.A.T @ a.B.T + layer.bias
+    for one, other in zip(got, torch.autograd.grad(out.square().sum(), [a.A, a.B]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+def test_life_cycle(tmp_path):
+    model, ids = llama(), token_batches(1)[0]["input_ids"]
+    base = copy.deepcopy(model)
+    config = CorDAConfig(r=4, alpha=8, mode="kpm")
+    get_corda_model(model, config, calibration_batches=token_batches())
+    assert all((B @ A).abs().max() == 0 for A, B in corda_to_lora(model).values())
+    shake(model)
+    with torch.no_grad():
+        tuned = model(ids).logits
+        assert torch.equal(copy.deepcopy(model)(ids).logits, tuned)
+        save(model, tmp_path / "corda.safetensors")
+        again = load(copy.deepcopy(base), tmp_path / "corda.safetensors")
+        assert torch.equal(again(ids).logits, tuned)
+        assert {type(a) for a in adapters(again).values()} == {CordaAdapter}
+        plain = copy.deepcopy(base)
+        for name, (A2, B2) in corda_to_lora(model).items():
+            assert A2.shape[0] == B2.shape[1] == 8
+            plain.get_submodule(name).weight += B2 @ A2
+        torch.testing.assert_close(plain(ids).logits, tuned, rtol=1e-4, atol=1e-5)
+        merged = merge_and_unload(model)
+        assert not adapters(merged)
+        torch.testing.assert_close(merged(ids).logits, tuned, rtol=1e-4, atol=1e-5)
+
+
+def test_gpt2_with_conv1d_layers():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)).eval()
+    batches = [{"input_ids": torch.randint(50, (4, 30))} for _ in range(2)]
+    before = model(**batches[0]).logits
+    get_corda_model(model, CorDAConfig(r=2), calibration_batches=batches)
+    assert len(adapters(model)) == 4 and torch.equal(model(**batches[0]).logits, before)
+
+
+# ---------------------------------------------------------------- agreement with PEFT
+
+
+def peft_side(mode, batches, targets, r=4, alpha=8):
+    "PEFT's covariances, eigenvalues and LoRA after its own preprocessing."
+    peft = pytest.importorskip("peft")
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    model = llama()
+    settings = CordaConfig(corda_method=mode, prune_temporary_fields=False)
+    config = peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=targets,
+                             init_lora_weights="corda", corda_config=settings)
+
+    def run():
+        for batch in batches:  # one sequence per forward pass
+            model(**batch)
+
+    preprocess_corda(model, config, run_model=run)
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "covariance_matrix")}
+    covs = {n: m.covariance_matrix.clone() for n, m in layers.items()}
+    values = {n: m.eigens.S_WC.clone() for n, m in layers.items()}
+    return covs, values, peft.get_peft_model(model, config), config
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_agreement_with_peft(mode, tmp_path):
+    targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    batches = [{"input_ids": b["input_ids"][i:i + 1]}
+               for b in token_batches(20, 40) for i in range(2)]
+    covs, values, theirs, _ = peft_side(mode, batches, targets)
+    ours = llama()
+    mine = collect_covariance(ours, batches, targets, normalize="sample_max")
+    for name in covs:
+        torch.testing.assert_close(mine[name].matrix.float(), covs[name], rtol=1e-4, atol=1e-5)
+        W = ours.get_submodule(name).weight
+        S = context_svd(W, covs[name])[1]
+        chosen = S[:4] if mode == "ipm" else S[-4:]
+        rounding = 1e-6 * float(S[0])  # PEFT's SVD is float32: errors relative to the largest
+        torch.testing.assert_close(chosen.float(), values[name], rtol=1e-4, atol=rounding)
+    get_corda_model(ours, CorDAConfig(r=4, alpha=8, mode=mode, target_modules=targets), covs)
+    peft_layers = theirs.base_model.model
+    for name, a in adapters(ours).items():
+        layer = peft_layers.get_submodule(name)
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        torch.testing.assert_close(a.B @ a.A, B @ A, rtol=0, atol=1e-4)
+        torch.testing.assert_close(a.residual(), layer.base_layer.weight, rtol=0, atol=1e-4)
+
+
+def test_peft_loads_the_export(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, ids = llama(), token_batches(1)[0]["input_ids"]
+    base = copy.deepcopy(model)
+    get_corda_model(model, CorDAConfig(r=4, mode="kpm"), calibration_batches=token_batches())
+    shake(model)
+    to_peft(model, tmp_path / "lora", "somewhere/base")
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "lora")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["r"] == 8
+
+
+# ---------------------------------------------------------------- bad input
+
+W8, C8 = matrix(12, 8).float(), covariance(8).matrix
+NAN = C8.clone()
+NAN[2, 2] = torch.nan
+
+
+@pytest.mark.parametrize("call, error, says", [
+    (lambda: CorDAConfig(r=0), ValueError, "at least 1"),
+    (lambda: CorDAConfig(r=2.5), ValueError, "integer"),
+    (lambda: CorDAConfig(mode="kpa"), ValueError, "'ipm'.*'kpm'"),
+    (lambda: CorDAConfig(alpha=0), ValueError, "positive"),
+    (lambda: CorDAConfig(alpha=float("nan")), ValueError, "positive"),
+    (lambda: CorDAConfig(damp=-1), ValueError, "positive"),
+    (lambda: starting_factors(W8, C8, 9), ValueError, r"rank=9 exceeds min\(out, in\)=8"),
+    (lambda: starting_factors(W8, C8, 2, scaling=0), ValueError, "scaling"),
+    (lambda: starting_factors(W8, C8[:5, :5], 2), ValueError, "has 8 inputs"),
+    (lambda: starting_factors(W8, C8[:5], 2), ValueError, "square"),
+    (lambda: starting_factors(W8, C8.triu(), 2), ValueError, "not symmetric"),
+    (lambda: starting_factors(W8, NAN, 2), ValueError, "NaN"),
+    (lambda: starting_factors(W8, 0 * C8, 2), ValueError, "zero"),
+    (lambda: starting_factors(W8, -C8, 2), ValueError, "negative"),
+    (lambda: starting_factors(W8, Covariance.zeros(8), 2), ValueError, "no tokens"),
+    (lambda: context_svd(W8.to(torch.int8), C8), TypeError, "floating"),
+    (lambda: context_svd(W8.to(torch.float8_e4m3fn), C8), TypeError, "floating"),
+    (lambda: context_svd(W8[0], C8), ValueError, "matrix"),
+    (lambda: context_svd(W8 * torch.nan, C8), ValueError, "NaN"),
+    (lambda: truncate(W8, C8, 9), ValueError, "between 0 and"),
+    (lambda: truncate(W8, C8, 2, "asvd"), ValueError, "collect_covariance"),
+    (lambda: truncate(W8, None, 2), ValueError, "needs C"),
+    (lambda: truncate(W8, C8, 2, "qr"), ValueError, "'whiten'"),
+    (lambda: add_inputs(Covariance.zeros(8), torch.randn(3, 7)), ValueError, "7 channels"),
+    (lambda: add_inputs(Covariance.zeros(8), torch.full((3, 8), torch.inf)), ValueError, "inf"),
+    (lambda: add_inputs(Covariance.zeros(8, "cpu", True), torch.zeros(3, 8)), ValueError, "max"),
+    (lambda: corda_adapter(nn.Embedding(8, 8), C8), TypeError, "nn.Linear"),
+    (lambda: corda_adapter(nn.Conv2d(3, 3, 3)), TypeError, "nn.Linear"),
+])
+def test_bad_numbers_are_refused(call, error, says):
+    with pytest.raises(error, match=says):
+        call()
+
+
+def mixed():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"emb": nn.Embedding(9, 6), "used": nn.Linear(6, 6),
+                          "idle": nn.Linear(6, 6), "conv": nn.Conv2d(1, 1, 1)})
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = mixed()
+        self.head = nn.Linear(6, 9, bias=False)
+        self.head.weight = self.parts["emb"].weight  # tied
+
+    def forward(self, ids):
+        return self.head(self.parts["used"](self.parts["emb"](ids)))
+
+
+IDS = [torch.randint(9, (4, 12))]
+
+
+@pytest.mark.parametrize("targets, batches, error, says", [
+    (["used"], [], ValueError, "no calibration batches"),
+    (["used", "idle"], IDS, ValueError, "never ran.*idle"),
+    (["conv"], IDS, TypeError, "'parts.conv' is Conv2d"),
+    (["emb"], IDS, TypeError, "Embedding"),
+    (["head"], IDS, ValueError, "shares its weight"),
+    (["nothing"], IDS, ValueError, "parts.used"),
+    (["used"], IDS[0], TypeError, "wrap it in a list"),
+    (["used"], {"ids": IDS[0]}, TypeError, "wrap it in a list"),
+    (["used"], ["text"], TypeError, "give a tensor"),
+])
+def test_bad_models_and_batches_are_refused(targets, batches, error, says):
+    model, config = Mixed(), CorDAConfig(r=2, target_modules=targets)
+    with pytest.raises(error, match=says):
+        get_corda_model(model, config, calibration_batches=batches)
+    assert not adapters(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_wrong_use_of_get_corda_model():
+    model, contexts = llama(), collect_covariance(llama(), token_batches())
+    config = CorDAConfig(r=4)
+    with pytest.raises(ValueError, match="either"):
+        get_corda_model(model, config)
+    with pytest.raises(ValueError, match="either"):
+        get_corda_model(model, config, contexts, token_batches())
+    with pytest.raises(ValueError, match="no covariance for"):
+        get_corda_model(model, config, dict(list(contexts.items())[:3]))
+    with pytest.raises(ValueError, match="k_proj.*rank=17 exceeds"):
+        get_corda_model(model, CorDAConfig(r=17), contexts)
+    wrong = contexts | {"model.layers.1.mlp.down_proj": torch.eye(5)}
+    with pytest.raises(ValueError, match="down_proj.*5, 5"):
+        get_corda_model(model, config, wrong)
+    assert not adapters(model)
+    get_corda_model(model, config, contexts)
+    with pytest.raises(ValueError, match="has an adapter already"):
+        get_corda_model(model, config, contexts)
+    with pytest.raises(ValueError, match="normalize"):
+        collect_covariance(model, token_batches(), normalize="max")
+    quantised = llama()
+    weight = quantised.model.layers[0].mlp.up_proj.weight
+    quantised.model.layers[0].mlp.up_proj.weight = nn.Parameter(weight.to(torch.int8), False)
+    with pytest.raises(TypeError, match="up_proj.*floating"):
+        get_corda_model(quantised, config, contexts)
+    with pytest.raises(ValueError, match="no starting factors"):
+        attach(llama(), partial(CordaAdapter, rank=2), ["q_proj"])
+    with pytest.raises(ValueError, match="CordaAdapter"):
+        corda_to_lora(llama())
+
+
+def test_masks_that_do_not_fit():
+    model, ids = llama(), token_batches(1)[0]["input_ids"]
+    with pytest.raises(ValueError, match=r"\[batch, tokens\]"):
+        collect_covariance(model, [{"input_ids": ids, "attention_mask": torch.ones(2, 1, 24, 24)}])
+    bert = models.tiny_bert(hidden_size=16, layers=1, n_classes=2)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = collect_covariance(bert, [batch])
+    assert found["bert.pooler.dense"].tokens == 2  # one vector per sequence
+
+
+# ---------------------------------------------------------------- the experiment at full scale
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    "A tiny random Llama as a folder, and tiny data sets of the real ones' columns."
+    root = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    models.tiny_llama(hidden_size=32, layers=2).save_pretrained(root / "model")
+    models.byte_tokenizer().save_pretrained(root / "model")
+    rows = {
+        "wikitext2": [{"text": f"Sentence {i} is about rivers and mountains."} for i in range(60)],
+        "ptb": [{"sentence": f"the company said {i} shares were sold"} for i in range(60)],
+        "metamath": [{"query": f"What is {i} plus 1?", "response": f"The answer is: {i + 1}"}
+                     for i in range(24)],
+        "nq_open": [{"question": f"who was king number {i}", "answer": ["Louis", "the Sun King"]}
+                    for i in range(30)],
+        "trivia_qa": [{"question": "Who?", "answer": {"aliases": ["A", "B"]}}] * 3,
+        "web_questions": [{"question": "where?", "answers": ["there"]}] * 3,
+        "gsm8k": [{"question": "1+1?", "answer": "It is 2.\n#### 2"}] * 3,
+    }
+    for name, data in rows.items():
+        for part in ("train", "test"):
+            path = root / f"{name}-{part}.jsonl"
+            path.write_text("\n".join(json.dumps(row) for row in data))
+    return root
+
+
+def tiny(world, **changes):
+    "FULL with a model and sizes for a CPU; nothing else changes."
+    small = {
+        "model": str(world / "model"), "data_folder": str(world), "device": "cpu",
+        "calibration_samples": 8, "calibration_length": 48, "calibration_batch": 2,
+        "evaluation_length": 32, "evaluation_chunks": 3, "drop": (0.25, 0.5), "rank": 4,
+        "batch": 4, "micro_batch": 1, "max_length": 320, "answer_tokens": 4, "reasoning_tokens": 6,
+        "lr": 1e-3,
+    }
+    return FULL.replace(**small | changes)
+
+
+def options(config):
+    "The changes as the command line takes them."
+    base, out = FULL.to_dict(), []
+    for name, value in config.to_dict().items():
+        if value != base[name]:
+            values = value if isinstance(value, list) else [value]
+            out += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return out
+
+
+def test_full_scale_path(world, tmp_path):
+    report = core.launch("corda", tiny(world), root=tmp_path)
+    assert set(report.tables["truncation"]["method"]) == {"none", "svd", "asvd", "corda"}
+    assert set(report.tables["truncation"]["text"]) == {"wikitext2", "ptb"}
+    table = report.tables["language"].set_index("method")
+    assert list(table.index) == ["untouched", "LoRA", "PiSSA", "CorDA-IPM", "CorDA-KPM"]
+    assert {"gsm8k", "nq_open", "trivia_qa", "web_questions"} <= set(table.columns)
+    assert len(report.claims) == 6 and {"truncation", "language"} == set(report.figures)
+
+
+def test_full_scale_in_two_processes_is_the_same(world, tmp_path):
+    config = tiny(world, parts=("language",), methods=("corda-ipm",), answers=("nq_open",),
+                  dtype="float32", precision="no", answer_limit=5)
+    alone = core.launch("corda", config, "full", root=tmp_path / "one").tables["language"]
+    env = {**os.environ, "ADAPTLAB_RUNS": str(tmp_path / "two"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", "-m", "adaptlab", "run", "corda", "--scale", "full", *options(config)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = core.runs("corda", tmp_path / "two")[-1]
+    pair = core.load_report(run.folder / "report").tables["language"]
+    numbers = ["knowledge perplexity", "first loss", "last loss", "nq_open"]
+    for name in numbers:
+        expected = alone[name].dropna().tolist()
+        assert pair[name].dropna().tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_broken_run_is_resumed(world, tmp_path, monkeypatch):
+    config = tiny(world, parts=("language",), methods=("lora", "pissa"), answers=(), steps=2)
+    real, calls = lesson._language_run, []
+
+    def dies(lab, method, seed, checkpoints):
+        calls.append(method)
+        if calls == ["lora", "pissa"]:
+            raise KeyboardInterrupt
+        return real(lab, method, seed, checkpoints)
+
+    monkeypatch.setattr(lesson, "_language_run", dies)
+    with pytest.raises(KeyboardInterrupt):
+        core.launch("corda", config, root=tmp_path)
+    report = core.launch("corda", config, root=tmp_path, resume=True)
+    assert calls == ["lora", "pissa", "pissa"] and len(report.tables["language"]) == 3
+
+
+def test_the_model_is_whole_again_after_a_failed_run(world):
+    lab = lesson._Lab(tiny(world, precision="no", dtype="float32", steps=2, lr=1e-3))
+    before = {k: v.clone() for k, v in lab.loaded.model.state_dict().items()}
+    lab.cfg = lab.cfg.replace(knowledge="metamath")  # pairs have no perplexity
+    with pytest.raises(ValueError, match="holds pairs"):
+        lesson._language_run(lab, "corda-ipm", 0, Path("unused"))
+    after = lab.loaded.model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_vision_part_in_small(tmp_path):
+    config = SMALL.replace(parts=("vision",), seeds=(0,), vision_steps=4, vision_every=2,
+                           vision_lrs=(4e-3,), vision_images=100, vision_test=40, vision_context=80)
+    report = core.launch("corda", config, root=tmp_path)
+    named = [lesson.LABELS[m] for m in lesson.VISION_METHODS]
+    assert list(report.tables["vision"]["method"]) == named
+    assert all(c.holds is None for c in report.claims)  # one seed has no interval
+
+
+def test_settings_and_sources_that_are_refused(world):
+    with pytest.raises(TypeError, match="methods.*corda-kpm"):
+        SMALL.replace(methods=("dora",))
+    with pytest.raises(ValueError, match="drop"):
+        SMALL.replace(drop=(1.0,))
+    with pytest.raises(ValueError, match="unknown text source 'wiki'"):
+        lesson.calibration_batches(SMALL, "wiki", models.byte_tokenizer())
+    with pytest.raises(ValueError, match="24 rows"):
+        lesson.calibration_batches(tiny(world, calibration_samples=99), "metamath",
+                                   models.byte_tokenizer())
+    lab = lesson._Lab(tiny(world, lm_eval_tasks=("hellaswag",)))
+    if not pytest.importorskip("importlib.util").find_spec("lm_eval"):
+        with pytest.raises(ImportError, match="adaptlab\\[full\\]"):
+            lesson._lm_eval(lab)
+
+
+def test_final_number():
+    assert final_number("so 3 + 4. The answer is: 7") == 7
+    assert final_number("The answer is: 1. No: The answer is: -1,234.50 dollars") == -1234.5
+    assert final_number("7") is None and final_number("The answer is: seven") is None

@@ -1,0 +1,411 @@
+"""NeuroAda: selection, the sparse forward and backward, life cycle, and the full-scale path."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from adaptlab import adapters, evaluate, models
+from adaptlab.experiment import start_run
+from adaptlab.sparse import neuroada
+from adaptlab.sparse.neuroada import (
+    FULL,
+    SMALL,
+    NeuroAda,
+    NeuroAdaConfig,
+    NeuroAdaLinear,
+    Selection,
+    choose_positions,
+    count_trainable,
+    experiment,
+    gradient_scores,
+    neuroada_linear,
+    select_topk,
+    training_state_bytes,
+    wrap_masked,
+)
+
+RULES = Selection.__args__
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 4))
+
+
+def config(**options):
+    return NeuroAdaConfig(target_modules=("0", "2"), **options)
+
+
+def square(model, x):
+    return model(x).square().mean()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9), st.integers(0, 999))
+def test_topk_has_distinct_largest_columns(d_out, d_in, k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randint(-3, 4, (d_out, d_in), generator=generator).float()  # many ties
+    k = min(k, d_in)
+    found = select_topk(w, k)
+    order = w.abs().sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
+    assert torch.equal(found, order)  # ties: lower column first
+    smallest = select_topk(w, k, "reverse")
+    reverse = w.abs().sort(dim=1, stable=True).indices[:, :k].sort(1).values
+    assert torch.equal(smallest, reverse)
+
+
+@pytest.mark.parametrize("impl", ["gather", "materialize"])
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_gradients_are_the_dense_ones_at_the_positions(impl, k, monkeypatch):
+    monkeypatch.setattr(neuroada, "_TEMPORARY", 10)  # many chunks
+    torch.manual_seed(k)
+    w, b = torch.randn(5, 6).double(), torch.randn(5).double()
+    x = torch.randn(2, 3, 6).double().requires_grad_()
+    idx = select_topk(w, k)
+    theta = torch.randn(5, k).double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, t: neuroada_linear(x, w, b, idx, t, impl=impl), (x, theta)
+    )
+    dense = w.scatter_add(1, idx, theta.detach()).requires_grad_()
+    expected = torch.autograd.grad((x @ dense.T + b).square().sum(), (x, dense))
+    y = neuroada_linear(x, w, b, idx, theta, impl=impl)
+    found = torch.autograd.grad(y.square().sum(), (x, theta))
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1].gather(1, idx))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_every_rule_in_both_implementations(rule, kind, monkeypatch):
+    monkeypatch.setattr(neuroada, "_TEMPORARY", 16)
+    x, outputs, gradients = torch.randn(7, 12), [], []
+    for impl in ("gather", "materialize"):
+        model = net()
+        if kind == "conv1d":
+            torch.manual_seed(1)
+            model = nn.Sequential(Conv1D(9, 12), nn.Tanh(), Conv1D(4, 9))
+        before = model(x)
+        NeuroAda.wrap(model, config(k=2, selection=rule, impl=impl), [x], square)
+        assert torch.equal(model(x), before)
+        assert count_trainable(model)[0] == 2 * (9 + 4)
+        torch.manual_seed(3)
+        for p in adapters.trainable_parameters(model):
+            nn.init.normal_(p)
+        y = model(x)
+        square(model, x).backward()
+        outputs.append(y.detach())
+        gradients.append([p.grad for p in adapters.trainable_parameters(model)])
+        adapters.merge(model)
+        torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-6)
+        adapters.detach(model)
+        assert torch.equal(model(x), before)
+    torch.testing.assert_close(outputs[0], outputs[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_budget_and_distinct_positions(rule):
+    torch.manual_seed(0)
+    weights = {f"h.{i}.{n}": torch.randn(6, 8) for i in range(3) for n in "ab"}
+    found = choose_positions(weights, 2, rule, weights)
+    total = 0
+    for indices, rows in found.values():
+        own = torch.arange(6) if rows is None else rows
+        flat = (own[:, None] * 8 + indices.expand(len(own), -1)).flatten()
+        assert len(flat.unique()) == len(flat)
+        total += len(flat)
+    assert total == 2 * 6 * 6
+    again = choose_positions(weights, 2, rule, weights)
+    assert all(torch.equal(found[n].indices, again[n].indices) for n in found)
+
+
+def test_pooled_rules_pool_where_they_should():
+    weights = {f"h.{i}.{n}": torch.randn(6, 8) for i in range(2) for n in "ab"}
+    sizes = {
+        rule: {n: len(p.indices) for n, p in choose_positions(weights, 2, rule).items()}
+        for rule in ("random_layer", "random_block", "random_global")
+    }
+    assert set(sizes["random_layer"].values()) == {12}
+    block = sizes["random_block"]
+    assert block["h.0.a"] + block["h.0.b"] == 24 == block["h.1.a"] + block["h.1.b"]
+    assert sum(sizes["random_global"].values()) == 48
+    weights["h.1.b"] = weights["h.1.b"] + 100
+    best = choose_positions(weights, 2, "global")
+    assert list(best) == ["h.1.b"]  # all the budget goes to the layer of large weights
+    everything = torch.cat([w.abs().flatten() for w in weights.values()]).topk(48).values
+    flat = weights["h.1.b"].abs()[best["h.1.b"].rows, best["h.1.b"].indices[:, 0]]
+    torch.testing.assert_close(flat.sort().values, everything.sort().values)
+
+
+def test_gradient_selection_takes_the_largest_gradients():
+    model, batches = net(), [torch.randn(4, 12) for _ in range(3)]
+    scores = gradient_scores(model, {"0": model[0]}, batches, square)
+    expected = select_topk(model[0].weight, 2, scores["0"])
+    NeuroAda.wrap(model, config(k=2, selection="gradient"), batches, square)
+    assert torch.equal(model[0].adapter.indices.long(), expected)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_only_the_bypasses_move():
+    model, x = net(), torch.randn(8, 12)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    NeuroAda.wrap(model, config(impl="gather"))
+    adam = torch.optim.AdamW(adapters.trainable_parameters(model), lr=0.1)
+    for _ in range(5):
+        square(model, x).backward()
+        adam.step()
+    for name, p in model.named_parameters():
+        if name in before:
+            assert torch.equal(p, before[name]) and not p.requires_grad and p.grad is None
+        else:
+            assert p.requires_grad and p.abs().sum() > 0
+
+
+def test_bias_and_whole_modules_can_be_trained_too():
+    model = net()
+    NeuroAda.wrap(model, NeuroAdaConfig(target_modules=("0",), train_bias=True,
+                                        modules_to_save=("2",)))  # fmt: skip
+    assert count_trainable(model)[0] == 9 + 9 + 4 * 9 + 4
+    no_bias = nn.Sequential(nn.Linear(3, 3, bias=False))
+    with pytest.raises(ValueError, match="bias"):
+        NeuroAda.wrap(no_bias, NeuroAdaConfig(target_modules=("0",), train_bias=True))
+
+
+def test_all_columns_with_sgd_is_full_fine_tuning():
+    x, ours, full = torch.randn(8, 12), net(), net()
+    with torch.no_grad():
+        for p in (full[0].bias, full[2].bias):
+            p.requires_grad_(False)
+    with pytest.warns(UserWarning, match="more than the 9"):
+        NeuroAda.wrap(ours, config(k=12))
+    for model in (ours, full):
+        square(model, x).backward()
+        torch.optim.SGD(adapters.trainable_parameters(model), lr=0.5).step()
+    torch.testing.assert_close(ours(x), full(x))
+
+
+@pytest.mark.parametrize("make", [partial(torch.optim.SGD, lr=0.3), torch.optim.Adam])
+def test_additive_equals_masked(make):
+    x, models_ = torch.randn(8, 12), [net(), net()]
+    NeuroAda.wrap(models_[0], config(k=2, impl="gather"))
+    masked = wrap_masked(models_[1], config(k=2))
+    for model in models_:
+        optimizer = make(adapters.trainable_parameters(model))
+        for _ in range(10):
+            optimizer.zero_grad()
+            square(model, x).backward()
+            optimizer.step()
+    torch.testing.assert_close(models_[0](x), models_[1](x), rtol=1e-5, atol=1e-5)
+    moved = models_[1][0].weight != net()[0].weight
+    assert not (moved & ~masked.masks["0"]).any()
+    for hook in masked.hooks:
+        hook.remove()
+    square(models_[1], x).backward()
+    assert models_[1][0].weight.grad[~masked.masks["0"]].abs().sum() > 0
+
+
+def test_state_does_not_depend_on_the_number_of_inputs():
+    found = []
+    for d_in in (64, 640):
+        model = nn.Sequential(nn.Linear(d_in, 8))
+        NeuroAda.wrap(model, NeuroAdaConfig(target_modules=("0",), k=3))
+        adam = torch.optim.Adam(adapters.trainable_parameters(model))
+        model(torch.randn(2, d_in)).sum().backward()
+        adam.step()
+        found.append(training_state_bytes(model, adam))
+    assert found[0] == found[1] and found[0]["optimizer"] == 2 * 4 * 3 * 8
+
+
+def test_gather_never_holds_a_dense_change():
+    w, x = torch.randn(1024, 1024), torch.randn(4, 1024, requires_grad=True)
+    idx, theta = select_topk(w, 4), torch.zeros(1024, 4, requires_grad=True)
+
+    def step():
+        torch.autograd.grad(
+            neuroada_linear(x, w, None, idx, theta, impl="gather").sum(), (x, theta)
+        )
+
+    assert evaluate.peak_memory(step, "cpu") < w.nbytes / 4
+
+
+def test_permuting_the_inputs_changes_nothing():
+    w, x, order = torch.randn(5, 8), torch.randn(3, 8), torch.randperm(8)
+    idx, permuted = select_topk(w, 2), select_topk(w[:, order], 2)
+    assert torch.equal(order[permuted].sort(1).values, idx)
+    theta = torch.ones(5, 2)
+    torch.testing.assert_close(
+        neuroada_linear(x, w, None, idx, theta, impl="gather"),
+        neuroada_linear(x[:, order], w[:, order], None, permuted, theta, impl="gather"),
+    )
+
+
+@pytest.mark.parametrize("rule", ["magnitude", "global", "shared"])
+def test_save_and_load(rule, tmp_path):
+    model, x = net(), torch.randn(3, 12)
+    NeuroAda.wrap(model, config(k=2, selection=rule))
+    for p in adapters.trainable_parameters(model):
+        nn.init.normal_(p)
+    file = adapters.save(model, tmp_path / "a.safetensors")
+    fresh = adapters.load(net(), file)
+    assert torch.equal(fresh(x), model(x))
+    assert set(model[0].adapter.state_dict()) <= {"indices", "rows", "delta"}
+    other = net()
+    state = {n: t.clone() for n, t in other.state_dict().items()}
+    import safetensors.torch as safe
+
+    tensors = safe.load_file(file)
+    with safe.safe_open(file, "pt") as f:
+        header = f.metadata()
+    name = next(n for n in tensors if n.endswith("indices"))
+    tensors[name] = tensors[name] + 100
+    safe.save_file(tensors, tmp_path / "bad.safetensors", header)
+    with pytest.raises(ValueError, match="another layer"):
+        adapters.load(other, tmp_path / "bad.safetensors")
+    assert all(torch.equal(v, state[n]) for n, v in other.state_dict().items())
+    assert not adapters.adapters(other)
+
+
+def test_half_precision_models_keep_single_precision_bypasses():
+    model = net()
+    NeuroAda.wrap(model, config(k=1, impl="gather"))
+    model.to(torch.bfloat16)
+    assert model[0].adapter.delta.dtype == torch.float32
+    y = model(torch.randn(3, 12, dtype=torch.bfloat16))
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16 and model[0].adapter.delta.grad.dtype == torch.float32
+
+
+def test_a_file_for_gpt2_style_layers_and_skipped_blocks():
+    llama = models.tiny_llama()
+    NeuroAda.wrap(llama, NeuroAdaConfig(skip_blocks=(0,)))
+    assert all(".1." in n for n in adapters.adapters(llama))
+    adapters.detach(llama)
+    NeuroAda.wrap(llama, NeuroAdaConfig(k=2, row_fraction=0.25))
+    wanted = sum(2 * math.ceil(0.25 * a.out_features) for a in adapters.adapters(llama).values())
+    assert count_trainable(llama)[0] == wanted
+
+
+def broken():
+    model = net()
+    model[0].weight.data[0, 0] = math.nan
+    return model
+
+
+@pytest.mark.parametrize(
+    "call, kind, words",
+    [
+        (lambda: NeuroAda.wrap(net(), config(k=0)), ValueError, "whole number"),
+        (lambda: NeuroAda.wrap(net(), config(k=1.5)), ValueError, "whole number"),
+        (lambda: NeuroAda.wrap(net(), NeuroAdaConfig()), ValueError, "layers are"),
+        (lambda: NeuroAda.wrap(net(), NeuroAdaConfig(target_modules=("1",))), TypeError, "Tanh"),
+        (lambda: NeuroAda.wrap(broken(), config()), ValueError, "NaN"),
+        (lambda: NeuroAda.wrap(net(), config(selection="gradient")), ValueError, "needs data"),
+        (lambda: NeuroAda.wrap(net(), config(selection="gradient"), []), ValueError, "empty"),
+        (lambda: NeuroAda.wrap(net(), config(selection="best")), ValueError, "selection"),
+        (lambda: NeuroAda.wrap(net(), config(impl="magic")), ValueError, "impl"),
+        (lambda: NeuroAda.wrap(net(), config(row_fraction=0)), ValueError, "row_fraction"),
+        (lambda: NeuroAdaLinear(nn.Conv2d(1, 1, 1)), TypeError, "supports"),
+        (lambda: NeuroAdaLinear(nn.Embedding(3, 3)), TypeError, "supports"),
+        (lambda: select_topk(torch.ones(2, 3).int(), 1), TypeError, "floating"),
+        (lambda: select_topk(torch.ones(2, 3), 1, torch.ones(3, 2)), ValueError, "scores"),
+        (lambda: NeuroAdaLinear(nn.Linear(3, 2), indices=torch.tensor([[0], [3]])), ValueError,
+         "another layer"),
+        (lambda: NeuroAdaLinear(nn.Linear(3, 2), indices=torch.tensor([[0, 0], [1, 2]])),
+         ValueError, "twice"),
+        (lambda: neuroada_linear(torch.ones(1, 4), torch.ones(2, 3), None,
+                                 torch.zeros(2, 1).long(), torch.zeros(2, 1)), ValueError, "fit"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(call, kind, words):
+    with pytest.raises(kind, match=words):
+        call()
+
+
+def test_merging_twice_and_unmerging_first_are_refused():
+    model = net()
+    NeuroAda.wrap(model, config())
+    with pytest.raises(ValueError, match="not merged"):
+        adapters.unmerge(model)
+    adapters.merge(model)
+    with pytest.raises(ValueError, match="already merged"):
+        adapters.merge(model)
+
+
+def tiny_world(folder):
+    "FULL in miniature: a random Llama, a byte tokenizer, instruction files and a task."
+    model = models.tiny_llama(vocab_size=260, hidden_size=16, layers=2, heads=2, kv_heads=1)
+    model.save_pretrained(folder / "model")
+    models.byte_tokenizer().save_pretrained(folder / "model")
+    rows = [{"instruction": f"is {i} even?", "output": "the correct answer is true",
+             "answer": "true"} for i in range(16)]  # fmt: skip
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "boolq").mkdir()
+    (folder / "boolq" / "test.json").write_text(json.dumps(rows[:4]))
+    return FULL.replace(
+        model=str(folder / "model"),
+        dtype="float32",
+        dataset=str(folder / "train.jsonl"),
+        llm_test=4,
+        max_length=200,
+        llm_epochs=1,
+        llm_batch=4,
+        k=2,
+        tasks=("boolq",),
+        tasks_root=str(folder),
+        max_new_tokens=4,
+        device="cpu",
+    )
+
+
+def test_full_scale_path_with_a_tiny_model(tmp_path):
+    cfg = tiny_world(tmp_path)
+    report = experiment(cfg, start_run("neuroada", cfg, "full", root=tmp_path / "runs"))
+    row = report.tables["llm"].iloc[0]
+    assert row["trainable"] == 2 * 2 * (16 + 8 + 8 + 16 + 40 + 40 + 16)
+    assert 0 <= row["boolq"] <= 100 and row["merge error"] < 1e-4
+    assert row["loss after"] < row["loss before"]
+
+
+def test_full_scale_path_with_two_processes(tmp_path):
+    cfg = tiny_world(tmp_path)
+    args = []
+    for name in ("model", "dtype", "dataset", "llm_test", "max_length", "llm_epochs", "llm_batch",
+                 "k", "tasks", "tasks_root", "max_new_tokens", "device"):  # fmt: skip
+        value = getattr(cfg, name)
+        value = value[0] if isinstance(value, tuple) else value
+        args += [f"--{name.replace('_', '-')}", str(value)]
+    args += ["--root", str(tmp_path / "runs")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--standalone", "-m", "adaptlab", "run", "neuroada", "--scale", "full", *args]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    out = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert out.stdout.count("report in") == 1
+
+
+def test_small_settings_compare_equal_counts():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    smol = LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                       num_attention_heads=9, num_key_value_heads=3, vocab_size=49152)  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(smol)
+    ours = sum(m.out_features for m in adapters.match_layers(model, neuroada.LINEARS).values())
+    lora = adapters.match_layers(model, SMALL.lora_layers).values()
+    assert ours == sum(m.in_features + m.out_features for m in lora)
+
+
+def test_module_is_the_one_of_the_catalogue():
+    from adaptlab import catalog
+
+    assert catalog.find("neuroada").module == neuroada.__name__
