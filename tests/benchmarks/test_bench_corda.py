@@ -1,4 +1,4 @@
-"""CorDA's start against PEFT's `preprocess_corda`, and its train step against PEFT's, in one run."""
+"""CorDA's start against PEFT's `preprocess_corda`, and its train step against PEFT's."""
 
 import copy
 import statistics
@@ -82,7 +82,7 @@ def test_start(base, samples, mode, benchmark):
     """Covariances, SVDs and factors of all layers, in no more time and memory.
 
     The same numbers: the formula, written down in float64 with an explicit inverse, is met to 1e-5
-    by ours; PEFT's float32 arithmetic is further from it on these ill-conditioned covariances.
+    by ours. PEFT computes in float32, where the smallest components (kpm) drown in rounding.
     """
     a, b = ours(base, samples, mode), theirs(base, samples, mode)
     context = collect_covariance(base, samples, TARGETS, normalize="sample_max")
@@ -96,7 +96,7 @@ def test_start(base, samples, mode, benchmark):
             errors[who] = max(errors[who], error)
     print(f"\nlargest error of a layer's B A, {mode}: ours {errors['ours']:.1e}, "
           f"PEFT {errors['peft']:.1e}")
-    assert errors["ours"] < 1e-5 and errors["peft"] < 5e-2
+    assert errors["ours"] < 1e-5 and (mode == "kpm" or errors["peft"] < 1e-2)
     calls = {"ours": lambda: ours(base, samples, mode), "peft": lambda: theirs(base, samples, mode)}
     seconds = interleaved(calls, 3)
     memory = {name: peak_memory(call) for name, call in calls.items()}
@@ -121,7 +121,7 @@ def train_step(model, ids):
 
 
 def test_train_step(base, samples, benchmark):
-    "A step of CorDA here and in PEFT. Ours keeps the base untouched, for two more thin products."
+    "A step of CorDA here and in PEFT; ours leaves the base weights untouched."
     ids = torch.cat([s["input_ids"] for s in samples[:4]])[:, :64]
     steps = {"ours": train_step(ours(base, samples, "ipm"), ids),
              "peft": train_step(theirs(base, samples, "ipm"), ids)}
@@ -134,4 +134,4 @@ def test_train_step(base, samples, benchmark):
           f"{time_ratio:.2f}; memory ratio {memory_ratio:.2f}")
     benchmark.extra_info.update(time_ratio=time_ratio, memory_ratio=memory_ratio)
     benchmark.pedantic(steps["ours"], rounds=5)
-    assert time_ratio <= 1.1 and memory_ratio <= 1.0
+    assert time_ratio <= 1.05 and memory_ratio <= 1.0
