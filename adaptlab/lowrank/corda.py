@@ -1028,7 +1028,7 @@ def _score(model: nn.Module, images: tuple[torch.Tensor, torch.Tensor]) -> float
     "Accuracy."
     return float((evaluate.predict(model, images[0]).argmax(1).cpu() == images[1]).float().mean())
 
-# %% ../../nbs/lowrank/04_corda.ipynb #f0227114
+# %% ../../nbs/lowrank/04_corda.ipynb #e7c0b835
 def _vision_run(cfg: Config, model: nn.Module, parts: Mapping, lr: float, seed: int) -> list[dict]:
     "Train an adapted ViT on turned digits; accuracies on both tasks along the way."
     def look(m: nn.Module) -> dict[str, float]:
@@ -1043,6 +1043,18 @@ def _vision_run(cfg: Config, model: nn.Module, parts: Mapping, lr: float, seed: 
     return [row | {"validation": _score(model, parts["validation"])} for row in rows]
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    "One CPU thread inside the block: for small matrices more cost more than they give."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def _vision(cfg: Config) -> pd.DataFrame:
     "Every method with every learning rate and seed: losses and accuracies by step."
     base, parts = _vision_task(cfg)
