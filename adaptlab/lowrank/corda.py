@@ -456,37 +456,6 @@ def _check_choice(rank: int, mode: str, largest: int | None = None) -> None:
         raise ValueError(f"rank={rank} exceeds min(out, in)={largest} of this layer: lower it, or "
                          "leave the layer out")
 
-# %% ../../nbs/lowrank/04_corda.ipynb #24ca969c
-class _Change(torch.autograd.Function):
-    "base + scaling * [(B - B0) A0 + B (A - A0)] x, row by row; keeps x and A x for the backward."
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(rows, base, A, B, A0, B0, scaling):
-        h0, h1 = rows @ A0.to(rows.dtype).T, rows @ (A - A0).to(rows.dtype).T
-        out = torch.addmm(base, h0, (B - B0).to(rows.dtype).T, alpha=scaling)
-        return torch.addmm(out, h1, B.to(rows.dtype).T, alpha=scaling), h0 + h1
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        rows, _, A, B, A0, B0, ctx.scaling = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(rows, A, B, A0, B0, output[1])
-
-    @staticmethod
-    def backward(ctx, g, _):
-        rows, A, B, A0, B0, h = ctx.saved_tensors
-        back, dA, dB, dx = g @ B.to(g.dtype), None, None, None
-        if ctx.needs_input_grad[2]:
-            dA = (ctx.scaling * (back.T @ rows)).to(A.dtype)
-        if ctx.needs_input_grad[3]:
-            dB = (ctx.scaling * (g.T @ h)).to(B.dtype)
-        if ctx.needs_input_grad[0]:
-            dx = (g @ (B - B0).to(g.dtype)) @ A0.to(g.dtype)
-            dx = ctx.scaling * dx.addmm_(back, (A - A0).to(g.dtype))
-        return dx, g, dA, dB, None, None, None
-
 # %% ../../nbs/lowrank/04_corda.ipynb #640dee30
 class _SplitWeight(Adapter):
     "Keeps the trained factors A, B beside their start A0, B0."
@@ -521,7 +490,7 @@ class _SplitWeight(Adapter):
         if not (self.A0.any() and self.B0.any()):
             raise ValueError("no starting factors: use corda_adapter or get_corda_model")
 
-# %% ../../nbs/lowrank/04_corda.ipynb #4b202b6c
+# %% ../../nbs/lowrank/04_corda.ipynb #de52560d
 class CordaAdapter(_SplitWeight):
     """W x + scaling * (B A - B0 A0) x, trained from (A0, B0) (section 3.2 of the paper).
 
@@ -529,16 +498,13 @@ class CordaAdapter(_SplitWeight):
     `corda_adapter`. Raises ValueError for a rank, alpha or mode out of range.
     """
 
-    def forward(
-        self,
-        x: torch.Tensor,  # the layer's input, [..., in]
-        base_output: torch.Tensor,  # what the frozen layer makes of it, [..., out]
-    ) -> torch.Tensor:  # [..., out]
-        "base_output + scaling * (B A - B0 A0) x."
-        base = base_output.reshape(-1, self.out_features)
-        rows = x.to(base.dtype).reshape(-1, self.in_features)
-        out, _ = _Change.apply(rows, base, self.A, self.B, self.A0, self.B0, self.scaling)
-        return out.view_as(base_output)
+    def forward(self, x: torch.Tensor, base_output: torch.Tensor) -> torch.Tensor:
+        "base_output + scaling * [B - B0, B] [A0; A - A0] x; the last product and the sum in one."
+        rows, base = x.reshape(-1, self.in_features), base_output.reshape(-1, self.out_features)
+        A0, moved = self.A0.to(x.dtype), (self.A - self.A0).to(x.dtype)
+        h = torch.cat([F.linear(rows, A0), F.linear(rows, moved)], dim=1)
+        out = torch.cat([self.B - self.B0, self.B], dim=1).to(x.dtype)
+        return torch.addmm(base, h, out.t(), alpha=self.scaling).view_as(base_output)
 
     def delta_weight(self) -> torch.Tensor:  # in the layout of the layer's weight
         "scaling * (B A - B0 A0): what `merge` adds to the weight."
@@ -1028,7 +994,7 @@ def _score(model: nn.Module, images: tuple[torch.Tensor, torch.Tensor]) -> float
     "Accuracy."
     return float((evaluate.predict(model, images[0]).argmax(1).cpu() == images[1]).float().mean())
 
-# %% ../../nbs/lowrank/04_corda.ipynb #e7c0b835
+# %% ../../nbs/lowrank/04_corda.ipynb #f0227114
 def _vision_run(cfg: Config, model: nn.Module, parts: Mapping, lr: float, seed: int) -> list[dict]:
     "Train an adapted ViT on turned digits; accuracies on both tasks along the way."
     def look(m: nn.Module) -> dict[str, float]:
@@ -1043,18 +1009,6 @@ def _vision_run(cfg: Config, model: nn.Module, parts: Mapping, lr: float, seed: 
     return [row | {"validation": _score(model, parts["validation"])} for row in rows]
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    "One CPU thread inside the block: for small matrices more cost more than they give."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread()
 def _vision(cfg: Config) -> pd.DataFrame:
     "Every method with every learning rate and seed: losses and accuracies by step."
     base, parts = _vision_task(cfg)
