@@ -354,33 +354,15 @@ def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     logits, labels = _logits(model, batch)
     return F.cross_entropy(logits.float(), labels)
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #6fd14ae9
-def _template(model: nn.Module) -> nn.Module:
-    "The network without its numbers (they are given at every call), in eval mode."
-    named = [*model.parameters(), *(model.get_buffer(n) for n, _ in model.named_buffers())]
-    kept = {id(t) for t in model.state_dict(keep_vars=True).values()}
-    empty = {id(t): torch.empty_like(t, device="meta") for t in named if id(t) in kept}
-    for tensor in model.parameters():
-        empty[id(tensor)] = nn.Parameter(empty[id(tensor)], requires_grad=False)
-    return copy.deepcopy(model, empty).eval()
-
-
-def _stacked(name: str, parts: list[Tensor], labels: list[str]) -> Tensor:
-    "k tensors as one [k, ...]; integers and bools, which are not mixed, once."
-    for label, part in zip(labels, parts, strict=True):
-        if not bool(part.isfinite().all()):
-            raise ValueError(f"{name} of {label} holds NaN or infinity: leave it out")
-    return torch.stack(parts) if parts[0].is_floating_point() else parts[0]
-
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #86622356
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #7ca93205
 class _ModelStack:
-    "k sets of weights for one network, stacked tensor by tensor, and a template to run them in."
+    "k sets of weights for one network, stacked tensor by tensor; the network is lent, not owned."
 
     def __init__(self, model: nn.Module, candidates: Any, per: Any, home: torch.device | None):
         states = [_state(c, f"model {i}") for i, c in enumerate(_candidates(candidates))]
         arithmetic.check_compatible(*states)
         sources = [_sources(model, s) for s in states]
-        self.model, self.k, self.home = _template(model), len(states), home
+        self.model, self.k, self.home = model.eval(), len(states), home
         own = model.state_dict(keep_vars=True)
         first = {id(t): key for key, t in reversed(own.items())}
         self.first = {key: first[id(t)] for key, t in own.items()}  # any name -> first name of it
@@ -392,7 +374,10 @@ class _ModelStack:
         self.stacks = {}  # [k, ...] where it is mixed; integer and bool buffers once
         for name in dict.fromkeys(self.first.values()):
             parts = [s[n[name]].detach().to(place) for s, n in zip(states, sources, strict=True)]
-            self.stacks[name] = _stacked(name, parts, [s.label for s in states])
+            self.stacks[name] = torch.stack(parts) if parts[0].is_floating_point() else parts[0]
+            bad = [s.label for s, p in zip(states, parts, strict=True) if not p.isfinite().all()]
+            if bad:
+                raise ValueError(f"{name} of {bad[0]} holds NaN or infinity: leave it out")
 
     def mix(self, alpha: Tensor, device: torch.device) -> dict[str, Tensor]:
         "Mixed tensors by first name; float buffers (BatchNorm's) take the mean of α's rows."
@@ -406,10 +391,7 @@ class _ModelStack:
 
     def apply(self, fn: Callable) -> None:
         "Move or cast, as `nn.Module.to` asks."
-        for module in self.model.modules():  # buffers that no state dict holds
-            for name, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[name] = fn(buffer)
+        self.model._apply(fn)
         if self.home is None:
             self.stacks = {name: fn(stack) for name, stack in self.stacks.items()}
 
@@ -441,11 +423,11 @@ class _Mixture(nn.Module):
         self._stack.apply(fn)
         return super()._apply(fn, recurse)
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #581fdd07
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #1f897c7a
 class LearnedSoup(_Mixture):
     """β · f(x; Σ αᵢ θᵢ), α = softmax(`raw`) row by row, `raw` = 0 and β = 1 at first (Appendix I).
 
-    The network is a template only: its own weights and mode are neither used nor changed.
+    The network is lent: it stays in eval mode; its own weights are not used, trained or changed.
     Raises `ValueError` for no models, models that do not match it or are not finite, groups that
     leave parameters out.
     """
