@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from . import catalog
 
@@ -58,8 +59,15 @@ def show_paper(args: argparse.Namespace) -> int:
         small, full = module.SMALL.to_dict(), module.FULL.to_dict()
         print(f"\n{'setting':<28} {'small':<28} full")
         for name in small:
-            print(f"{name:<28} {str(small[name]):<28} {full[name]}")
+            print(f"{name:<28} {_brief(small[name], 28):<28} {_brief(full[name], 60)}")
+        print(f"\n`adaptlab run {p.slug} --help` explains the settings.")
     return OK
+
+
+def _brief(value: Any, most: int) -> str:
+    "A value on one line of at most `most` characters."
+    text = str(value).replace("\n", "\\n")
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 # %% ../nbs/core/10_cli.ipynb #8bf0e220
 def _settings(paper: str, scale: str, rest: list[str]):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Engine', 'project_root', 'settings', 'cell_options', 'page_name', 'page_links', 'guard_formulas', 'Page',
-           'output_markdown', 'code_markdown', 'split_title', 'header', 'page_markdown', 'Parameter', 'Definition',
-           'read_api', 'definition_markdown', 'module_files', 'api_pages', 'lessons_written', 'lesson_table',
-           'home_cards', 'core_notebooks', 'sidebar', 'scoreboard_page', 'notebook_pages', 'home_page', 'stage',
-           'localise', 'build', 'readme', 'result_picture', 'generated', 'behind', 'bring_in_step', 'main']
+           'align_numbers', 'output_markdown', 'code_markdown', 'split_title', 'header', 'page_markdown', 'Parameter',
+           'Definition', 'read_api', 'definition_markdown', 'module_files', 'api_pages', 'lessons_written',
+           'lesson_table', 'home_cards', 'core_notebooks', 'sidebar', 'scoreboard_page', 'notebook_pages', 'home_page',
+           'stage', 'localise', 'build', 'readme', 'result_picture', 'generated', 'behind', 'bring_in_step', 'main']
 
 # %% ../nbs/core/11_site.ipynb #dd7f98b7
 import argparse
@@ -30,6 +30,7 @@ import yaml
 
 from . import catalog
 from .cache import atomic_path
+from .experiment import REPORT_MIME
 
 # %% ../nbs/core/11_site.ipynb #c898f0a1
 def project_root(
@@ -143,6 +144,51 @@ def _pre(text: str) -> str:
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).rstrip("\n")
     return _raw(f'<div class="cell-output"><pre><code>{html.escape(text)}</code></pre></div>')
 
+# %% ../nbs/core/11_site.ipynb #234a233e
+_ROW = re.compile(r"<tr\b[^>]*>.*?</tr>", re.S)
+_CELL = re.compile(r"<(t[hd])\b([^>]*)>(.*?)</\1>", re.S)
+_NUMBER = re.compile(r"\s*(?:[-+−±]?[\d.,]+(?:e[-+]?\d+)?\b[^A-Za-z]*|nan|NaN|None|[-–]?)\s*")
+
+
+def align_numbers(
+    table: str,  # HTML of one table, as pandas writes it
+) -> str:  # the same, with class `number` on the cells of number columns
+    "Mark columns that hold numbers only. Columns are counted from the right: row labels may span."
+    head, middle, body = table.partition("<tbody")
+    rows = [[c[3] for c in _CELL.finditer(row)] for row in _ROW.findall(body)]
+    width = min(map(len, rows), default=0)
+    texts = [[html.unescape(re.sub(r"<[^>]+>", "", row[-j])) for row in rows]
+             for j in range(1, width + 1)]
+    numeric = {
+        j for j, column in enumerate(texts, 1)
+        if all(map(_NUMBER.fullmatch, column)) and any(re.search(r"\d", t) for t in column)
+    }
+
+    def mark(row: re.Match) -> str:
+        left = len(_CELL.findall(row[0])) + 1
+
+        def cell(c: re.Match) -> str:
+            nonlocal left
+            left -= 1
+            marked = left in numeric and "colspan" not in c[2] and c[3]
+            return f'<{c[1]}{c[2]} class="number">{c[3]}</{c[1]}>' if marked else c[0]
+
+        return _CELL.sub(cell, row[0].replace(' style="text-align: right;"', ""))
+
+    return _ROW.sub(mark, head) + middle + _ROW.sub(mark, body)
+
+
+def _tables(body: str, claims: bool) -> str:
+    "An output's tables in the site's look; the rows of a table of claims get anchors."
+    body = re.sub(r"<style scoped>.*?</style>", "", body, flags=re.S)
+    body = re.sub(r'<table border="\d" class="', '<table class="table table-sm ', body)
+    if not claims:
+        return re.sub(r"<table\b.*?</table>", lambda t: align_numbers(t[0]), body, flags=re.S)
+    head, middle, rows = body.partition("<tbody")
+    for k in range(rows.count("<tr>")):
+        rows = rows.replace("<tr>", f'<tr id="claim-{k + 1}">', 1)
+    return head + middle + rows
+
 # %% ../nbs/core/11_site.ipynb #7ffedf92
 def output_markdown(
     output: dict,  # one output of a cell
@@ -160,8 +206,7 @@ def output_markdown(
     if any("widget" in mime for mime in data):
         return ""
     if "text/html" in data:
-        body = re.sub(r"<style scoped>.*?</style>", "", data["text/html"], flags=re.S)
-        body = re.sub(r'<table border="\d" class="', '<table class="table table-sm ', body)
+        body = _tables(data["text/html"], REPORT_MIME in data)
         return _raw(f'<div class="cell-output cell-output-display">\n{body}\n</div>')
     if "image/png" in data:
         said = "" if plain.startswith("<") else plain.strip("'\"")
@@ -547,11 +592,13 @@ def scoreboard_page(
         title = f"[{p.short_title}]({p.page.replace('.html', '.qmd')})"
         parts.append(f"## {title}\n\n{p.summary}{time}")
         lines = []
-        for r in rows.to_dict("records"):
+        for k, r in enumerate(rows.to_dict("records"), 1):
             why = f'<div class="reason">{html.escape(r["reason"])}</div>' if r["reason"] else ""
             mark = _MARKS.get(r["verdict"], ("open",))[0]
             figures = (html.escape(str(r[k])) for k in ("paper's figure", "here"))
-            where = f"{p.page}#{r['anchor']}"
+            # a section of its own, or the claim's row in the table of the lesson
+            place = r["anchor"] if r["anchor"] != "does-it-hold" else f"claim-{k}"
+            where = f"{p.page}#{place}"
             cells = [f'<a href="{where}">{html.escape(r["claim"])}</a>', *figures]
             cells.append(f'<span class="verdict {mark}">{html.escape(r["verdict"])}</span>{why}')
             lines.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
