@@ -38,11 +38,11 @@ $(STAMPS)/install: $(STAMPS)/venv settings.ini setup.py constraints.txt
 	@touch $@
 
 $(STAMPS)/models: $(STAMPS)/install
-	@echo "adaptlab: fetching the two base models into the cache"
-	@$(BIN)/adaptlab fetch smollm2 minilm
+	@echo "adaptlab: fetching the base models and the data into the cache"
+	@$(BIN)/adaptlab fetch
 	@touch $@
 
-setup: $(STAMPS)/models  ## make .venv, install, fetch the base models
+setup: $(STAMPS)/models  ## make .venv, install, fetch models and data
 
 # ------------------------------------------------------------------ commands
 

@@ -149,3 +149,24 @@ def test_help_lists_the_settings(lesson, capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert "--n" in out and "--seeds" in out and "how many" in out
+
+
+def test_fetch_fills_the_cache_that_load_reads(tmp_path):
+    "What was fetched is found again, where no package can be had."
+    place = {"ADAPTLAB_CACHE": str(tmp_path / "cache")}
+    out = shell("fetch", "digits", "sunspots", **place)
+    assert out.returncode == 0, out.stderr
+    assert "digits: 1,797 rows, in the cache" in out.stdout
+    code = "from adaptlab import data; print(len(data.load('digits')), len(data.load('sunspots')))"
+    offline = {**os.environ, **place, "PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code]
+    later = subprocess.run(command, capture_output=True, text=True, env=offline)
+    assert later.stdout.split() == ["1797", "309"], later.stderr
+
+
+def test_show_keeps_a_setting_on_one_line():
+    "A prompt with line breaks does not break the table of settings."
+    lines = shell("show", "corda").stdout.splitlines()
+    template = [line for line in lines if line.startswith("template ")]
+    assert len(template) == 1
+    assert all(len(line) <= 120 for line in lines)
