@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 # %% ../../nbs/domain/01_donod.ipynb #c0902a1e
@@ -80,6 +80,26 @@ def _from_products(
     return change / (after + norm), lr * squared.clamp_min(0).sqrt()
 
 # %% ../../nbs/domain/01_donod.ipynb #d4fadf20
+def _probe(
+    h: Tensor, y: Tensor, weight: Tensor, norm: Tensor, lr: float, bias: Tensor | None, ignored: int
+) -> Scores:
+    "The closed form for packed answers: hidden states [B, T, d] and labels [B, T]."
+    valid = y != ignored
+    n = valid.sum(1).double()
+    target = y.clamp_min(0)[..., None]
+    z = h @ weight.T  # [B, T, V], the one large tensor
+    shifted = z if bias is None else z + bias.to(z)
+    log_p = shifted.log_softmax(-1)
+    loss = -(log_p.gather(2, target)[..., 0] * valid).sum(1)
+    error = log_p.exp_()
+    inner = ((error * z).sum(-1) - z.gather(2, target)[..., 0]) * valid
+    error.scatter_add_(2, target, torch.full_like(target, -1, dtype=z.dtype))
+    error.mul_(valid[..., None])
+    squared = ((error @ error.mT).double() * (h @ h.mT).double()).sum((1, 2)) / n**2
+    don, nod = _from_products(inner.double().sum(1) / n, squared, norm, lr)
+    return Scores(don, nod, n, loss.double() / n)
+
+# %% ../../nbs/domain/01_donod.ipynb #d4fadf21
 def don_nod_from_hidden(
     hidden: Tensor,  # [B, T, d] inputs of the output layer (or [B, d]: one prediction per sample)
     labels: Tensor,  # [B, T] int64 targets of the same positions (or [B])
@@ -87,6 +107,7 @@ def don_nod_from_hidden(
     lr: float,  # learning rate of the probing step, > 0
     bias: Tensor | None = None,  # [V]
     ignore_index: int = -100,  # label that does not count
+    max_elements: int = 2**27,  # largest [B, T, V] tensor; a batch beyond it is scored in parts
 ) -> Scores:  # don, nod, n_tokens, loss; each [B]
     """Scores of a probing SGD step on `weight`, per sample, from one forward pass.
 
@@ -96,25 +117,18 @@ def don_nod_from_hidden(
     hidden, labels = _check_probe(hidden, labels, weight, lr)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     h, y = _pack(hidden.to(dtype), labels, ignore_index)
-    valid = y != ignore_index
-    n = valid.sum(1).double()
-    target = y.clamp_min(0)[..., None]
-    z = h @ weight.detach().to(dtype).T  # [B, T, V], the one large tensor
-    shifted = z if bias is None else z + bias.detach().to(dtype)
-    log_p = shifted.log_softmax(-1)
-    loss = -(log_p.gather(2, target)[..., 0] * valid).sum(1)
-    error = log_p.exp_()
-    inner = ((error * z).sum(-1) - z.gather(2, target)[..., 0]) * valid
-    error.scatter_add_(2, target, torch.full_like(target, -1, dtype=dtype)).mul_(valid[..., None])
-    squared = ((error @ error.mT).double() * (h @ h.mT).double()).sum((1, 2)) / n**2
-    don, nod = _from_products(
-        inner.double().sum(1) / n, squared, weight.detach().double().norm(), lr
-    )
-    if not (torch.isfinite(don) & torch.isfinite(nod)).all():
+    W = weight.detach().to(dtype)
+    norm = torch.linalg.vector_norm(W, dim=1).double().norm()
+    bias = None if bias is None else bias.detach()
+    size = max(1, max_elements // (h.shape[1] * len(W)))
+    parts = [_probe(*part, W, norm, lr, bias, ignore_index)
+             for part in zip(h.split(size), y.split(size), strict=True)]
+    found = Scores(*map(torch.cat, zip(*parts, strict=True)))
+    if not (torch.isfinite(found.don) & torch.isfinite(found.nod)).all():
         raise ValueError(
             "a score is NaN or infinite: the hidden states or the weight are not finite"
         )
-    return Scores(don, nod, n, loss.double() / n)
+    return found
 
 # %% ../../nbs/domain/01_donod.ipynb #ddb67918
 def sgd(
@@ -244,6 +258,7 @@ def output_layer(
     named = dict(model.named_modules())
     if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None:
         wanted = model.get_output_embeddings()
+        wanted = getattr(wanted, "base_layer", wanted)  # PEFT wraps it: the weight is inside
         return next((n, m) for n, m in named.items() if m is wanted)
     linears = [(n, m) for n, m in named.items() if isinstance(m, nn.Linear)]
     if not linears:
@@ -271,10 +286,13 @@ def _is_last(model: nn.Module, layer: nn.Module, batch: Any) -> bool:
     "Whether the model's logits are exactly this linear layer's outputs."
     if not isinstance(layer, nn.Linear):
         return False
-    hidden = _hidden_states(model, layer, batch)
-    expected = F.linear(hidden, layer.weight, layer.bias)
-    logits = _logits(_run(model, batch))
-    return logits.shape == expected.shape and torch.allclose(
+    if isinstance(batch, Mapping):
+        one: Any = {k: v[:1] for k, v in batch.items()}
+    else:
+        one = tuple(t[:1] for t in batch)
+    expected = F.linear(_hidden_states(model, layer, one), layer.weight, layer.bias)
+    logits = _logits(_run(model, one))
+    return torch.is_tensor(logits) and logits.shape == expected.shape and torch.allclose(
         logits.float(), expected.float(), rtol=1e-3, atol=1e-3
     )
 
@@ -331,6 +349,24 @@ def _batches(samples: Any, tokenizer: Any, batch_size: int) -> Iterator[Any]:
         yield from samples
 
 
+class _Singles:
+    "The samples one by one, by number; only a generator is held in memory."
+
+    def __init__(self, samples: Any, tokenizer: Any):
+        self.collate = None if tokenizer is None else causal_lm_collate(tokenizer)
+        tensors = isinstance(samples, tuple) and all(torch.is_tensor(t) for t in samples)
+        self.columns = samples if tensors else None
+        self.samples = samples if hasattr(samples, "__getitem__") else list(samples)
+
+    def __len__(self) -> int:
+        return len(self.samples if self.columns is None else self.columns[0])
+
+    def __getitem__(self, i: int) -> Any:
+        if self.columns is not None:
+            return tuple(t[i : i + 1] for t in self.columns)
+        return self.samples[i] if self.collate is None else self.collate([self.samples[i]])
+
+
 def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {k: v.to(device) for k, v in batch.items()}
@@ -375,7 +411,8 @@ def don_nod_scores(
 
     `independent`: every sample is probed from the same weights. `trajectory`: one pass of
     fine-tuning with single samples in random order, scored on the way; the weights are put back
-    at the end. Raises `ValueError` for an empty data set, samples without answer tokens, losses
+    at the end. Data on disk stays there; only `trajectory` holds a generator, since it needs a
+    random order. Raises `ValueError` for an empty data set, samples without answer tokens, losses
     that are not finite, and a closed form that does not apply.
     """
     if mode not in ("independent", "trajectory"):
@@ -386,8 +423,7 @@ def don_nod_scores(
     names = [f"{n}.weight" if n else "weight" for n in layers]
     with _untouched(model) as device:
         if mode == "trajectory":
-            singles = list(_batches(samples, tokenizer, 1))
-            return _trajectory(model, singles, names, lr, seed, device)
+            return _trajectory(model, _Singles(samples, tokenizer), names, lr, seed, device)
         rows: list[Scores] = []
         with torch.no_grad():
             for batch in _batches(samples, tokenizer, batch_size):
@@ -436,18 +472,18 @@ def _first(batch: Any) -> Any:
     return tuple(t[0] for t in batch)
 
 # %% ../../nbs/domain/01_donod.ipynb #f73ff09a
-def _trajectory(model, batches, names, lr, seed, device) -> pd.DataFrame:
+def _trajectory(model, singles, names, lr, seed, device) -> pd.DataFrame:
     "Single-sample SGD over the data in random order; the weights come back afterwards."
-    if not batches:
+    if not len(singles):
         raise ValueError("there is nothing to score: the data set is empty")
     watched = [model.get_parameter(n) for n in names]
     before = [(p, p.detach().clone(), p.requires_grad) for p in model.parameters()]
     params = [p.requires_grad_(True) for p, _, _ in before]
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(singles), generator=torch.Generator().manual_seed(seed)).tolist()
     rows: dict[int, Scores] = {}
     try:
         for i in order:
-            batch = _to(batches[i], device)
+            batch = _to(singles[i], device)
             don, nod, loss = _one_step(model, watched, params, _first(batch), lr)
             labels, causal = _labels_of(batch)
             n = (labels[:, 1:] != -100).sum(1) if causal else torch.ones_like(labels)
@@ -457,7 +493,7 @@ def _trajectory(model, batches, names, lr, seed, device) -> pd.DataFrame:
             for p, value, flag in before:
                 p.copy_(value)
                 p.requires_grad_(flag)
-    return _frame([rows[i] for i in range(len(batches))])
+    return _frame([rows[i] for i in range(len(singles))])
 
 # %% ../../nbs/domain/01_donod.ipynb #4156f5f1
 _NORMALISE = {
@@ -555,7 +591,7 @@ class Config(BaseConfig):
     probe_lr: float = bounded(1e-3, above=0)  # learning rate of the probing step
     budgets: tuple[float, ...] = bounded((0.1, 0.3, 0.5, 0.7), above=0, high=1)  # digits
     digits_noise: float = bounded(0.4, low=0, below=1)  # share of random wrong labels, digits
-    digits_steps: int = bounded(400, low=1)  # fine-tuning steps, digits
+    digits_steps: int = bounded(200, low=1)  # fine-tuning steps, digits
     model: str = "smollm2"  # language model that scores and is tuned
     dataset: str = "cldr_territories"  # bundled, or a hub id with question and answer columns
     dataset_config: str | None = None  # its configuration on the hub
@@ -567,18 +603,19 @@ class Config(BaseConfig):
     other_split: str = "test"  # its split
     noise: float = bounded(0.3, low=0, below=1)  # share of answers permuted among themselves
     n_train: int | None = bounded(60, low=4)  # training samples; None: all
-    n_test: int | None = bounded(20, low=2)  # test samples per domain; None: all
+    n_test: int | None = bounded(16, low=2)  # test samples per domain; None: all
     score_batch: int = bounded(8, low=1)  # samples per forward pass when scoring
     sft_steps: int = bounded(4, low=1)  # fine-tuning steps per subset
-    sft_batch: int = bounded(8, low=1)  # samples per step, over all processes
-    sft_lr: float = bounded(1e-3, above=0)  # learning rate of fine-tuning (LoRA)
+    sft_batch: int = bounded(4, low=1)  # samples per step, over all processes
+    sft_lr: float = bounded(1e-2, above=0)  # learning rate of fine-tuning (LoRA)
     lora_rank: int = bounded(16, low=1)  # rank of LoRA
     lora_layers: str = (
         r".*layers\.2\d\.self_attn\.(q|v)_proj"  # pattern of the layers that get LoRA
     )
     precision: Literal["no", "bf16", "fp16"] = "no"  # autocast of fine-tuning
-    subsets: tuple[str, ...] = ("all", "random", "DONOD")  # subsets that are trained, llm
-    max_new_tokens: int = bounded(0, low=0)  # generate answers of this length; 0: only likelihood
+    subsets: tuple[str, ...] = (
+        "all", "random", "DONOD", "low loss", "low NOD")  # subsets that are trained, llm
+    max_new_tokens: int = bounded(0, low=0)  # generate answers of this length; 0: none
     extract: str = ""  # pattern whose group 1 is the part of an answer that is compared
 
 
@@ -596,6 +633,17 @@ class DigitsTask:
     target: tuple[Tensor, Tensor]  # clean rotated test images
     other: tuple[Tensor, Tensor]  # clean upright test images
 
+
+@lru_cache(maxsize=1)
+def _digit_images() -> tuple[Tensor, Tensor, Tensor]:
+    "5,000 images as rows, the same turned by 30 degrees, and their labels."
+    x, y = data.as_tensors(data.load("mnist5k"))
+    return x.flatten(1), data.rotate(x, 30.0).flatten(1), y
+
+
+def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
 # %% ../../nbs/domain/01_donod.ipynb #297eabfa
 def digits_task(
     seed: int,  # of the split, the labels and the model
@@ -603,11 +651,9 @@ def digits_task(
     sizes: tuple[int, ...] = (784, 128, 64, 10),  # layers of the MLP
 ) -> DigitsTask:  # model, noisy training set, two clean test sets
     "MNIST digits: pretrain on 2,000 upright ones, fine-tune on 1,500 rotated by 30 degrees."
-    x, y = data.as_tensors(data.load("mnist5k"))
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    flat, rotated, y = _digit_images()
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     upright, tune, test = order[:2000], order[2000:3500], order[3500:]
-    rotated = data.rotate(x, 30.0).flatten(1)
-    flat = x.flatten(1)
 
     def pretrain(model):
         fit(model, (flat[upright], y[upright]), _cross_entropy, steps=600, batch_size=64, lr=2e-3,
@@ -627,9 +673,6 @@ def digits_task(
         (flat[test], y[test]),
     )
 
-
-def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
 
 # %% ../../nbs/domain/01_donod.ipynb #e6371f87
 def choose_subsets(
@@ -782,20 +825,34 @@ def _extract(pattern: str, text: str) -> str:
     return evaluate.normalize_answer(found.group(1) if found else text.strip().split("\n")[0])
 
 
-def _score_pairs(model, tokenizer, pairs, cfg: Config) -> dict[str, float]:
-    "Mean log-likelihood per answer token (nats) and, if asked for, exact match in percent."
-    prompts, answers = map(list, zip(*pairs, strict=True))
-    sums, counts = evaluate.continuation_log_probs(
-        model, tokenizer, prompts, answers, batch_size=2 * cfg.score_batch
-    )
-    out = {"loglik": float((sums / counts).mean())}
+@torch.no_grad()
+def _read_answers(model, tokenizer, pairs, batch_size: int) -> tuple[list[float], list[float]]:
+    "Per pair: log-likelihood per answer token (nats); 100 if greedy decoding would say the answer."
+    collate, found = causal_lm_collate(tokenizer, add_eos=False), np.empty((2, len(pairs)))
+    order = np.argsort([len(prompt + answer) for prompt, answer in pairs])  # little padding
+    with _untouched(model) as device:
+        for rows in np.split(order, range(batch_size, len(pairs), batch_size)):
+            batch = _to(collate([pairs[i] for i in rows]), device)
+            logits = _logits(_run(model, batch))[:, :-1]
+            log_p, y = _pack(logits, batch["labels"][:, 1:], -100)
+            log_p, valid = log_p.float().log_softmax(-1), y != -100
+            at = log_p.gather(2, y.clamp_min(0)[..., None])[..., 0] * valid
+            first = (log_p.argmax(-1) == y) | ~valid  # greedy: every token is the first choice
+            found[0, rows] = (at.sum(1) / valid.sum(1)).cpu()
+            found[1, rows] = 100.0 * first.all(1).cpu()
+    return tuple(found.tolist())
+
+
+def _score_pairs(model, tokenizer, pairs, cfg: Config) -> dict[str, list[float]]:
+    "Per pair: log-likelihood, accuracy and, if asked for, exact match of a generated answer."
+    loglik, right = _read_answers(model, tokenizer, pairs, cfg.score_batch)
+    out = {"loglik": loglik, "accuracy": right}
     if cfg.max_new_tokens:
+        prompts = [prompt for prompt, _ in pairs]
         said = evaluate.generate(model, tokenizer, prompts, cfg.max_new_tokens, 2 * cfg.score_batch)
-        hits = [
-            _extract(cfg.extract, s) == _extract(cfg.extract, a)
-            for s, a in zip(said, answers, strict=True)
-        ]
-        out["match"] = float(np.mean(hits)) * 100
+        hits = zip(said, (answer for _, answer in pairs), strict=True)
+        out["match"] = [100.0 * (_extract(cfg.extract, s) == _extract(cfg.extract, a))
+                        for s, a in hits]
     return out
 
 # %% ../../nbs/domain/01_donod.ipynb #5232f3d9
@@ -823,7 +880,7 @@ def _tune_llm(model, tokenizer, pairs, cfg: Config, run: Run, name: str, seed: i
     )
 
 # %% ../../nbs/domain/01_donod.ipynb #cfb44523
-def _llm_track(cfg: Config, run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _llm_track(cfg: Config, run: Run) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
     "Scores of the training samples, and what each subset is worth; one seed (it is the slow part)."
     seed = cfg.seeds[0]
     task = text_task(cfg, seed)
@@ -841,11 +898,8 @@ def _llm_track(cfg: Config, run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
         if chosen is not None:
             _tune_llm(model, tokenizer, [task.train[i] for i in chosen], cfg, run, name, seed)
         try:
-            found = {
-                f"{domain} {k}": v
-                for domain in ("target", "other")
-                for k, v in _score_pairs(model, tokenizer, getattr(task, domain), cfg).items()
-            }
+            found = {f"{domain} {k}": v for domain in ("target", "other")
+                     for k, v in _score_pairs(model, tokenizer, getattr(task, domain), cfg).items()}
         finally:
             if chosen is not None:
                 adapters.detach(model)
@@ -859,7 +913,7 @@ def _llm_track(cfg: Config, run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
     rows = [run.stage("llm-before", lambda: measure("before fine-tuning", None))]
     for name in cfg.subsets:
         rows.append(run.stage(f"llm-{name}", lambda name=name: measure(name, subsets[name])))
-    return scores, pd.DataFrame(rows)
+    return scores, rows
 
 # %% ../../nbs/domain/01_donod.ipynb #6e337267
 def _auroc(score: np.ndarray, positive: np.ndarray) -> "evaluate.Estimate":
@@ -912,8 +966,8 @@ def _plot_scores(scores: pd.DataFrame, keep: float):
     ax.set_ylabel("DON: how much longer it gets\n(higher is better)")
     wrong_kept = scores.loc[kept, "corrupted"].mean()
     ax.set_title(
-        f"{scores['corrupted'].mean():.0%} of the answers are swapped; "
-        f"{wrong_kept:.0%} of those that DONOD keeps"
+        f"{scores['corrupted'].mean():.0%} of the answers are swapped, "
+        f"{wrong_kept:.0%} of the kept ones"
     )
     ax.legend(loc="lower left")
     return fig
@@ -1008,18 +1062,24 @@ def _noise_claim(report: Report, scores: pd.DataFrame, keep: float) -> None:
     report.table("auroc", pd.DataFrame(rows, columns=["score", "AUROC", "low", "high"]))
 
 
-def _llm_claims(report: Report, frame: pd.DataFrame, keep: float) -> None:
-    "What training on the kept part is worth."
-    table = frame.set_index("subset")
-    metric = "target match" if "target match" in table else "target loglik"
-    for rival, paper in (("all", "+14.90 points"), ("random", "better")):
-        if {"DONOD", rival} <= set(table.index):
-            gain = float(table.loc["DONOD", metric] - table.loc[rival, metric])
-            report.claim(
-                f"the language model tuned on DONOD's {keep:.0%} beats the one tuned on {rival}",
-                paper=paper, source="abstract", measured=gain, unit=metric.removeprefix("target "),
-                holds=None, reason="one seed of a short run gives a direction, not a verdict",
-                anchor="language-model")
+def _llm_claims(report: Report, rows: list[dict[str, Any]], keep: float) -> None:
+    "What training on the kept part is worth: one run per subset, so a direction and no verdict."
+    by = {row["subset"]: row for row in rows}
+    metric = "match" if "target match" in rows[0] else "loglik"
+    unit = "points" if metric == "match" else "nats per answer token"
+    cases = [("all", "target", "+14.90 points"), ("all", "other", "+5.67 points")]
+    cases += [(rival, "target", "better") for rival in ("random", "low loss", "low NOD")]
+    for rival, domain, paper in cases:
+        if not {"DONOD", rival} <= set(by):
+            continue
+        gain = evaluate.paired_difference(
+            *(by[name][f"{domain} {metric}"] for name in ("DONOD", rival)))
+        where = "on the target" if domain == "target" else "on another domain"
+        report.claim(
+            f"the language model tuned on DONOD's {keep:.0%} beats the one tuned on {rival}, "
+            f"{where}", paper=paper, source="abstract", measured=gain, unit=unit, holds=None,
+            reason="one training run each: the interval covers the test questions, not the run",
+            anchor="language-model")
 
 # %% ../../nbs/domain/01_donod.ipynb #8291548d
 def experiment(
@@ -1042,9 +1102,10 @@ def experiment(
         _digits_claims(report, frame)
     if "llm" in cfg.tracks:
         with report.timer("llm"):
-            scores, table = _llm_track(cfg, run)
+            scores, rows = _llm_track(cfg, run)
         report.table("scores", scores)
-        report.table("llm", table)
+        report.table("llm", pd.DataFrame([{k: np.mean(v) if isinstance(v, list) else v
+                                           for k, v in row.items()} for row in rows]))
         report.figure(
             "scores",
             _plot_scores(scores, cfg.keep),
@@ -1053,7 +1114,7 @@ def experiment(
         )
         if scores["corrupted"].any():
             _noise_claim(report, scores, cfg.keep)
-        _llm_claims(report, table, cfg.keep)
+        _llm_claims(report, rows, cfg.keep)
     return report
 
 # %% ../../nbs/domain/01_donod.ipynb #34e579f3

@@ -202,6 +202,25 @@ def _observed(model: nn.Module, collector: _Collector) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
 
+# %% ../../nbs/lowrank/04_corda.ipynb #c7464621
+@contextmanager
+def _shortened(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
+    "A decoder that stops after the last block with one of these layers; whole again afterwards."
+    body = getattr(model, getattr(model, "base_model_prefix", "") or "-", model)
+    blocks, config = getattr(body, "layers", None), getattr(body, "config", None)
+    depth = getattr(config, "num_hidden_layers", None)
+    if not isinstance(blocks, nn.ModuleList) or len(blocks) != depth:
+        yield
+        return
+    wanted = {*map(id, layers)}
+    inside = [wanted & {*map(id, block.modules())} for block in blocks]
+    if wanted == set().union(*inside):
+        config.num_hidden_layers = max(i for i, found in enumerate(inside) if found) + 1
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = depth
+
 # %% ../../nbs/lowrank/04_corda.ipynb #e0088b8a
 def _body(model: nn.Module, layers: Iterable[nn.Module], arguments: Iterable[str]) -> nn.Module:
     "The model without its head, if that holds all the layers and takes the same arguments."
@@ -270,7 +289,7 @@ def collect_covariance(
         raise TypeError(f"batches is one {type(batches).__name__}: wrap it in a list")
     collector = _Collector(_target_layers(model, target_modules), normalize)
     device = next(model.parameters()).device
-    with _observed(model, collector):
+    with _observed(model, collector), _shortened(model, collector.layers.values()):
         for batch in batches:
             _forward(model, batch, collector, device)
     found = {name: c for group, c in collector.groups for name in group}
@@ -456,6 +475,39 @@ def _check_choice(rank: int, mode: str, largest: int | None = None) -> None:
         raise ValueError(f"rank={rank} exceeds min(out, in)={largest} of this layer: lower it, or "
                          "leave the layer out")
 
+# %% ../../nbs/lowrank/04_corda.ipynb #24ca969c
+class _Change(torch.autograd.Function):
+    "base + scaling * [B - B0, B] [A0; A - A0] x, row by row; keeps x and A x for the backward."
+
+    generate_vmap_rule = True  # for torch.func: per-sample gradients
+
+    @staticmethod
+    def forward(rows, base, A, B, A0, B0, scaling):
+        down, up = torch.cat([A0, A - A0]), torch.cat([B - B0, B], dim=1)
+        h = rows @ down.to(rows.dtype).T
+        out = torch.addmm(base, h, up.to(rows.dtype).T, alpha=scaling)
+        return out, h[:, : len(A)] + h[:, len(A) :]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        rows, _, A, B, A0, B0, ctx.scaling = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(rows, A, B, A0, B0, output[1])
+
+    @staticmethod
+    def backward(ctx, g, _):
+        rows, A, B, A0, B0, h = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again: h with its history
+            h = rows @ A.to(rows.dtype).T
+        up = ctx.scaling * torch.cat([B - B0, B], dim=1)
+        back = up.to(g.dtype).T @ g.T  # [2r, rows]
+        dA = (back[len(A) :] @ rows).to(A.dtype)
+        dB = ((ctx.scaling * h).T @ g).T.to(B.dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = back.T @ torch.cat([A0, A - A0]).to(g.dtype)
+        return dx, g, dA, dB, None, None, None
+
 # %% ../../nbs/lowrank/04_corda.ipynb #640dee30
 class _SplitWeight(Adapter):
     "Keeps the trained factors A, B beside their start A0, B0."
@@ -490,7 +542,7 @@ class _SplitWeight(Adapter):
         if not (self.A0.any() and self.B0.any()):
             raise ValueError("no starting factors: use corda_adapter or get_corda_model")
 
-# %% ../../nbs/lowrank/04_corda.ipynb #de52560d
+# %% ../../nbs/lowrank/04_corda.ipynb #4b202b6c
 class CordaAdapter(_SplitWeight):
     """W x + scaling * (B A - B0 A0) x, trained from (A0, B0) (section 3.2 of the paper).
 
@@ -498,13 +550,16 @@ class CordaAdapter(_SplitWeight):
     `corda_adapter`. Raises ValueError for a rank, alpha or mode out of range.
     """
 
-    def forward(self, x: torch.Tensor, base_output: torch.Tensor) -> torch.Tensor:
-        "base_output + scaling * [B - B0, B] [A0; A - A0] x; the last product and the sum in one."
-        rows, base = x.reshape(-1, self.in_features), base_output.reshape(-1, self.out_features)
-        A0, moved = self.A0.to(x.dtype), (self.A - self.A0).to(x.dtype)
-        h = torch.cat([F.linear(rows, A0), F.linear(rows, moved)], dim=1)
-        out = torch.cat([self.B - self.B0, self.B], dim=1).to(x.dtype)
-        return torch.addmm(base, h, out.t(), alpha=self.scaling).view_as(base_output)
+    def forward(
+        self,
+        x: torch.Tensor,  # the layer's input, [..., in]
+        base_output: torch.Tensor,  # what the frozen layer makes of it, [..., out]
+    ) -> torch.Tensor:  # [..., out]
+        "base_output + scaling * (B A - B0 A0) x."
+        base = base_output.reshape(-1, self.out_features)
+        rows = x.to(base.dtype).reshape(-1, self.in_features)
+        out, _ = _Change.apply(rows, base, self.A, self.B, self.A0, self.B0, self.scaling)
+        return out.view_as(base_output)
 
     def delta_weight(self) -> torch.Tensor:  # in the layout of the layer's weight
         "scaling * (B A - B0 A0): what `merge` adds to the weight."
@@ -634,7 +689,8 @@ def get_corda_model(
                 A0, B0 = _start(W, prepared[id(C)], config.r, config.mode, scaling)
             except ValueError as error:
                 raise ValueError(f"layer {name!r}: {error}") from None
-            makers[name] = partial(make, start=(A0.float(), B0.float()))
+            wide = torch.promote_types(W.dtype, torch.float32)  # float64 is for the SVD only
+            makers[name] = partial(make, start=tuple(t.to(wide) for t in (A0, B0)))
     return attach(model, makers)
 
 # %% ../../nbs/lowrank/04_corda.ipynb #476e27a8
@@ -687,9 +743,9 @@ class _Truncation(BaseConfig):
         "svd", "asvd", "corda")  # orientations compared
     truncation_context: str = "pydoc"  # source of the calibration text
     truncation_texts: tuple[str, ...] = ("pydoc",)  # sources whose perplexity is measured
-    drop: tuple[float, ...] = bounded((0.2, 0.4, 0.6), above=0, below=1)  # share cut per layer
+    drop: tuple[float, ...] = bounded((0.3, 0.6), above=0, below=1)  # share cut per layer
     evaluation_chunks: int | None = bounded(4, low=1)  # chunks of evaluation text; None: all
-    evaluation_length: int = bounded(96, low=2)  # tokens per chunk
+    evaluation_length: int = bounded(64, low=2)  # tokens per chunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -994,7 +1050,7 @@ def _score(model: nn.Module, images: tuple[torch.Tensor, torch.Tensor]) -> float
     "Accuracy."
     return float((evaluate.predict(model, images[0]).argmax(1).cpu() == images[1]).float().mean())
 
-# %% ../../nbs/lowrank/04_corda.ipynb #f0227114
+# %% ../../nbs/lowrank/04_corda.ipynb #e7c0b835
 def _vision_run(cfg: Config, model: nn.Module, parts: Mapping, lr: float, seed: int) -> list[dict]:
     "Train an adapted ViT on turned digits; accuracies on both tasks along the way."
     def look(m: nn.Module) -> dict[str, float]:
@@ -1005,10 +1061,22 @@ def _vision_run(cfg: Config, model: nn.Module, parts: Mapping, lr: float, seed: 
         steps=cfg.vision_steps, batch_size=cfg.vision_batch, lr=lr, schedule="cosine", warmup=0.1,
         device=cfg.device, seed=seed, log_every=cfg.vision_every, eval_fn=look,
         eval_every=cfg.vision_every, progress=False)
-    rows = fitted.history[["step", "loss", "old", "new"]].to_dict("records")
-    return [row | {"validation": _score(model, parts["validation"])} for row in rows]
+    rows, validation = fitted.history, _score(model, parts["validation"])
+    return rows[["step", "loss", "old", "new"]].assign(validation=validation).to_dict("records")
+
+# %% ../../nbs/lowrank/04_corda.ipynb #e7c0b836
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    "One CPU thread inside the block: for small matrices more cost more than they give."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
+@_one_thread()
 def _vision(cfg: Config) -> pd.DataFrame:
     "Every method with every learning rate and seed: losses and accuracies by step."
     base, parts = _vision_task(cfg)

@@ -262,6 +262,24 @@ def test_collection_leaves_no_trace_even_when_it_fails():
     assert torch.is_grad_enabled() and model[0].weight.requires_grad
 
 
+def test_blocks_behind_the_last_layer_do_not_run():
+    model, ran = llama(layers=3, tie=False), []
+    for i, block in enumerate(model.model.layers):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    found = collect_covariance(model, token_batches(), ["layers.1.mlp.up_proj"])
+    assert ran == [0, 1] * 4 and model.config.num_hidden_layers == 3
+    everywhere = collect_covariance(model, token_batches())
+    for name, one in found.items():
+        torch.testing.assert_close(one.matrix, everywhere[name].matrix)
+    ran.clear()
+    collect_covariance(model, token_batches(1), ["layers.0.mlp.up_proj", "lm_head"])
+    assert ran == [0, 1, 2]  # the head is behind them all
+    with pytest.raises(ValueError, match="attention_mask"):
+        bad = {"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.ones(1, 1, 2, 2)}
+        collect_covariance(model, [bad], ["layers.0.mlp.up_proj"])
+    assert model.config.num_hidden_layers == 3
+
+
 def test_several_passes_give_the_same_model():
     starts = []
     for budget in (None, 2e-5):
@@ -330,19 +348,6 @@ def test_gradients_reach_only_the_factors():
     assert all(p.grad.abs().sum() > 0 for p in trainable_parameters(model))
 
 
-def test_gradients_are_those_of_the_residual_form():
-    torch.manual_seed(0)
-    layer, x = nn.Linear(8, 12), inputs(30, 8)
-    make = partial(corda_adapter, covariance=covariance(8), rank=3)
-    model = attach(nn.Sequential(layer), make, ["0"])
-    shake(model)
-    a = adapters(model)["0"]
-    got = torch.autograd.grad(model(x).square().sum(), [a.A, a.B])
-    out = x @ a.residual().T + a.scaling * x @ a.A.T @ a.B.T + layer.bias
-    for one, other in zip(got, torch.autograd.grad(out.square().sum(), [a.A, a.B]), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
-
-
 def test_life_cycle(tmp_path):
     model, ids = llama(), token_batches(1)[0]["input_ids"]
     base = copy.deepcopy(model)
@@ -374,6 +379,111 @@ def test_gpt2_with_conv1d_layers():
     before = model(**batches[0]).logits
     get_corda_model(model, CorDAConfig(r=2), calibration_batches=batches)
     assert len(adapters(model)) == 4 and torch.equal(model(**batches[0]).logits, before)
+
+
+# ---------------------------------------------------------------- gradients by hand
+
+
+def residual_form(a, x):
+    "The paper's W'x + s B A x, left to autograd."
+    return x @ a.residual().T + a.scaling * x @ a.A.T @ a.B.T
+
+
+def adapted_layer(dtype=torch.float32, mode="kpm"):
+    "A layer whose adapter has moved, its adapter, and an input that wants a gradient."
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12, bias=False).to(dtype))
+    attach(model, partial(corda_adapter, covariance=covariance(8), rank=3, alpha=6, mode=mode), "0")
+    shake(model, 0.1)
+    return model, adapters(model)["0"], inputs(30, 8).view(3, 10, 8).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-10), (torch.float32, 1e-4),
+                                         (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_are_those_of_the_residual_form(dtype, rtol, mode):
+    model, a, x = adapted_layer(dtype, mode)
+    g = torch.randn(3, 10, 12, generator=torch.Generator().manual_seed(3))
+    found = torch.autograd.grad((model(x) * g.to(dtype)).sum(), [a.A, a.B, x])
+    wide = x.detach().to(a.A.dtype).requires_grad_()
+    expected = torch.autograd.grad((residual_form(a, wide) * g).sum(), [a.A, a.B, wide])
+    for mine, other, like in zip(found, expected, (a.A, a.B, x), strict=True):
+        assert mine.dtype == like.dtype and mine.shape == like.shape
+        assert (mine.to(other.dtype) - other).norm() <= rtol * other.norm()
+
+
+@pytest.mark.parametrize("x_wants", [True, False])
+def test_first_and_second_derivatives(x_wants):
+    model, a, x = adapted_layer(torch.float64)
+    parts = [x[0, :4].detach().requires_grad_(x_wants), a.A, a.B]
+
+    def run(x, A, B):
+        return torch.func.functional_call(model, {"0.adapter.A": A, "0.adapter.B": B}, (x,))
+
+    assert torch.autograd.gradcheck(run, parts) and torch.autograd.gradgradcheck(run, parts)
+
+
+def test_forward_mode_is_refused_in_words():
+    model, _, x = adapted_layer()
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(model, (x.detach(),), (x.detach(),))
+
+
+def test_per_sample_gradients_by_torch_func():
+    model, a, x = adapted_layer(torch.float64)
+    start = {"0.adapter.A": a.A.detach(), "0.adapter.B": a.B.detach()}
+
+    def loss(weights, one):
+        return torch.func.functional_call(model, weights, (one,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(start, x.detach())
+    for i in range(len(x)):
+        alone = torch.autograd.grad(residual_form(a, x[i]).square().sum(), [a.A, a.B])
+        torch.testing.assert_close([each[k][i] for k in start], list(alone))
+
+
+def adapted_llama():
+    model = llama()
+    get_corda_model(model, CorDAConfig(r=4, mode="kpm"), calibration_batches=token_batches())
+    shake(model)
+    ids = token_batches(1)[0]["input_ids"]
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    found = [p.grad.clone() for p in trainable_parameters(model)]
+    model.zero_grad()
+    return model, ids, loss.detach(), found
+
+
+def test_compile_without_a_graph_break():
+    model, ids, loss, gradients = adapted_llama()
+    fast = torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids=ids, labels=ids).loss
+    fast.backward()
+    torch.testing.assert_close(fast.detach(), loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close([p.grad for p in trainable_parameters(model)], gradients,
+                               rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    model, ids, loss, gradients = adapted_llama()
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    again = model(input_ids=ids, labels=ids).loss
+    again.backward()
+    torch.testing.assert_close(again.detach(), loss)
+    torch.testing.assert_close([p.grad for p in trainable_parameters(model)], gradients)
+
+
+def test_autocast_computes_in_its_own_precision():
+    model, a, x = adapted_layer()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+    out.float().square().sum().backward()
+    assert out.dtype == torch.bfloat16 and a.A.grad.dtype == x.grad.dtype == torch.float32
+    expected = torch.autograd.grad(residual_form(a, x).square().sum(), [a.A, a.B])
+    for mine, other in zip((a.A.grad, a.B.grad), expected, strict=True):
+        assert (mine - other).norm() <= 5e-2 * other.norm()
 
 
 # ---------------------------------------------------------------- agreement with PEFT

@@ -1,10 +1,12 @@
 """DONOD: closed form, literal step, TOPSIS, streaming, bad input, and the full-scale path."""
 
+import copy
 import json
 import math
 import os
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from adaptlab import models
+from adaptlab import data, models
 from adaptlab.domain import donod
 from adaptlab.domain.donod import (
     FULL,
@@ -28,6 +30,7 @@ from adaptlab.domain.donod import (
     text_task,
     topsis,
 )
+from adaptlab.evaluate import continuation_log_probs, peak_memory
 from adaptlab.experiment import start_run
 
 
@@ -169,16 +172,117 @@ def test_soft_capped_logits_fall_back_to_the_general_path():
         don_nod_scores(model, (x, y), closed_form=True)
 
 
-def test_data_is_streamed():
-    alive = []
+@pytest.mark.parametrize("closed_form", ["auto", False])
+def test_data_is_streamed(closed_form):
+    "Of a generator's batches only the one in use, and the next one, are ever alive."
+    alive, most = weakref.WeakSet(), 0
 
     def stream():
-        for batch in batches(n=9, size=3):
-            alive.append(batch)
-            yield alive.pop()
+        nonlocal most
+        for batch in batches(n=30, size=3):
+            batch = {k: v.clone() for k, v in batch.items()}
+            alive.add(batch["input_ids"])
+            most = max(most, len(alive))
+            yield batch
 
-    assert len(don_nod_scores(language_model(), stream())) == 9
-    assert not alive
+    found = don_nod_scores(language_model(), stream(), closed_form=closed_form)
+    assert len(found) == 30 and most <= 2
+
+
+class OnDisk:
+    "A map-style data set that counts how many of its rows are asked for at a time."
+
+    def __init__(self, rows):
+        self.rows, self.asked = rows, []
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        self.asked.append(i)
+        return self.rows[i]
+
+
+def test_trajectory_reads_a_data_set_row_by_row():
+    rows = [{"prompt": f"{i} plus {i} is", "response": f" {2 * i}"} for i in range(7)]
+    torch.manual_seed(0)
+    model = models.tiny_llama(vocab_size=260, hidden_size=16, layers=1, heads=2, kv_heads=1)
+    seen = []
+    model.model.register_forward_pre_hook(lambda *_: seen.append(len(on_disk.asked)))
+    on_disk = OnDisk(rows)
+    found = don_nod_scores(model, on_disk, models.byte_tokenizer(), mode="trajectory", lr=0.1)
+    assert seen == list(range(1, 8)) and sorted(on_disk.asked) == list(range(7))
+    assert on_disk.asked != sorted(on_disk.asked)  # in random order
+    held = don_nod_scores(model, iter(rows), models.byte_tokenizer(), mode="trajectory", lr=0.1)
+    pd.testing.assert_frame_equal(found, held)
+
+
+def test_rows_of_a_dataset_are_scored_and_selected(tmp_path):
+    rows = [{"prompt": f"{i} plus {i} is", "response": f" {2 * i}"} for i in range(9)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    on_disk = data.load(tmp_path / "rows.jsonl", split="train")
+    torch.manual_seed(0)
+    model = models.tiny_llama(vocab_size=260, hidden_size=16, layers=1, heads=2, kv_heads=1)
+    pruner = DonodPruner(keep=0.3).fit(model, on_disk, tokenizer=models.byte_tokenizer())
+    kept = on_disk.select(pruner.select())
+    assert len(kept) == math.ceil(0.3 * 9)
+    best = pruner.scores["closeness"].idxmax()
+    assert kept[0]["prompt"] == rows[best]["prompt"]
+    assert len(DonodPruner(keep=1.0).rank(pruner.scores).select()) == 9
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 60), st.integers(0, 999))
+def test_a_batch_in_parts_is_the_same_batch(b, t, max_elements, seed):
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(b, t, 4, generator=generator, dtype=torch.float64)
+    w = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, 6, (b, t), generator=generator)
+    whole = don_nod_from_hidden(h, y, w, 0.1)
+    parts = don_nod_from_hidden(h, y, w, 0.1, max_elements=max_elements)
+    torch.testing.assert_close(whole, parts)
+
+
+def test_the_closed_form_never_holds_more_logits_than_it_may():
+    h, w = torch.randn(8, 16, 32), torch.randn(2000, 32)
+    y = torch.randint(0, 2000, (8, 16))
+    one = 16 * 2000 * 4  # bytes of one sample's logits
+    whole, parts = (peak_memory(lambda n=n: don_nod_from_hidden(h, y, w, 0.1, max_elements=n))
+                    for n in (8 * 16 * 2000, 16 * 2000))
+    assert whole > 8 * one > 6 * one > parts
+
+
+def test_half_precision_is_scored_in_single():
+    model = language_model()
+    single = don_nod_scores(model, batches())
+    for dtype in (torch.bfloat16, torch.float16):
+        half = don_nod_scores(copy.deepcopy(model).to(dtype), batches())
+        np.testing.assert_allclose(half["nod"], single["nod"], rtol=0.02)
+        np.testing.assert_allclose(half["don"], single["don"], rtol=0.2, atol=2e-5)
+
+
+def test_the_first_order_of_don_turns_with_the_step():
+    inner, norm = torch.tensor([0.3, -0.7]).double(), torch.tensor(5.0).double()
+    forth, back = (donod._from_products(inner, torch.ones(2).double(), norm, lr)[0]
+                   for lr in (1e-6, -1e-6))
+    torch.testing.assert_close(forth, -back, rtol=1e-4, atol=0)
+    torch.testing.assert_close(forth, -1e-6 * inner / norm, rtol=1e-4, atol=0)
+
+
+def test_a_wrapped_output_layer_is_scored_by_its_base_weight():
+    peft = pytest.importorskip("peft")
+    plain = don_nod_scores(language_model(), batches())
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(language_model(), config)
+    name, layer = output_layer(wrapped)
+    assert name.endswith("lm_head.base_layer") and isinstance(layer, nn.Linear)
+    with pytest.raises(ValueError, match="closed_form=True"):  # the LoRA changes the logits
+        don_nod_scores(wrapped, batches(), closed_form=True)
+    found = don_nod_scores(wrapped, batches())
+    assert not np.allclose(found["loss"], plain["loss"])
+    with wrapped.disable_adapter():
+        off = don_nod_scores(wrapped, batches(), closed_form=True)
+    pd.testing.assert_frame_equal(off, plain, rtol=1e-5, atol=1e-9)
 
 
 def test_trajectory_with_a_tiny_step_ranks_like_independent():
@@ -270,6 +374,22 @@ def test_values_that_are_not_finite_are_refused():
 def test_a_constant_column_warns():
     with pytest.warns(UserWarning, match="cannot tell"):
         topsis([[1.0, 2.0], [1.0, 3.0]], normalization="minmax")
+
+
+def test_answers_are_read_as_greedy_decoding_would_say_them():
+    torch.manual_seed(0)
+    model = models.tiny_llama(vocab_size=260, hidden_size=16, layers=1, heads=2, kv_heads=1)
+    tokenizer = models.byte_tokenizer()
+    pairs = [(f"{i} and {i} are", f" {2 * i}{'x' * i}") for i in range(5)]
+    prompt = tokenizer("so", add_special_tokens=False)["input_ids"]
+    first = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
+    pairs.append(("so", tokenizer.decode([first])))  # what greedy decoding says
+    loglik, right = donod._read_answers(model.train(), tokenizer, pairs, batch_size=4)
+    sums, counts = continuation_log_probs(model, tokenizer, *map(list, zip(*pairs, strict=True)))
+    np.testing.assert_allclose(loglik, sums / counts, rtol=1e-4)
+    said = [len(tokenizer.decode([first])) == 1 and tokenizer(a)["input_ids"] == [first]
+            for _, a in pairs]
+    assert right == [100.0 * s for s in said] and right[-1] == 100 and model.training
 
 
 def test_the_swapped_answers_are_the_ones_that_are_marked():
