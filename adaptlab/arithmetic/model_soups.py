@@ -141,6 +141,8 @@ def _sources(model: nn.Module, state: arithmetic.LazyState) -> dict[str, str]:
     found = {key: next((n for n in (key, *names[id(t)]) if n in state), "")
              for key, t in own.items()}
     wrong = [k for k, n in found.items() if not n] + [k for k in state if k not in own]
+    if any(t.is_meta for t in own.values()):
+        raise ValueError("the model is on the meta device, without numbers: build it on a real one")
     if wrong:
         raise ValueError(f"the model and {state.label or 'the weights'} have different tensors: "
                          f"{wrong[:5]}")
@@ -222,10 +224,24 @@ def _order(order: Sequence[int] | None, scores: list[float]) -> list[int]:
         raise ValueError(f"order = {found}: it must name each of the models 0 to {k - 1} once")
     return found
 
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #949fae4a
+def _require_finite(tensors: Mapping[str, Tensor], label: str) -> None:
+    "ValueError that names what holds NaN or infinity; one pass, no copy."
+    for name, t in tensors.items():
+        if t.is_floating_point() and t.numel():
+            low, high = t.aminmax()  # both are NaN if any entry is
+            if not bool(low.isfinite() & high.isfinite()):
+                raise ValueError(f"{name} of {label} holds NaN or infinity: leave it out")
+
 # %% ../../nbs/arithmetic/01_model_soups.ipynb #0a4e99ed
 def _wide(dtype: torch.dtype) -> torch.dtype:
     "Where to add up: float32 at least."
     return torch.promote_types(dtype, torch.float32)
+
+
+def _outline_of(state: arithmetic.LazyState) -> arithmetic.LazyState:
+    "Names, shapes and ties of a state; its tensors can be freed."
+    return arithmetic.LazyState(state.specs, lambda _: iter(()), state.aliases, state.label)
 
 
 def _checked(candidate: Candidate, i: int, first: arithmetic.LazyState) -> arithmetic.LazyState:
@@ -239,11 +255,32 @@ def _alone(
     score_fn: Callable, model: nn.Module | None, candidates: list[Candidate]
 ) -> list[float]:
     "The score of each candidate by itself; one is in memory at a time, and is checked for NaN."
-    first = _state(candidates[0], "model 0")
-    return [
-        _score(score_fn, model, arithmetic.linear_combination([_checked(c, i, first)], [1.0]),
-               f"model {i}")
-        for i, c in enumerate(candidates)]
+    first = _outline_of(_state(candidates[0], "model 0"))
+    return [_score(score_fn, model, _read(_checked(c, i, first), c), f"model {i}")
+            for i, c in enumerate(candidates)]
+
+
+def _read(state: arithmetic.LazyState, candidate: Candidate) -> Mapping[str, Tensor]:
+    "The weights of a candidate in memory of their own, checked for NaN and infinity."
+    if not isinstance(candidate, (str, Path)):
+        return arithmetic.linear_combination([state], [1.0])  # a checked copy
+    tensors = arithmetic.load_state(state)
+    _require_finite(tensors, state.label)
+    return tensors
+
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #91063cf3
+def _stirred(
+    mean: Mapping[str, Tensor], n: int, candidate: Candidate, i: int,
+    first: arithmetic.LazyState | None,
+) -> tuple[dict[str, Tensor], arithmetic.LazyState]:
+    "The mean of n models and candidate i, in float32 or better; and what the first looks like."
+    state = _state(candidate, f"model {i}")
+    first = first or _outline_of(state)
+    arithmetic.check_compatible(first, state)
+    wide = _cast(state, lambda name: _wide(first.specs[name].dtype))
+    if not n:
+        return dict(arithmetic.linear_combination([wide], [1.0])), first
+    return dict(arithmetic.linear_combination([mean, wide], [n / (n + 1), 1 / (n + 1)])), first
 
 # %% ../../nbs/arithmetic/01_model_soups.ipynb #432f194c
 def greedy_soup(
@@ -266,14 +303,12 @@ def greedy_soup(
     scores = _alone(score_fn, model, found) if scores is None else _finite_scores(scores, found)
     trial_order = _order(order, scores)
     start = trial_order[0]
-    first = _state(found[start], f"model {start}")
-    kinds = {n: s.dtype for n, s in first.specs.items()}
-    mean, best = arithmetic.load_state(_cast(first, lambda n: _wide(kinds[n]))), scores[start]
-    ingredients, rows = [start], [(start, best, best, True)]
+    mean, first = _stirred({}, 0, found[start], start, None)
+    kinds, best = {n: s.dtype for n, s in first.specs.items()}, scores[start]
+    ingredients, rows, trial = [start], [(start, best, best, True)], None
     for i in trial_order[1:]:
-        state, n = _checked(found[i], i, first), len(ingredients)
-        state = _cast(state, lambda n: _wide(kinds[n]))
-        trial = arithmetic.linear_combination([mean, state], [n / (n + 1), 1 / (n + 1)])
+        trial = None  # one that was refused is freed before the next is made
+        trial, _ = _stirred(mean, len(ingredients), found[i], i, first)
         score = _score(score_fn, model, _cast(arithmetic.open_state(trial), kinds.__getitem__),
                        f"the soup with model {i}")
         accepted = score >= best if tie == "accept" else score > best
@@ -354,15 +389,31 @@ def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     logits, labels = _logits(model, batch)
     return F.cross_entropy(logits.float(), labels)
 
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #3fb0097e
+def _skeleton(model: nn.Module) -> nn.Module:
+    "The architecture in eval mode; the tensors of its state dict have shapes, but no numbers."
+    held = model.state_dict(keep_vars=True).values()
+    memo = {id(t): nn.Parameter(t.detach().to("meta"), requires_grad=False)
+            if isinstance(t, nn.Parameter) else t.to("meta") for t in held}
+    return copy.deepcopy(model, memo).eval()  # what is in `memo` is not copied
+
+
+def _apply_to_buffers(model: nn.Module, fn: Callable) -> None:
+    "Apply `fn` to the buffers that a state dict does not hold."
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            if module._buffers[name] is not None:
+                module._buffers[name] = fn(module._buffers[name])
+
 # %% ../../nbs/arithmetic/01_model_soups.ipynb #7ca93205
 class _ModelStack:
-    "k sets of weights for one network, stacked tensor by tensor; the network is lent, not owned."
+    "k sets of weights for one network, stacked tensor by tensor, and the network's skeleton."
 
     def __init__(self, model: nn.Module, candidates: Any, per: Any, home: torch.device | None):
         states = [_state(c, f"model {i}") for i, c in enumerate(_candidates(candidates))]
         arithmetic.check_compatible(*states)
         sources = [_sources(model, s) for s in states]
-        self.model, self.k, self.home = model.eval(), len(states), home
+        self.model, self.k, self.home = _skeleton(model), len(states), home
         own = model.state_dict(keep_vars=True)
         first = {id(t): key for key, t in reversed(own.items())}
         self.first = {key: first[id(t)] for key, t in own.items()}  # any name -> first name of it
@@ -375,9 +426,8 @@ class _ModelStack:
         for name in dict.fromkeys(self.first.values()):
             parts = [s[n[name]].detach().to(place) for s, n in zip(states, sources, strict=True)]
             self.stacks[name] = torch.stack(parts) if parts[0].is_floating_point() else parts[0]
-            bad = [s.label for s, p in zip(states, parts, strict=True) if not p.isfinite().all()]
-            if bad:
-                raise ValueError(f"{name} of {bad[0]} holds NaN or infinity: leave it out")
+            for state, part in zip(states, parts, strict=True):
+                _require_finite({name: part}, state.label)
 
     def mix(self, alpha: Tensor, device: torch.device) -> dict[str, Tensor]:
         "Mixed tensors by first name; float buffers (BatchNorm's) take the mean of α's rows."
@@ -390,8 +440,8 @@ class _ModelStack:
         return mixed
 
     def apply(self, fn: Callable) -> None:
-        "Move or cast, as `nn.Module.to` asks."
-        self.model._apply(fn)
+        "Move or cast what is held here, as `nn.Module.to` asks."
+        _apply_to_buffers(self.model, fn)
         if self.home is None:
             self.stacks = {name: fn(stack) for name, stack in self.stacks.items()}
 
@@ -427,7 +477,8 @@ class _Mixture(nn.Module):
 class LearnedSoup(_Mixture):
     """β · f(x; Σ αᵢ θᵢ), α = softmax(`raw`) row by row, `raw` = 0 and β = 1 at first (Appendix I).
 
-    The network is lent: it stays in eval mode; its own weights are not used, trained or changed.
+    Only a skeleton of the network is kept, in eval mode: `.to()` or `.double()` on the soup, and
+    its training, leave the model that was given alone, and its weights are not copied.
     Raises `ValueError` for no models, models that do not match it or are not finite, groups that
     leave parameters out.
     """
@@ -809,12 +860,15 @@ def _rate(step: int, steps: Tensor, warmup: int) -> Tensor:
 
 
 def _adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: Tensor, decay: Tensor, t: int) -> None:
-    "One step of AdamW for copies [k, d] with learning rates and weight decays [k, 1], in place."
+    """One step of AdamW for copies [k, d] with learning rates and weight decays [k, 1], in place.
+
+    The gradient's memory is used up: a fresh matrix would cost more time than the arithmetic.
+    """
     p.mul_(1 - lr * decay)
     m.lerp_(g, 0.1)
     v.mul_(0.999).addcmul_(g, g, value=0.001)
-    denominator = (v / (1 - 0.999**t)).sqrt_().add_(1e-8)
-    p.sub_(m.div(denominator).mul_(lr / (1 - 0.9**t)))
+    denominator = g.copy_(v).div_(1 - 0.999**t).sqrt_().add_(1e-8)
+    p.sub_(torch.div(m, denominator, out=g).mul_(lr / (1 - 0.9**t)))
 
 # %% ../../nbs/arithmetic/01_model_soups.ipynb #28387e43
 class _CopyBatches:
@@ -824,6 +878,7 @@ class _CopyBatches:
         self.x, self.y, self.recipes = x, y, recipes
         self.streams = [train.IndexStream(len(x), batch_size, r["seed"]) for r in recipes]
         self.rngs = [np.random.default_rng(r["seed"]) for r in recipes]
+        self.noises = [torch.Generator().manual_seed(r["seed"]) for r in recipes]
         self.n_classes = int(y.max()) + 1
         self.smoothing = torch.tensor([r.get("smoothing", 0.0) for r in recipes])
 
@@ -834,8 +889,8 @@ class _CopyBatches:
         share = torch.ones(live)
         for i, (recipe, rng) in enumerate(zip(self.recipes[:live], self.rngs, strict=False)):
             if recipe.get("noise"):
-                noise = rng.standard_normal(x.shape[1:], dtype=np.float32)
-                x[i].add_(torch.from_numpy(noise).to(x), alpha=recipe["noise"])
+                noise = torch.randn(x.shape[1:], generator=self.noises[i])
+                x[i].add_(noise.to(x), alpha=recipe["noise"])
             if recipe.get("mixup"):
                 share[i] = rng.beta(recipe["mixup"], recipe["mixup"])
         if bool((share < 1).any()):  # the partner of a sample is its mirror image in the batch
@@ -1562,15 +1617,18 @@ def _answers(part: Mapping[str, Any], recipe: str, split: str) -> np.ndarray:
         rows = right[f"member:{split}"][0]
     elif recipe == "best on test (oracle)":
         rows = right[f"member:{split}"][int(right["member:test"].float().mean(1).argmax())]
+    elif recipe == "best under shift (oracle)":
+        every = sum(right[f"member:{s}"].float().mean(1) for s in _shift_names(part))
+        rows = right[f"member:{split}"][int(every.argmax())]
     elif recipe == "ensemble of all":
         rows = right[f"ensemble:{split}"][-1]
     else:
         rows = right[f"{recipe}:{split}"]
     return rows.double().numpy()
 
-
-_RECIPES = ("members (mean)", "best on held-out", "best on test (oracle)", *_SOUPS,
-            "ensemble of all")
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #383fcabe
+_RECIPES = ("members (mean)", "best on held-out", "best on test (oracle)",
+            "best under shift (oracle)", *_SOUPS, "ensemble of all")
 
 
 def _shift_names(part: Mapping[str, Any]) -> list[str]:
@@ -1594,26 +1652,22 @@ def _accuracies(parts: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 # %% ../../nbs/arithmetic/01_model_soups.ipynb #d0ff12ec
+def _pair(part: Mapping[str, Any], a: str, b: str, shifted: bool) -> list[np.ndarray]:
+    "What recipes a and b score on the same samples, of the task or of its shifts."
+    return [_weighted(part, r, _shift_names(part) if shifted else ["test"]) for r in (a, b)]
+
+
+def _difference(part: Mapping[str, Any], a: str, b: str, shifted: bool) -> float:
+    "Accuracy of recipe a minus that of b in one sweep, in points."
+    x, y = _pair(part, a, b, shifted)
+    return float((x - y).mean())
+
+
 def _contrast(parts: Sequence[Mapping], a: str, b: str, shifted: bool = False) -> evaluate.Estimate:
     "Accuracy of recipe a minus that of b, in points, on the task or (mean) on its shifts."
-    pairs = [[_weighted(p, r, _shift_names(p) if shifted else ["test"]) for r in (a, b)]
-             for p in parts]
     if len(parts) > 1:
-        return evaluate.over_seeds([float((x - y).mean()) for x, y in pairs])
-    return evaluate.paired_difference(*pairs[0])
-
-
-def _better(report: Report, parts: Sequence[Mapping], text: str, a: str, b: str,
-            shifted: bool = False, **known: str) -> None:
-    "The claim that recipe a is better than b: the interval of the difference decides."
-    estimate = _contrast(parts, a, b, shifted)
-    holds = True if estimate.low > 0 else False if estimate.high < 0 else None
-    reason = {None: "the interval contains 0", False: "the difference is negative"}.get(holds, "")
-    ceiling = _contrast(parts, "ensemble of all", b, shifted)
-    if holds is not True and b == "best on held-out" and ceiling.low <= 0:
-        reason += (f"; here not even the ensemble of all is better ({ceiling:+.2f} points), so "
-                   "there is little that averaging could gain")
-    report.claim(text, measured=estimate, holds=holds, reason=reason, unit="points", **known)
+        return evaluate.over_seeds([_difference(p, a, b, shifted) for p in parts])
+    return evaluate.paired_difference(*_pair(parts[0], a, b, shifted))
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> evaluate.Estimate | None:
@@ -1628,6 +1682,18 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> evaluate.Estimate | None:
     if len(ranks) < 5 or not ranks.std(0).all():
         return None
     return evaluate.bootstrap(ranks, pearson)
+
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #02540768
+def _better(report: Report, parts: Sequence[Mapping], text: str, a: str, b: str,
+            shifted: bool = False, **known: str) -> None:
+    "The claim that recipe a is better than b: the interval of the difference decides."
+    estimate = _contrast(parts, a, b, shifted)
+    holds = True if estimate.low > 0 else False if estimate.high < 0 else None
+    reason = {None: "the interval contains 0", False: "the difference is negative"}.get(holds, "")
+    ceiling = _contrast(parts, "ensemble of all", b, shifted)
+    if holds is not True and b == "best on held-out" and ceiling.low <= 0:
+        reason += f"; nor is the ensemble of all better here ({ceiling:+.2f} points)"
+    report.claim(text, measured=estimate, holds=holds, reason=reason, unit="points", **known)
 
 # %% ../../nbs/arithmetic/01_model_soups.ipynb #7497c255
 _FILES = "the code's result files, ImageNet top-1"
@@ -1645,6 +1711,9 @@ def _sweep_claims(report: Report, parts: Sequence[Mapping[str, Any]]) -> None:
             greedy, best, True, paper="50.86 vs 47.97", source=_SHIFTED)
     _better(report, parts, "The uniform soup is better than the best single model under shift",
             uniform, best, True, paper="51.58 vs 47.97", source=_SHIFTED)
+    _better(report, parts, "The single model that is best under shift is worse on the task than "
+            "the one that held-out data choose", best, "best under shift (oracle)",
+            paper="80.39 vs 78.11", source=_FILES)
     _better(report, parts, "The learned soup is better than the greedy soup",
             "learned soup", greedy, paper="81.38 vs 81.03", source="a comment in the code")
     gap = _contrast(parts, greedy, "ensemble of all")
@@ -1771,7 +1840,7 @@ def _seeds_figure(parts: Sequence[Mapping[str, Any]]) -> Any:
     fig, axes = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained", sharey=True)
     for ax, shifted in zip(axes, (False, True), strict=True):
         for y, (a, b) in enumerate(_CONTRASTS):
-            each = [_contrast([p], a, b, shifted).value for p in parts]
+            each = [_difference(p, a, b, shifted) for p in parts]
             whole = _contrast(parts, a, b, shifted)
             ax.plot(each, [y + 0.18] * len(each), "o", ms=5, alpha=0.6, color=plots.COLORS["grey"])
             ax.errorbar(whole.value, y - 0.12, xerr=[[whole.value - whole.low],

@@ -1,6 +1,7 @@
 """Model soups: what must hold, what must be refused, and the full-scale path on tiny models."""
 
 import copy
+import gc
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 from adaptlab import adapters, models
 from adaptlab import experiment as core
 from adaptlab.arithmetic import model_soups as lesson
+from adaptlab.evaluate import peak_memory
 from adaptlab.arithmetic.model_soups import (
     FULL,
     SMALL,
@@ -114,9 +116,10 @@ def test_weights_dtype_and_ties() -> None:
     exact = torch.stack([h["head.weight"].float() for h in halves]).mean(0)
     torch.testing.assert_close(wide, exact)  # not rounded to bfloat16 on the way
     tied = torch.randn(3)
-    soup = uniform_soup([{"a": tied, "b": tied}, {"a": 2 * tied, "b": 2 * tied}])
+    double = 2 * tied
+    soup = uniform_soup([{"a": tied, "b": tied}, {"a": double, "b": double}])
     torch.testing.assert_close(soup["a"], 1.5 * tied)
-    assert soup["a"].data_ptr() == soup["b"].data_ptr() or torch.equal(soup["a"], soup["b"])
+    assert soup["a"] is soup["b"]  # still tied
 
 
 def test_permuted_units_spoil_the_soup() -> None:
@@ -158,6 +161,8 @@ def test_greedy_returns_the_best_unchanged() -> None:
     "Property 5: when every addition hurts."
     found = greedy_soup(COPIES, lambda m: -1.0, scores=[1, 3, 2, 0, 0])
     assert found.ingredients == [1] and found.score == 3
+    mine = {v.data_ptr() for v in COPIES[1].state_dict().values()}
+    assert not mine & {v.data_ptr() for v in found.state_dict.values()}  # a copy, not the model
     assert all(torch.equal(v, COPIES[1].state_dict()[k]) for k, v in found.state_dict.items())
 
 
@@ -192,6 +197,32 @@ def test_greedy_in_half_precision_adds_in_float32() -> None:
     torch.testing.assert_close(found.state_dict["w"].float(), exact.float(), atol=2e-3, rtol=8e-3)
 
 
+def test_greedy_keeps_few_models_in_memory(tmp_path) -> None:
+    "Files and functions are read when their turn comes, and freed at once, not by the collector."
+    reads, k, size = [], 5, 2_000_000
+    for i in range(k):
+        save_file({"w": torch.randn(size)}, tmp_path / f"{i}.safetensors")
+
+    def loads(i):
+        reads.append(i)
+        return load_file(tmp_path / f"{i}.safetensors")
+
+    paths = [tmp_path / f"{i}.safetensors" for i in range(k)]
+    functions = [partial(loads, i) for i in range(k)]
+    gc.collect()
+    gc.disable()
+    try:
+        for candidates, most in ((paths, 2), (functions, 3)):  # mean, trial; what a function gave
+            for accept in (0.0, -1.0):  # all are accepted; none is
+                scores = iter([*[0.0] * k, *[accept] * k])
+                peak = peak_memory(lambda c=candidates, s=scores: greedy_soup(
+                    c, lambda state: next(s)), "cpu")
+                assert peak < (most + 0.5) * 4 * size  # and the pieces in work
+    finally:
+        gc.enable()
+    assert len(reads) == 2 * (2 * k + 1)  # score, trial; the first once more, to compare with
+
+
 def test_tied_weights_stay_tied() -> None:
     "Property 10, on a language model whose output layer is its embedding."
     config = transformers.LlamaConfig(
@@ -204,7 +235,7 @@ def test_tied_weights_stay_tied() -> None:
     found = greedy_soup(nets, lambda m: float(m(ids).logits.sum()) * 0, nets[0])
     assert nets[0].lm_head.weight is nets[0].model.embed_tokens.weight
     key = "lm_head.weight"
-    assert torch.equal(found.state_dict[key], found.state_dict["model.embed_tokens.weight"])
+    assert found.state_dict[key] is found.state_dict["model.embed_tokens.weight"]
     pot = LearnedSoup(nets[0], nets)
     torch.testing.assert_close(pot.to_state_dict()[key], uniform_soup(nets)[key])
     host = copy.deepcopy(nets[0])
@@ -278,6 +309,47 @@ def test_learned_soup_gradient() -> None:
     assert single.raw.grad.abs().max() == 0 and single.beta.grad.abs() > 0
 
 
+class Rotary(nn.Module):
+    "A network with a buffer that no state dict holds, dropout, and tied layers."
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.register_buffer("angles", torch.arange(8.0), persistent=False)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.second(self.dropout(self.first(x) * self.angles.cos()))
+
+
+def test_the_template_stays_the_users() -> None:
+    "Casts and training of the soup do not reach the model; its weights are not held."
+    torch.manual_seed(0)
+    model = Rotary().train()
+    states = [{k: torch.randn_like(v) for k, v in model.state_dict().items()} for _ in range(2)]
+    for state in states:
+        state["second.weight"] = state["first.weight"]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    pot = LearnedSoup(model, states).double()
+    assert model.training and model.first.weight.dtype == model.angles.dtype == torch.float32
+    assert pot(X.double()).dtype == torch.float64
+    host = Rotary().eval()
+    host.load_state_dict(uniform_soup(states))
+    torch.testing.assert_close(pot(X.double()).float(), host(X), atol=1e-5, rtol=1e-5)
+    pot.fit((X.double(), Y), epochs=2, batch_size=40)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    held = [p for m in pot._stack.model.modules() for p in m._parameters.values()]
+    assert all(p is None or p.is_meta for p in held)
+    assert pot.raw.shape == (3, 2)  # the tied weight, and two biases
+    assert pot._stack.model.first.weight is pot._stack.model.second.weight
+    with torch.device("meta"):
+        empty = models.MLP((8, 16, 3))
+    for call in (lambda: LearnedSoup(empty, COPIES), lambda: greedy_soup(COPIES, accuracy, empty)):
+        with pytest.raises(ValueError, match="meta device"):
+            call()
+
+
 # ------------------------------------------------------------------ ensembles, lines, planes
 
 
@@ -312,7 +384,9 @@ def test_second_order(seed) -> None:
         other.load_state_dict(ends[1])
         middle = Smooth()
         middle.load_state_dict(uniform_soup(ends))
-        gaps.append(float((middle(X) - logit_ensemble([center, other])(X)).norm()))
+        with torch.no_grad():
+            gap = middle(X) - logit_ensemble([center, other])(X)
+        gaps.append(gap.norm().item())
     assert 3.2 < gaps[0] / gaps[1] < 4.8
     ends[1] = {k: v + 0.01 * step[k] for k, v in ends[0].items()}  # close: the expansion's domain
     for alpha, beta in ((0.25, 1.0), (0.5, 2.0), (0.8, 1.0)):
@@ -428,6 +502,39 @@ def test_peft_models_are_merged(tmp_path) -> None:
     folder = adapters.to_peft(lora_soup(ours), tmp_path / "soup", base_model_name="toy")
     back = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder)
     torch.testing.assert_close(back(X), _filled(soup)(X), atol=1e-5, rtol=1e-5)
+
+
+def test_lora_soup_is_what_peft_concatenates() -> None:
+    "PEFT's `cat` of two adapters is the same average; its `linear` one is the trap."
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["layers.0"])
+    theirs = peft.get_peft_model(copy.deepcopy(START), config, "one")
+    theirs.add_adapter("two", config)
+    layer, ours = theirs.base_model.model.layers[0], []
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        make = partial(adapters.LoraAdapter, rank=2, alpha=2)
+        model = adapters.attach(copy.deepcopy(START), make, "layers.0")
+        adapter = adapters.adapters(model)["layers.0"]
+        nn.init.normal_(adapter.B)
+        layer.lora_A[name].weight.data.copy_(adapter.A.data)
+        layer.lora_B[name].weight.data.copy_(adapter.B.data)
+        ours.append(model)
+    change = merged_state_dict(lora_soup(ours, [0.3, 0.7]))["layers.0.weight"]
+    change = change - START.layers[0].weight
+    for kind, same in (("cat", True), ("linear", False)):
+        theirs.add_weighted_adapter(["one", "two"], [0.3, 0.7], kind, combination_type=kind)
+        assert torch.allclose(layer.get_delta_weight(kind), change, atol=1e-5) == same
+
+
+def test_adapter_folders_are_refused(tmp_path) -> None:
+    "A folder that PEFT wrote holds factors, not weights."
+    peft = pytest.importorskip("peft")
+    for i in range(2):
+        config = peft.LoraConfig(r=2, target_modules=["head"])
+        peft.get_peft_model(copy.deepcopy(START), config).save_pretrained(tmp_path / str(i))
+    with pytest.raises(ValueError, match="average of A and B"):
+        uniform_soup([tmp_path / "0", tmp_path / "1"])
 
 
 # ------------------------------------------------------------------ bad input

@@ -19,6 +19,7 @@ from adaptlab.experiment import start_run
 from adaptlab.sparse import neuroada
 from adaptlab.sparse.neuroada import (
     FULL,
+    PAPER_RUNS,
     SMALL,
     NeuroAda,
     NeuroAdaConfig,
@@ -30,6 +31,7 @@ from adaptlab.sparse.neuroada import (
     gradient_scores,
     neuroada_linear,
     select_topk,
+    task_accuracy,
     training_state_bytes,
     wrap_masked,
 )
@@ -341,6 +343,109 @@ def test_merging_twice_and_unmerging_first_are_refused():
         adapters.merge(model)
 
 
+def test_the_same_algebra_as_pefts_sparse_adapter():
+    "SHiRA trains a sparse change at random positions: same outputs and gradients at its places."
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    x, theirs = torch.randn(5, 12), net()
+    wrapped = peft.get_peft_model(theirs, peft.ShiraConfig(r=1, target_modules=["0", "2"]))
+    ours, pairs = net(), []
+    for name in ("0", "2"):
+        layer = wrapped.base_model.model.get_submodule(name)
+        rows, columns = layer.shira_indices["default"].long()
+        torch.nn.init.normal_(layer.shira_weight["default"])
+        make = partial(NeuroAdaLinear, indices=columns[:, None], rows=rows, impl="gather")
+        pairs.append((name, make, layer.shira_weight["default"]))
+    adapters.attach(ours, {name: make for name, make, _ in pairs})
+    for name, _, values in pairs:
+        ours.get_submodule(name).adapter.delta.data.copy_(values.data[:, None])
+    torch.testing.assert_close(ours(x), wrapped(x))
+    for model in (ours, wrapped):
+        square(model, x).backward()
+    for name, _, values in pairs:
+        found = ours.get_submodule(name).adapter.delta.grad[:, 0]
+        torch.testing.assert_close(found, values.grad)
+    merged = wrapped.merge_and_unload()
+    torch.testing.assert_close(adapters.merge_and_unload(ours)(x), merged(x))
+
+
+def test_a_classifier_with_its_head_trained_in_full():
+    "RoBERTa, as in the paper's tasks of understanding: bypasses in the encoder, the whole head."
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    torch.manual_seed(0)
+    roberta = RobertaForSequenceClassification(RobertaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=20, num_labels=3))
+    head = sum(p.numel() for p in roberta.classifier.parameters())
+    cfg = NeuroAdaConfig(k=2, target_modules=("query", "key", "value", "attention.output.dense"),
+                         modules_to_save=("classifier",))
+    NeuroAda.wrap(roberta, cfg)
+    assert count_trainable(roberta)[0] == 2 * 2 * 4 * 16 + head
+    batch = {"input_ids": torch.randint(3, 40, (6, 7)), "labels": torch.randint(3, (6,))}
+    adam = torch.optim.AdamW(adapters.trainable_parameters(roberta), lr=1e-2)
+    before = float(roberta(**batch).loss.detach())
+    for _ in range(10):
+        adam.zero_grad()
+        roberta(**batch).loss.backward()
+        adam.step()
+    assert float(roberta(**batch).loss.detach()) < before
+
+
+def test_a_tied_head_is_untied_by_merging_and_tied_again():
+    "The output layer may share its weight with the embedding, which must not move with it."
+    torch.manual_seed(0)
+    llama, ids = models.tiny_llama(), torch.randint(0, 260, (1, 6))
+    embedding = llama.model.embed_tokens.weight.detach().clone()
+    NeuroAda.wrap(llama, NeuroAdaConfig(target_modules=("lm_head",)))
+    torch.nn.init.normal_(llama.lm_head.adapter.delta)
+    logits = llama(ids).logits
+    adapters.merge(llama)
+    torch.testing.assert_close(llama(ids).logits, logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(llama.model.embed_tokens.weight, embedding)
+    adapters.unmerge(llama)
+    assert llama.lm_head.weight is llama.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("method", ["NeuroAda", "NeuroAda random", "LoRA", "masked", "full"])
+def test_measured_memory_leaves_the_model_alone(method):
+    llama = models.tiny_llama()
+    state = {n: p.clone() for n, p in llama.state_dict().items()}
+    ids = torch.randint(0, 260, (2, 9))
+    cfg = SMALL.replace(memory_methods=(method,))
+    row = neuroada._memory(cfg, llama, {"input_ids": ids, "labels": ids}).iloc[0]
+    assert row["step MB"] > 0
+    assert row["together MB"] == pytest.approx(row["weights MB"] + row["step MB"])
+    assert all(torch.equal(p, state[n]) for n, p in llama.state_dict().items())
+    assert not adapters.adapters(llama) and all(p.grad is None for p in llama.parameters())
+    assert not any(p._backward_hooks for p in llama.parameters())
+
+
+def test_answers_are_of_the_kind_of_the_rows_answer(monkeypatch):
+    "A letter is no answer to a sum, nor a number to a choice."
+    said = {"how many": "A fair guess: 3, no, 1,200. A", "which": "B, since 7 is less. a"}
+    rows = [("how many", "1200.0"), ("which", "B")]
+    table = {"instruction": [r[0] for r in rows], "answer": [r[1] for r in rows]}
+    import datasets
+
+    monkeypatch.setattr(neuroada.data, "load", lambda *a, **k: datasets.Dataset.from_dict(table))
+    monkeypatch.setattr(neuroada.evaluate, "generate",
+                        lambda model, tok, prompts, *a: [said[p] for p in prompts])  # fmt: skip
+    cfg = PAPER_RUNS["math", 1].replace(prompt="{instruction}")
+    assert float(task_accuracy(None, None, cfg, "mixed")) == 1.0
+
+
+def test_the_papers_runs_are_those_of_the_scripts():
+    settings_ = {key: (c.k, c.llm_lrs[0], c.llm_batch, c.warmup, c.weight_decay, len(c.tasks))
+                 for key, c in PAPER_RUNS.items()}  # fmt: skip
+    assert settings_ == {
+        ("commonsense", 20): (20, 7e-4, 16, 0.06, 0.0, 8),
+        ("commonsense", 1): (1, 8e-3, 8, 0.1, 0.0, 8),
+        ("math", 20): (20, 3e-3, 8, 0.0, 0.1, 7),
+        ("math", 1): (1, 9e-3, 16, 0.06, 0.0, 7),
+    }
+
+
 def tiny_world(folder):
     "FULL in miniature: a random Llama, a byte tokenizer, instruction files and a task."
     model = models.tiny_llama(vocab_size=260, hidden_size=16, layers=2, heads=2, kv_heads=1)
@@ -370,6 +475,7 @@ def tiny_world(folder):
 def test_full_scale_path_with_a_tiny_model(tmp_path):
     cfg = tiny_world(tmp_path)
     report = experiment(cfg, start_run("neuroada", cfg, "full", root=tmp_path / "runs"))
+    assert report.tables["memory"]["method"].tolist() == ["NeuroAda"]
     row = report.tables["llm"].iloc[0]
     assert row["trainable"] == 2 * 2 * (16 + 8 + 8 + 16 + 40 + 40 + 16)
     assert 0 <= row["boolq"] <= 100 and row["merge error"] < 1e-4
