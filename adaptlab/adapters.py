@@ -90,7 +90,7 @@ class FrozenLayer(_LayerReference):
         """A matrix in the layout of the layer's weight: the inverse of `matrix()`."""
         if isinstance(self.layer, Conv1D | nn.Embedding):
             return matrix.t()
-        return matrix.reshape(self.versions["original"]["weight"].shape)
+        return matrix.reshape(self.layer.weight.shape)
 
 # %% ../nbs/core/05_adapters.ipynb #3a7a1136
 class LayerWeights(FrozenLayer):
@@ -306,6 +306,18 @@ def _unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def _to_change(model: nn.Module) -> nn.Module:
+    """As `_unwrap`, for new parameters; ValueError inside DDP, which would not exchange them."""
+    inner = _unwrap(model)
+    while model is not inner:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ValueError("attach adapters before DistributedDataParallel wraps the model: "
+                             "it exchanges the gradients of those parameters only that it was "
+                             "made with")
+        model = model._orig_mod
+    return inner
+
+
 def _names(targets: Any, what: str) -> list[str]:
     """A name or several as a list; TypeError for anything else."""
     if isinstance(targets, str):
@@ -327,6 +339,9 @@ def match_layers(
     """
     model = _unwrap(model)
     named, first = list(_walk(model)), {}
+    if not named:
+        raise ValueError(f"{type(model).__name__} is a bare layer, and an adapter needs a model "
+                         "around its layer, for example nn.Sequential(layer)")
     for name, module in named:
         first.setdefault(id(module), name)
     unmatched = []
@@ -519,14 +534,17 @@ def _attach(
     """Attach, fill with saved `tensors` if given, freeze the rest; all or nothing."""
     layers, params = dict(_walk(model)), _base_parameters(model)
     _refuse_bypassed(model, makers)
-    built = {n: _build(n, layers[n], make) for n, make in makers.items()}
     chosen = _select_parameters(model, also_train)
-    if not built and not chosen:
+    if not makers and not chosen:
         raise ValueError("nothing to train: give make and targets, or also_train")
     before = model.__dict__.get("_before_adapters")
     before = before or _Before({n: p.requires_grad for n, p in _first_names(params).items()})
     values = {n: p.detach().clone() for n, p in chosen.items() if n not in before.values}
+    own = {n: dict(layers[n]._parameters) for n in makers}  # a constructor may replace them
+    built: dict[str, Adapter] = {}
     try:
+        for name, make in makers.items():
+            built[name] = _build(name, layers[name], make)
         for name, adapter in built.items():
             _install(adapter)
             if tensors is not None:
@@ -535,6 +553,8 @@ def _attach(
     except BaseException:
         for adapter in built.values():
             _uninstall(adapter)
+        for name, tensors in own.items():
+            layers[name]._parameters.update(tensors)
         raise
     before.values.update(values)
     model._before_adapters = before
@@ -552,10 +572,10 @@ def attach(
     """Give the selected layers an adapter each, and freeze the rest of the model.
 
     Other layers may get other adapters by a second call. A failure leaves the model as it was.
-    Raises ValueError if nothing matches or a layer has an adapter already, TypeError if the
-    adapter does not support the kind of layer.
+    Raises ValueError if nothing matches, a layer has an adapter already or DDP wraps the model,
+    TypeError if the adapter does not support the kind of layer.
     """
-    model_ = _unwrap(model)
+    model_ = _to_change(model)
     _attach(model_, _plan(model_, make, targets), also_train)
     return model
 
@@ -833,13 +853,14 @@ class LoraAdapter(LowRank):
 # %% ../nbs/core/05_adapters.ipynb #d6790233
 import importlib
 import json
+import warnings
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .cache import atomic_path
+from .cache import atomic_path, atomic_write_text
 
 # %% ../nbs/core/05_adapters.ipynb #0dc51325
 _VERSION = 1  # of the file format
@@ -869,6 +890,15 @@ def _check_base(model: nn.Module, header: Mapping, path: str | Path) -> None:
         whose = header["base_model"] or "another base model"
         raise ValueError(f"{path} is for {whose}; parameters, as {{shape: count}}, differ:\n  "
                          f"{listed}\nload the base model that the adapters were trained on")
+    trained_on, name = header["base_model"], _base_name(model)
+    if trained_on and name and trained_on != name:
+        warnings.warn(f"{path} was trained on {trained_on}, and this is {name}: the shapes agree, "
+                      "but if the weights differ, so will the results", stacklevel=3)
+
+
+def _base_name(model: nn.Module) -> str:
+    """Hub id or folder of the model, as far as it is known."""
+    return getattr(getattr(model, "config", None), "name_or_path", "") or ""
 
 
 def _check_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
@@ -906,7 +936,7 @@ def _header(model: nn.Module, aliases: Mapping[str, str]) -> str:
         layers[name] = {"method": kind.__name__, "module": kind.__module__, "config": config}
     return json.dumps({
         "version": _VERSION,
-        "base_model": getattr(getattr(model, "config", None), "name_or_path", "") or "",
+        "base_model": _base_name(model),
         "base_shapes": _base_shapes(model),
         "layers": layers,
         "also_train": list(_trained(model)),
@@ -936,6 +966,9 @@ def save(
 # %% ../nbs/core/05_adapters.ipynb #479d1a56
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a file, checked."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: give the file that `save` wrote (a folder of PEFT "
+                         "is read by from_peft)")
     try:
         with safe_open(str(path), "pt") as file:
             meta = (file.metadata() or {}).get("adaptlab")
@@ -986,15 +1019,17 @@ def load(
     """Attach the adapters of a file. A failure leaves the model as it was.
 
     Raises ValueError if the file is damaged or holds NaN, is for another base model (listing
-    what differs), or names a method that is not known here (then pass `make`).
+    what differs), or names a method that is not known here (then pass `make`). Warns if only
+    the name of the base model differs.
     """
     header, tensors = _read(path)
-    inner = _unwrap(model)
+    inner = _to_change(model)
     _check_base(inner, header, path)
     makers = make if isinstance(make, Mapping) else {
         name: make or partial(_find_class(h["method"], h["module"]), **h["config"])
         for name, h in header["layers"].items()
     }
+    makers = _plan(inner, makers, None)
     every = tensors | {alias: tensors[name] for alias, name in header["aliases"].items()}
     groups: dict[str, dict[str, Tensor]] = {name: {} for name in makers}
     for name, group in groups.items():
@@ -1158,12 +1193,20 @@ def to_peft(
     if base_model_name is not None:
         config["base_model_name_or_path"] = base_model_name
     _check_finite(tensors, "the model")
+    folder = Path(folder)
+    if folder.is_dir():  # what else is in it stays
+        _write_peft(folder, tensors, config)
+        return folder
     with atomic_path(folder) as temporary:
-        Path(temporary).mkdir()
-        save_file(tensors, Path(temporary, "adapter_model.safetensors"), {"format": "pt"})
-        text = json.dumps(config, indent=2)
-        Path(temporary, "adapter_config.json").write_text(text, encoding="utf-8")
-    return Path(folder)
+        temporary.mkdir()
+        _write_peft(temporary, tensors, config)
+    return folder
+
+
+def _write_peft(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    with atomic_path(folder / "adapter_model.safetensors") as temporary:
+        save_file(dict(tensors), temporary, {"format": "pt"})
+    atomic_write_text(folder / "adapter_config.json", json.dumps(config, indent=2))
 
 # %% ../nbs/core/05_adapters.ipynb #e6dbe7ff
 _PEFT_INITS = (True, False, "gaussian", "eva", "orthogonal")  # these leave the base as it is
@@ -1210,6 +1253,23 @@ def _peft_groups(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, 
     return groups, whole
 
 # %% ../nbs/core/05_adapters.ipynb #d51670d1
+def _check_peft_base(
+    folder: Path, params: Mapping[str, nn.Parameter], whole: dict[str, Tensor]
+) -> None:
+    """Take out of `whole` the frozen weights that PEFT saves beside an adapted embedding or head.
+
+    ValueError if they are not those of the model: it would not be the base of the adapters.
+    """
+    for key in [k for k in whole if ".base_layer." in k]:
+        saved, name = whole.pop(key), key.replace(".base_layer.", ".")
+        here = params.get(name)
+        same = here is not None and here.shape == saved.shape and torch.allclose(
+            here.detach().float().cpu(), saved.float(), rtol=0.01, atol=1e-4)  # bf16 rounds
+        if not same:
+            raise ValueError(f"{folder} was made on other base weights: {name} differs from the "
+                             "model's. Load its base model, with the same vocabulary")
+
+
 def _pattern_value(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
     """The value of the first pattern that matches the end of `name`, as PEFT does it."""
     hits = (v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", name))
@@ -1225,10 +1285,11 @@ def from_peft(
     Raises ValueError for other methods and for options that change LoRA's formula, and if
     layers or shapes do not fit the model, which is then as it was.
     """
-    folder, inner = Path(folder), _unwrap(model)
+    folder, inner = Path(folder), _to_change(model)
     config = _read_peft_config(folder)
     groups, whole = _peft_groups(folder)
     layers, params = dict(_walk(inner)), _base_parameters(inner)
+    _check_peft_base(folder, params, whole)
     bad = [n for n, pair in groups.items() if n not in layers or set(pair) != {"A", "B"}]
     bad += [n for n, v in whole.items() if n not in params or params[n].shape != v.shape]
     if bad:

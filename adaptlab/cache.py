@@ -56,7 +56,8 @@ def atomic_path(
 ) -> Iterator[Path]:  # a name beside it that does not exist yet: write there
     """Write a file or a folder all or nothing, replacing what was there.
 
-    Raises `FileNotFoundError` if the block writes nothing.
+    Raises `FileNotFoundError` if the block writes nothing, `IsADirectoryError` rather than put a
+    file in the place of a folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,6 +66,8 @@ def atomic_path(
         yield temporary
         if not temporary.exists():
             raise FileNotFoundError(f"nothing was written for {path}: write to the path you get")
+        if path.is_dir() and not temporary.is_dir():
+            raise IsADirectoryError(f"{path} is a folder: give the name of a file")
         if path.is_dir() and not path.is_symlink():  # a folder can't be renamed onto a full one
             old = temporary.with_suffix(".old")
             os.replace(path, old)

@@ -8,8 +8,8 @@ __all__ = ['OK', 'CLAIM_FAILED', 'WRONG_USE', 'RUN_FAILED', 'list_papers', 'show
 
 # %% ../nbs/core/10_cli.ipynb #cf77b22e
 import argparse
+import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -96,9 +96,8 @@ def run_paper(args: argparse.Namespace) -> int:
     root = Path(args.root) if args.root else experiment.runs_root()
     report = experiment.launch(slug, config, args.scale, root, args.resume)
     if experiment.rank() == 0:
-        done = experiment.runs(slug, root)[-1]
         print(report.claims_table())
-        print(f"\n{report.seconds:.1f} s; report in {done.folder / 'report'}")
+        print(f"\n{report.seconds:.1f} s; report in {report.folder}")
     failed = any(c.holds is False for c in report.claims)
     return CLAIM_FAILED if args.strict and failed else OK
 
@@ -154,7 +153,7 @@ def open_lab(args: argparse.Namespace) -> int:
             "the notebooks are not here: they are not part of the installed package. "
             "Clone the repository and call this inside it"
         )
-    if shutil.which("jupyter") is None:
+    if importlib.util.find_spec("jupyterlab") is None:
         raise ValueError('JupyterLab is not installed: pip install "adaptlab[lab]"')
     target = "index.ipynb"
     if args.paper:
@@ -162,9 +161,10 @@ def open_lab(args: argparse.Namespace) -> int:
         if not paper.has_lesson:
             raise ValueError(f"{paper.slug}: this lesson is not written yet")
         target = paper.notebook
-    command = [
-        "jupyter",
-        "lab",
+    command = [  # of this environment, also when it is not activated
+        sys.executable,
+        "-m",
+        "jupyterlab",
         f"--notebook-dir={project}",
         f"--LabApp.default_url=/lab/tree/nbs/{target}",
     ]
@@ -200,7 +200,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command("list", list_papers, "the papers, by chapter")
     command("show", show_paper, "one paper and its settings").add_argument("paper")
-    run = command("run", run_paper, "run a lesson's experiment", add_help=False)
+    # no abbreviations: `--r 8` is a lesson's setting, and not short for --root or --resume
+    run = command("run", run_paper, "run a lesson's experiment", add_help=False, allow_abbrev=False)
     run.add_argument("paper", nargs="?")
     run.add_argument("--scale", choices=("small", "full"), default="small")
     run.add_argument("--resume", action="store_true", help="continue the newest unfinished run")

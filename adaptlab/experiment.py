@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import os
 import platform
 import subprocess
@@ -169,10 +170,17 @@ def _measured(measured: Any, unit: str) -> dict[str, Any]:
     if all(hasattr(measured, k) for k in ("value", "low", "high")):
         value, low, high = (float(getattr(measured, k)) for k in ("value", "low", "high"))
         text = f"{_number(value)}{unit} [{_number(low)}, {_number(high)}]"
-        return {"measured": text, "value": value, "low": low, "high": high}
+        return {"measured": text, "value": _finite(value), "low": _finite(low),
+                "high": _finite(high)}
     if isinstance(measured, (bool, type(None))):
         raise TypeError(f"measured = {measured!r}: give a number, an Estimate or a string")
-    return {"measured": f"{_number(float(measured))}{unit}", "value": float(measured)}
+    value = float(measured)
+    return {"measured": f"{_number(value)}{unit}", "value": _finite(value)}
+
+
+def _finite(x: float) -> float | None:
+    "The number, or None for NaN and infinity, which JSON does not have."
+    return x if math.isfinite(x) else None
 
 
 def world_size() -> int:
@@ -213,12 +221,29 @@ def _commit() -> str | None:
         ).stdout.strip()
 
     try:
+        if "__file__" in globals():  # else we are installed inside somebody else's repository
+            git("ls-files", "--error-unmatch", __file__)
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
 # %% ../nbs/core/08_experiment.ipynb #4b8eddab
+def _check_file_name(what: str, name: str) -> None:
+    "Refuse the name of a table or a figure that can't be the name of its file."
+    if not isinstance(name, str) or not name.strip(" .") or Path(name).name != name:
+        raise ValueError(f"{what} {name!r}: its name must be a file name, so without a slash")
+
+
+def _not_parquet(frame: pd.DataFrame) -> str:
+    "Why a table can't be written as Parquet; empty if it can."
+    try:
+        frame.to_parquet(io.BytesIO())
+    except (ValueError, TypeError, OverflowError, NotImplementedError) as error:
+        return str(error)
+    return ""
+
+
 class _Picture:
     "A PNG that a notebook shows."
 
@@ -282,6 +307,7 @@ class Report:
         self.environment = environment()
         self.created = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.seconds: float | None = None
+        self.folder: Path | None = None  # where it is on disk
 
     def claim(
         self,
@@ -317,18 +343,26 @@ class Report:
         return claim
 
     def table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
-        "Keep a table under `name` (its index becomes columns unless it is a plain range)."
+        """Keep a table under `name` (its index becomes columns unless it is a plain range).
+
+        Raises `ValueError` if it could not be saved: a column of mixed types, or of objects.
+        """
         if not isinstance(frame, pd.DataFrame):
             raise TypeError(
                 f"table {name!r}: a pandas DataFrame is needed, not {type(frame).__name__}"
             )
-        keep = isinstance(frame.index, pd.RangeIndex)
-        self.tables[name] = frame if keep else frame.reset_index()
-        return self.tables[name]
+        _check_file_name("table", name)
+        frame = frame if isinstance(frame.index, pd.RangeIndex) else frame.reset_index()
+        if problem := _not_parquet(frame):
+            raise ValueError(f"table {name!r}: its columns can't be saved ({problem})")
+        self.tables[name] = frame
+        return frame
 
     def figure(self, name: str, fig: Any, caption: str = "", dpi: int = 130) -> None:
         "Keep a matplotlib figure as a PNG under `name`, and close it."
         import matplotlib.pyplot as plt
+
+        _check_file_name("figure", name)
 
         buffer = io.BytesIO()
         fig.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
@@ -398,6 +432,7 @@ def load_report(folder: Path | str) -> Report:
     report = Report.__new__(Report)
     for key in ("paper", "scale", "config", "timings", "environment", "created", "seconds"):
         setattr(report, key, data[key])
+    report.folder = folder
     report.claims = [Claim(**c) for c in data["claims"]]
     report.tables = {
         p.stem: pd.read_parquet(p) for p in sorted((folder / "tables").glob("*.parquet"))
@@ -428,6 +463,9 @@ def _together(value: Any, device: str = "auto") -> Any:
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
+    from adaptlab.train import _end_group_at_exit
+
+    _end_group_at_exit()
     PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     return broadcast_object_list([value])[0]
 
@@ -439,8 +477,48 @@ def _wait() -> None:
 
         PartialState().wait_for_everyone()
 
+# %% ../nbs/core/08_experiment.ipynb #a1c47e02
+_TUPLE, _ITEMS = "__tuple__", "__items__"
+
+
+def _to_json(x: Any) -> Any:
+    "Data that JSON can hold, tuples and keys that are no text included; see `_from_json`."
+    if isinstance(x, tuple):
+        return {_TUPLE: [_to_json(v) for v in x]}
+    if isinstance(x, list):
+        return [_to_json(v) for v in x]
+    if not isinstance(x, dict):
+        return x
+    if all(isinstance(k, str) for k in x) and set(x) not in ({_TUPLE}, {_ITEMS}):
+        return {k: _to_json(v) for k, v in x.items()}
+    return {_ITEMS: [[_to_json(k), _to_json(v)] for k, v in x.items()]}
+
+
+def _from_json(x: Any) -> Any:
+    "The inverse of `_to_json`."
+    if isinstance(x, list):
+        return [_from_json(v) for v in x]
+    if not isinstance(x, dict):
+        return x
+    if set(x) == {_TUPLE}:
+        return tuple(_from_json(v) for v in x[_TUPLE])
+    if set(x) == {_ITEMS}:
+        return {_from_json(k): _from_json(v) for k, v in x[_ITEMS]}
+    return {k: _from_json(v) for k, v in x.items()}
+
 # %% ../nbs/core/08_experiment.ipynb #59be8475
 _SUFFIXES = (".parquet", ".safetensors", ".json")
+
+
+def _separate(tensors: dict[str, Any]) -> dict[str, Any]:
+    "Contiguous tensors on the CPU, of which no two share memory: safetensors refuses those."
+    found, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return found
 
 
 def _write_stage(stem: Path, result: Any) -> None:
@@ -448,16 +526,19 @@ def _write_stage(stem: Path, result: Any) -> None:
     import torch
 
     if isinstance(result, pd.DataFrame):
+        if problem := _not_parquet(result):
+            raise TypeError(f"stage {stem.name!r} returned a DataFrame whose columns can't be "
+                            f"saved: {problem}")
         with atomic_path(stem.with_name(stem.name + ".parquet")) as path:
             result.to_parquet(path)
     elif isinstance(result, dict) and result and all(torch.is_tensor(v) for v in result.values()):
         from safetensors.torch import save_file
 
         with atomic_path(stem.with_name(stem.name + ".safetensors")) as path:
-            save_file({k: v.detach().cpu().contiguous() for k, v in result.items()}, path)
+            save_file(_separate(result), path)
     else:
         try:
-            text = json.dumps(result)
+            text = json.dumps(_to_json(result))
         except TypeError as error:
             raise TypeError(
                 f"stage {stem.name!r} returned {type(result).__name__}: return a DataFrame, "
@@ -478,7 +559,7 @@ def _read_stage(stem: Path) -> tuple[bool, Any]:
             from safetensors.torch import load_file
 
             return True, load_file(path)
-        return True, json.loads(path.read_text(encoding="utf-8"))
+        return True, _from_json(json.loads(path.read_text(encoding="utf-8")))
     return False, None
 
 # %% ../nbs/core/08_experiment.ipynb #c7f6df96
@@ -543,8 +624,11 @@ def runs(
     root = Path(root) if root else runs_root()
     found = []
     for config in sorted(root.glob(f"{paper or '*'}/*/config.json"), key=lambda p: p.parent.name):
-        head = json.loads(config.read_text(encoding="utf-8"))
-        found.append(Run(config.parent, head["paper"], head["scale"]))
+        try:
+            head = json.loads(config.read_text(encoding="utf-8"))
+            found.append(Run(config.parent, head["paper"], head["scale"]))
+        except (ValueError, KeyError, TypeError):
+            continue  # the config.json of something else, such as a model
     return found
 
 
@@ -640,8 +724,9 @@ def launch(
     start = time.perf_counter()
     report = module.experiment(config, run)
     report.seconds = round(time.perf_counter() - start, 2)
+    report.folder = run.folder / "report"
     if run.is_main:
-        save_report(report, run.folder / "report")
+        save_report(report, report.folder)
     _wait()
     return report
 

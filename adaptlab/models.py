@@ -24,6 +24,7 @@ from torch.utils.data import TensorDataset
 
 from . import data
 from .cache import FetchError, build_once, cache_dir, extract_wheel, hub_problem, sha256
+from .train import _modes_kept
 
 # %% ../nbs/core/02_models.ipynb #6009dc53
 def resolve_device(
@@ -377,8 +378,9 @@ def encode(
     batch_size: int = 64,  # texts per forward pass
     max_length: int = 256,  # tokens; longer texts are cut
 ) -> Tensor:  # float32 [len(texts), d], rows of length 1
-    "Sentence vectors: the mean over tokens without padding, normalised."
-    if isinstance(texts, str) or not len(texts):
+    "Sentence vectors in eval mode: the mean over tokens without padding, normalised."
+    texts = [] if isinstance(texts, str) else list(texts)
+    if not texts:
         raise ValueError("texts must be a non-empty sequence of strings: give [text] for one")
     device = next(model.parameters()).device
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -388,7 +390,8 @@ def encode(
         inputs = tokenizer(
             batch, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
         ).to(device)
-        hidden = model(**inputs).last_hidden_state.float()
+        with _modes_kept(model):  # no dropout
+            hidden = model.eval()(**inputs).last_hidden_state.float()
         mask = inputs["attention_mask"].unsqueeze(-1)
         parts.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
     place = torch.empty(len(order), dtype=torch.long)

@@ -6,7 +6,9 @@
 __all__ = ['set_seed', 'IndexStream', 'pad_batch', 'causal_lm_collate', 'TrainState', 'Callback', 'FitResult', 'fit']
 
 # %% ../nbs/core/04_train.ipynb #3dee04bc
+import atexit
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -109,10 +111,17 @@ def _columns(data: Any) -> Any:
         return tuple(data.tensors)
     if isinstance(data, Tensor):
         return data
-    values = data.values() if isinstance(data, Mapping) else data
-    if isinstance(data, (tuple, Mapping)) and values and all(isinstance(v, Tensor) for v in values):
-        return dict(data) if isinstance(data, Mapping) else data
-    return None
+    if not isinstance(data, (tuple, Mapping)) or not data:
+        return None
+    columns = dict(data) if isinstance(data, Mapping) else dict(enumerate(data))
+    wrong = [k for k, v in columns.items() if not isinstance(v, (Tensor, np.ndarray))]
+    if wrong and isinstance(data, Mapping) and 0 not in data:  # with 0: samples by their number
+        raise TypeError(f"column {wrong[0]!r} of `data` is a {type(columns[wrong[0]]).__name__}: "
+                        "columns must be tensors or arrays")
+    if wrong:
+        return None
+    columns = {k: torch.as_tensor(v) for k, v in columns.items()}
+    return columns if isinstance(data, Mapping) else tuple(columns.values())
 
 
 def _take(columns: Any, rows: Tensor) -> Any:
@@ -337,8 +346,17 @@ def _default_loss(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
         return loss, None
-    shifted = getattr(model, "loss_type", None) == "ForCausalLM"  # these predict the next token
-    return loss, ((labels[..., 1:] if shifted else labels) != -100).sum()
+    return loss, ((labels[..., 1:] if _shifts_labels(model) else labels) != -100).sum()
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    "Whether a model of transformers lets each position predict the next label."
+    kind = getattr(model, "loss_type", "not of transformers")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False  # its decoder's inputs are shifted, and not its labels
+    if kind is None:  # a name that tells nothing, such as GPT2LMHeadModel: an LM's loss
+        return hasattr(model, "can_generate") and model.can_generate()
+    return kind in ("ForCausalLM", "ForConditionalGeneration")
 
 
 class _LossModule(nn.Module):
@@ -375,6 +393,16 @@ def _check_tracker(tracker: str | None) -> str | None:
     return tracker
 
 
+@functools.cache
+def _end_group_at_exit() -> None:
+    "Let several processes part in order: gloo aborts one that exits while its threads still run."
+    def end() -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    atexit.register(end)
+
+
 def _new_accelerator(model: nn.Module, precision: str, device: Any, **kwargs: Any) -> Any:
     "An `Accelerator` for this precision and device, or ValueError."
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -387,6 +415,8 @@ def _new_accelerator(model: nn.Module, precision: str, device: Any, **kwargs: An
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=not checkpointed)]
     accelerator = Accelerator(mixed_precision="no" if precision == "fp16" and kind == "cpu"
                               else precision, cpu=kind == "cpu", kwargs_handlers=handlers, **kwargs)
+    if accelerator.num_processes > 1:
+        _end_group_at_exit()
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("precision='fp16' needs a GPU; on the CPU use 'bf16' or 'no'")
     if kind not in (None, accelerator.device.type):
@@ -416,9 +446,11 @@ def _accelerator(model: nn.Module, precision: str, device: Any, tracker: str | N
                                        project_dir=str(log_dir) if name else None)
         if name:
             accelerator.init_trackers("adaptlab")
-        yield accelerator
-        for running in accelerator.trackers:
-            running.finish()
+        try:
+            yield accelerator
+        finally:
+            for running in accelerator.trackers:
+                running.finish()
     finally:
         for state, old in zip(shared, saved, strict=True):
             state.clear()
@@ -836,6 +868,11 @@ def _checkpoint(loop: _Loop) -> None:
 def _restore(loop: _Loop) -> int:
     "Continue from the newest checkpoint, if there is one; returns its step."
     folder = Path(loop.plan.checkpoint_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # not only after hours, at the first checkpoint
+    except OSError as error:
+        raise type(error)(f"checkpoint_dir {folder} can't be made ({error.strerror or error}): "
+                          "choose a folder that you may write to") from error
     if not loop.plan.resume:
         if loop.accelerator.is_main_process and folder.exists():
             _clear_checkpoints(folder)
@@ -916,7 +953,7 @@ def _run(loop: _Loop) -> int:
 # %% ../nbs/core/04_train.ipynb #81c1216b
 def fit(
     model: nn.Module,  # trained in place; only parameters with requires_grad move
-    data: Any,  # map-style Dataset, list, tensors (one, a tuple, a dict) or DataLoader
+    data: Any,  # map-style Dataset, list, tensors or arrays (one, tuple, dict), DataLoader
     loss_fn: Callable | None = None,  # (model, batch) -> mean loss | (mean loss, its count)
     *,
     steps: int | None = None,  # optimiser steps; give steps or epochs

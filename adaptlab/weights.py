@@ -89,7 +89,7 @@ class LazyState(_Names):
         read: Callable[[str], Tensor] | None = None,  # the whole tensor, if there is a faster way
     ):
         self.specs, self.aliases, self.label = dict(specs), dict(aliases or {}), label
-        self._pieces, self._read = pieces, read or self._assemble
+        self._pieces, self._read = pieces, read  # no bound method: a cycle would outlive us
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         "Consecutive flat pieces of a tensor, of 131072 entries, but for the last."
@@ -98,7 +98,8 @@ class LazyState(_Names):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.specs:
             raise KeyError(name)
-        return self._read(self.aliases.get(name, name))
+        read = self._read or self._assemble
+        return read(self.aliases.get(name, name))
 
     def _assemble(self, name: str) -> Tensor:
         spec, whole, start = self.specs[name], torch.empty(0), 0
@@ -944,7 +945,7 @@ _PARALLEL = 1e-6  # sine of the angle below which the arc is a line
 def _arc_factors(a: Iterator[Tensor], b: Iterator[Tensor], t: float) -> tuple[float, float]:
     "Factors of a and b at `t` of the arc between them."
     aa, bb, ab = _inner(a, b)
-    size = math.sqrt(aa * bb)
+    size = math.sqrt(aa) * math.sqrt(bb)  # aa * bb may leave the range of float64
     if size == 0 or not math.isfinite(size):  # what is not finite is found by the frame
         return 1 - t, t
     angle = math.acos(max(-1.0, min(1.0, ab / size)))
@@ -1019,7 +1020,7 @@ def cosines(
 ) -> dict[str, float]:  # name -> cosine; NaN where one of the two is zero
     "Cosine of the angle between two changes, for each floating-point tensor."
     return {
-        name: xy / math.sqrt(xx * yy) if xx * yy > 0 else math.nan
+        name: xy / (math.sqrt(xx) * math.sqrt(yy)) if xx > 0 and yy > 0 else math.nan
         for name, (xx, yy, xy) in _products(open_state(a), open_state(b), skip)
     }
 
@@ -1032,10 +1033,12 @@ def cosine(
 ) -> float:  # in [-1, 1]
     "Cosine of the angle between two changes. `ValueError` if one of them is zero."
     products = [p for _, p in _products(open_state(a), open_state(b), skip)]
+    if not products:
+        raise ValueError("there are no floating-point tensors to compare")
     xx, yy, xy = (math.fsum(column) for column in zip(*products, strict=True))
-    if xx * yy == 0:
+    if not (xx and yy):
         raise ValueError("a change of norm 0 has no direction, so there is no angle")
-    return max(-1.0, min(1.0, xy / math.sqrt(xx * yy)))
+    return max(-1.0, min(1.0, xy / (math.sqrt(xx) * math.sqrt(yy))))
 
 # %% ../nbs/core/06_weights.ipynb #161072a1
 class _Item(NamedTuple):

@@ -334,7 +334,15 @@ def test_attach_is_atomic():
             if self.out_features == 8:
                 raise RuntimeError("no statistics for this layer")
 
+    class EarlyReplacement(LoraAdapter):
+        def __init__(self, layer):
+            super().__init__(layer)
+            self.replace_base(self.base_weight() * 0)
+            if self.out_features == 8:
+                raise RuntimeError("no statistics for this layer")
+
     for make, error in ((third_fails, RuntimeError), (BadPrepare, RuntimeError),
+                        (EarlyReplacement, RuntimeError),
                         (lambda layer: nn.Identity(), TypeError),
                         (lambda layer: LoraAdapter(nn.Linear(2, 2)), TypeError),
                         (partial(LoraAdapter, rank=0), ValueError)):
@@ -346,6 +354,8 @@ def test_attach_is_atomic():
         attach(model, LoraAdapter, ["q_proj", "norm"])
     with pytest.raises(ValueError, match="also_train"):
         attach(model, LoraAdapter, ["q_proj"], also_train=["score"])
+    with pytest.raises(ValueError, match="also_train"):  # after the adapters were made
+        attach(model, EarlyReplacement, ["o_proj"], also_train=["score"])
     with pytest.raises(TypeError, match="targets"):
         attach(model, LoraAdapter)
     assert same(model, before) and not adapters(model)
@@ -1033,3 +1043,100 @@ def test_to_peft_refuses_what_is_no_lora(tmp_path):
     with pytest.raises(ValueError, match="whole modules"):
         to_peft(model, tmp_path / "p")
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- what must not be lost
+
+def test_a_folder_is_never_replaced(tmp_path):
+    model = attach(llama(), LoraAdapter, ["q_proj"])
+    (tmp_path / "data.txt").write_text("mine")
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        save(model, tmp_path)
+    for _ in range(2):  # as PEFT does it: beside what is there; a second time over the first
+        to_peft(model, tmp_path)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors", "data.txt"]
+    assert from_peft(llama(), tmp_path)
+    with pytest.raises(ValueError, match="is a folder"):
+        load(llama(), tmp_path)
+
+
+def test_an_adapter_of_another_model_of_the_same_shape_is_said(tmp_path):
+    model = llama()
+    model.config.name_or_path = "first/model"
+    path = save(attach(model, LoraAdapter, ["q_proj"]), tmp_path / "a.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(detach(model), path)
+        load(llama(), path)  # a model without a name
+    other = llama()
+    other.config.name_or_path = "second/model"
+    with pytest.warns(UserWarning, match="first/model.*second/model"):
+        load(other, path)
+
+
+def test_load_with_make_for_an_unknown_layer(tmp_path):
+    path = save(attach(llama(), LoraAdapter, ["q_proj"]), tmp_path / "a.safetensors")
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"no module is named model.layers.\*.q_proj"):
+        load(model, path, make={"model.layers.7.q_proj": LoraAdapter})
+    assert same(model, before)
+
+
+def test_a_pruned_layer_is_adapted_and_its_merge_refused():
+    from torch.nn.utils import prune
+
+    model = nn.Sequential(nn.Linear(4, 3))
+    prune.random_unstructured(model[0], "weight", 0.5)
+    x = torch.randn(2, 4)
+    plain = model(x)
+    attach(model, LoraAdapter, ["0"])
+    shake(model)
+    adapted = model(x)
+    assert not torch.allclose(adapted, plain)
+    with pytest.raises(NotImplementedError, match="no weight"):
+        merge(model)
+    torch.testing.assert_close(model(x), adapted)
+    torch.testing.assert_close(detach(model)(x), plain)
+
+
+def test_attach_inside_ddp_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1,
+                                         init_method=f"file://{tmp_path / 'meet'}")
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 4)))
+        with pytest.raises(ValueError, match="before DistributedDataParallel"):
+            attach(model, LoraAdapter, ["0"])
+        assert not adapters(model) and all(p.requires_grad for p in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_bare_layer_is_refused_with_advice():
+    with pytest.raises(ValueError, match="Sequential"):
+        attach(nn.Linear(4, 4), LoraAdapter, lambda name, module: True)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_from_peft_with_the_base_that_peft_saves_beside_an_embedding(tmp_path, target):
+    model = llama(tie_word_embeddings=False)
+    theirs = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(r=4, target_modules=["q_proj", target]))
+    for name, p in theirs.named_parameters():
+        if "lora" in name:
+            nn.init.normal_(p, std=0.2)
+    theirs.save_pretrained(tmp_path)
+    assert any(k.endswith("base_layer.weight") for k in load_file(
+        tmp_path / "adapter_model.safetensors"))
+    before = snapshot(model)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(from_peft(model, tmp_path)), logits(theirs.eval()))
+        detach(model)
+        assert same(model, before)
+        getattr(model, "lm_head" if target == "lm_head" else "model").get_parameter(
+            "weight" if target == "lm_head" else "embed_tokens.weight").add_(1)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="other base weights"):
+        from_peft(model, tmp_path)
+    assert same(model, before)

@@ -53,6 +53,14 @@ def test_atomic_path_replaces_files_and_full_folders(tmp_path):
     assert names(tmp_path) == ["file", "folder"]
 
 
+def test_atomic_path_never_puts_a_file_where_a_folder_was(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "data.txt").write_text("precious")
+    with pytest.raises(IsADirectoryError, match="mine is a folder"):
+        cache.atomic_write_text(tmp_path / "mine", "text")
+    assert names(tmp_path) == ["mine"] and names(tmp_path / "mine") == ["data.txt"]
+
+
 def test_atomic_path_failure_leaves_the_old_one(tmp_path):
     target = cache.atomic_write_text(tmp_path / "deep" / "note.txt", "old")
     with pytest.raises(RuntimeError), cache.atomic_path(target) as path:

@@ -170,3 +170,42 @@ def test_show_keeps_a_setting_on_one_line():
     template = [line for line in lines if line.startswith("template ")]
     assert len(template) == 1
     assert all(len(line) <= 120 for line in lines)
+
+
+def test_a_setting_is_never_taken_for_an_option(lesson, monkeypatch):
+    "`--r` is the lesson's, not short for --root or --resume."
+    @dataclass(frozen=True, kw_only=True)
+    class Short(BaseConfig):
+        "Settings."
+
+        r: int = 1  # a rank
+        st: int = 1  # a step
+
+    def run_it(cfg, run):
+        assert (cfg.r, cfg.st) == (7, 3)
+        return run.report(cfg)
+
+    fake = types.SimpleNamespace(experiment=run_it, SMALL=Short(), FULL=Short())
+    monkeypatch.setattr(experiment, "lesson_module", lambda paper: fake)
+    assert cli.main(["run", "lame", "--r", "7", "--st", "3"]) == cli.OK
+
+
+def test_a_resumed_run_names_its_own_report(lesson, capsys):
+    old = experiment.start_run("lame", Config(), root=lesson)
+    assert cli.main(["run", "lame", "--n", "4"]) == cli.OK  # a newer one
+    capsys.readouterr()
+    assert cli.main(["run", "lame", "--resume"]) == cli.OK
+    assert str(old.folder / "report") in capsys.readouterr().out
+
+
+def test_lab_is_that_of_this_environment(monkeypatch):
+    "Called by its path from an environment that is not activated, so not on PATH."
+    called = []
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(cli.subprocess, "call", lambda command: called.append(command) or 0)
+    assert cli.main(["lab", "lame", "--no-browser"]) == cli.OK
+    assert called[0][:3] == [sys.executable, "-m", "jupyterlab"]
+    assert called[0][-1] == "--no-browser" and any("_lame.ipynb" in part for part in called[0])
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["lab"]) == cli.WRONG_USE and len(called) == 1

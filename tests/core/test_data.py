@@ -240,6 +240,12 @@ def test_known_contents():
     assert data.as_tensors(data.load("digits"))[0].shape == (1797, 1, 8, 8)
     traffic = data.load("traffic").to_pandas()
     assert (traffic.datetime.diff().dropna().dt.total_seconds() == 3600).all()
+    sensors = data.load("sensor_series")
+    names = sensors.features["series"].names
+    for label, series in sensors.to_pandas().groupby("series"):  # each regular in time
+        step = {"appliances": 600, "mountain_temp": 300}.get(names[label], 3600)
+        assert (series["time"].diff().dropna().dt.total_seconds() == step).all(), names[label]
+        assert series["value"].isna().mean() < 0.05 and series["value"].std() > 0
     facts = {r["country"]: r for r in data.load("capitals")}
     assert len(facts) > 100 and facts["Japan"]["capital"] == "Tokyo"
     assert all(r["capital"] and r["language"] and r["continent"] for r in facts.values())

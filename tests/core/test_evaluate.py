@@ -472,3 +472,69 @@ def test_nothing_warns():
         evaluate.accuracy(logits, labels), evaluate.macro_f1(logits, labels)
         evaluate.expected_calibration_error(logits, labels)
         evaluate.perplexity(make_llama(), torch.randint(0, 260, (60,)), window=20)
+
+
+# --- input as it comes ----------------------------------------------------------------------------
+
+def test_one_document_in_any_form_is_the_same(lm):
+    ids = torch.randint(4, 260, (40,), generator=torch.Generator().manual_seed(0))
+    forms = [ids, ids[None], ids.tolist(), [ids.tolist()], ids.numpy(), ids[None].numpy(),
+             (ids.tolist(),), iter([ids])]
+    values = {evaluate.perplexity(lm, form, window=16).value for form in forms}
+    assert len(values) == 1
+
+
+def test_iterators_are_read_once(lm):
+    texts, items = ["one two", "three"], [{"context": "a", "choices": ["b", "cd"], "answer": 1}]
+    assert evaluate.generate(lm, TOKENIZER, iter(texts), 2) == evaluate.generate(
+        lm, TOKENIZER, texts, 2) if hasattr(lm, "generate") else True
+    assert evaluate.perplexity(lm, iter(texts), TOKENIZER) == evaluate.perplexity(
+        lm, texts, TOKENIZER)
+    found = evaluate.multiple_choice(lm, TOKENIZER, iter(items))
+    assert found == evaluate.multiple_choice(lm, TOKENIZER, items)
+    scores = evaluate.choice_scores(lm, TOKENIZER, iter(items))
+    assert len(scores) == 1 and len(scores[0]) == 2
+
+
+def test_one_prompt_is_not_many():
+    for call in (lambda: evaluate.generate(make_llama(), TOKENIZER, "hello"),
+                 lambda: evaluate.exact_match(make_llama(), TOKENIZER, "hello", list("hello"))):
+        with pytest.raises(TypeError, match="not one string"):
+            call()
+
+
+def test_a_model_that_gives_nan_is_never_scored():
+    model = make_llama()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    items = [{"context": "a", "choices": ["b", "c"], "answer": 0}]
+    for call in (lambda: evaluate.multiple_choice(model, TOKENIZER, items),
+                 lambda: evaluate.choice_scores(model, TOKENIZER, items),
+                 lambda: evaluate.perplexity(model, "hello", TOKENIZER)):
+        with pytest.raises(ValueError, match="NaN"):
+            call()
+
+
+def test_text_beyond_absolute_positions_is_said():
+    items = [{"context": "a" * 200, "choices": ["b", "c"], "answer": 0}]
+    with pytest.raises(ValueError, match="128"):
+        evaluate.choice_scores(make_gpt2(), TOKENIZER, items)
+    with pytest.raises(ValueError, match="128"):
+        evaluate.generate(make_gpt2(), TOKENIZER, ["a" * 126], 8)
+    assert len(evaluate.generate(make_gpt2(), TOKENIZER, ["a" * 120], 8)) == 1
+
+
+def test_special_tokens_at_the_end_are_not_scored():
+    from tokenizers import processors
+
+    tokenizer = models.byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 2)])
+    items = [{"context": "one", "choices": [" two", " three"]}]
+    plain = evaluate.choice_scores(make_llama(), TOKENIZER, items)
+    torch.testing.assert_close(evaluate.choice_scores(make_llama(), tokenizer, items), plain)
+
+
+def test_predict_takes_arrays():
+    model, x = nn.Linear(3, 2), np.ones((4, 3), dtype=np.float32)
+    assert torch.equal(evaluate.predict(model, x), evaluate.predict(model, torch.ones(4, 3)))

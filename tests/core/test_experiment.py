@@ -259,3 +259,75 @@ def test_two_processes_share_one_folder(tmp_path):
     out = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert out.returncode == 0, out.stderr[-2000:]
     assert len(runs("lame", root)) == 1
+
+
+@pytest.mark.parametrize("result", [
+    (1, 2.5), {1: "a", (0, 1): [(2,)], None: {True: 0}}, {"a": [{"b": (1, ())}]},
+    {"__tuple__": [1]}, [], None, {}, float("inf"),
+], ids=repr)
+def test_a_resumed_stage_gives_what_the_first_one_gave(tmp_path, result):
+    "Types, too: a tuple is no list, and 1 is no '1'."
+    run = start_run("lame", Config(), root=tmp_path)
+    assert run.stage("s", lambda: result) == result
+    again = run.stage("s", lambda: pytest.fail("computed twice"))
+    assert repr(again) == repr(result)
+
+
+def test_old_stages_can_be_read(tmp_path):
+    run = start_run("lame", Config(), root=tmp_path)
+    run.path("stages", "s.json").write_text('{"a": [1, {"b": NaN}]}')
+    assert run.stage("s", lambda: pytest.fail("computed"))["a"][0] == 1
+
+
+def test_a_stage_keeps_tied_weights(tmp_path):
+    w = torch.arange(6.0)
+    run = start_run("lame", Config(), root=tmp_path)
+    run.stage("s", lambda: {"a": w, "b": w, "c": w[:3], "d": w.view(2, 3).T})
+    again = run.stage("s", lambda: pytest.fail("computed twice"))
+    assert torch.equal(again["a"], w) and torch.equal(again["b"], w)
+    assert torch.equal(again["c"], w[:3]) and torch.equal(again["d"], w.view(2, 3).T)
+
+
+def test_what_can_not_be_kept_is_said_at_once(tmp_path):
+    "Not after the hours of the experiment, when the report is written."
+    report = Report("lame", Config())
+    for frame in (pd.DataFrame({"x": [1, "a"]}), pd.DataFrame({"x": [object()]}),
+                  pd.DataFrame([[1, 2]], columns=["x", "x"])):
+        with pytest.raises(ValueError, match="table 't'.*columns"):
+            report.table("t", frame)
+    for call in (report.table, lambda name, _: report.figure(name, None)):
+        for name in ("a/b", "", ".."):
+            with pytest.raises(ValueError, match="file name"):
+                call(name, pd.DataFrame({"x": [1]}))
+    run = start_run("lame", Config(), root=tmp_path)
+    with pytest.raises(TypeError, match="stage 's'.*DataFrame"):
+        run.stage("s", lambda: pd.DataFrame({"x": [1, "a"]}))
+    assert not report.tables
+
+
+def test_a_measurement_that_is_nan_gives_valid_json():
+    report = Report("lame", Config())
+    claim = report.claim("c", paper="1", measured=float("nan"), holds=None, reason="diverged")
+    assert claim.measured == "nan" and claim.value is None
+    wide = types.SimpleNamespace(value=1.0, low=float("-inf"), high=2.0)
+    claim = report.claim("d", paper="1", measured=wide, holds=True)
+    assert (claim.value, claim.low, claim.high) == (1.0, None, 2.0)
+    json.dumps(report.summary(), allow_nan=False)
+
+
+def test_foreign_and_broken_folders_do_not_stop_the_scoreboard(tmp_path, monkeypatch):
+    fake_lesson(monkeypatch)
+    launch("lame", root=tmp_path)
+    for name, text in (("models/mine", "{}"), ("lame/20200101-000000", ""), ("x/y", "[]")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(text)
+    assert len(runs(root=tmp_path)) == 1 and len(scoreboard(root=tmp_path)) == 1
+
+
+def test_launch_says_where_the_report_is(tmp_path, monkeypatch):
+    fake_lesson(monkeypatch)
+    old = start_run("lame", Config(), root=tmp_path)  # never finished
+    launch("lame", Config(n=4), root=tmp_path)
+    report = launch("lame", Config(), root=tmp_path, resume=True)
+    assert report.folder == old.folder / "report"
+    assert load_report(report.folder).folder == report.folder

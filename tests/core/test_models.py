@@ -78,6 +78,18 @@ def test_minilm_encodes():
         models.encode(model, tokenizer, "one")
 
 
+def test_encode_uses_no_dropout_and_takes_any_iterable():
+    model, tokenizer = models.tiny_bert(), models.byte_tokenizer()
+    quiet = models.encode(model, tokenizer, ["one", "two words"])
+    model.train()
+    model.encoder.eval()  # a part of it was frozen: that must stay so
+    assert torch.equal(models.encode(model, tokenizer, iter(["one", "two words"])), quiet)
+    assert model.training and not model.encoder.training
+    for nothing in ("one", [], iter(())):
+        with pytest.raises(ValueError, match="non-empty"):
+            models.encode(model, tokenizer, nothing)
+
+
 def test_offline_error_lists_the_sources(offline):
     with pytest.raises(FetchError) as caught:
         models.load("smollm2")

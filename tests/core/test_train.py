@@ -160,6 +160,14 @@ def test_unreadable_checkpoint_is_named(tmp_path):
     assert result.resumed_from == 5 and same(model, quick()[0])
 
 
+def test_a_folder_that_can_not_be_made_is_said_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    steps = []
+    with pytest.raises(OSError, match="checkpoint_dir"):
+        quick(checkpoint_dir=tmp_path / "file" / "run", callbacks=[steps.append])
+    assert not steps
+
+
 def test_failed_save_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     from accelerate import Accelerator
 
@@ -295,6 +303,41 @@ def test_accumulation_changes_nothing(name):
     a, b = cases[f"{name}-1"]()[0], cases[f"{name}-2"]()[0]
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+
+
+def test_accumulation_of_gpt2():
+    "transformers knows no `loss_type` of GPT-2, which predicts the next token all the same."
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=1, n_head=2, attn_pdrop=0,
+                        resid_pdrop=0, embd_pdrop=0, bos_token_id=1, eos_token_id=2)
+    ids = torch.randint(3, 40, (8, 8), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(torch.arange(8) > torch.arange(8)[:, None], -100)  # unequal numbers
+    trained = []
+    for accumulate in (1, 4):
+        torch.manual_seed(0)
+        trained.append(GPT2LMHeadModel(config))
+        fit(trained[-1], {"input_ids": ids, "labels": labels}, accumulate=accumulate, steps=3,
+            batch_size=8, optimizer=partial(torch.optim.SGD, lr=1.0), progress=False)
+    for p, q in zip(trained[0].parameters(), trained[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, shifted", [
+    ("GPT2LMHeadModel", True), ("LlamaForCausalLM", True), ("BertForMaskedLM", False),
+    ("BertForTokenClassification", False), ("T5ForConditionalGeneration", False),
+])
+def test_labels_are_counted_as_the_model_reads_them(name, shifted):
+    import transformers
+
+    kind = getattr(transformers, name)
+    small = dict(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                 intermediate_size=8, n_embd=8, n_layer=1, n_head=2, d_model=8, d_ff=8, d_kv=4,
+                 num_layers=1, num_heads=2, decoder_start_token_id=0, pad_token_id=0)
+    model = kind(kind.config_class(**small)).eval()
+    labels = torch.ones(2, 5, dtype=torch.long)
+    _, count = train._default_loss(model, {"input_ids": labels + 1, "labels": labels})
+    assert int(count) == (8 if shifted else 10)
 
 
 def test_micro_batch_without_a_label_counts_nothing():
@@ -472,6 +515,8 @@ def test_bad_settings(kwargs, message):
 def test_bad_types():
     with pytest.raises(TypeError, match="wrap an iterable in a DataLoader"):
         quick(data=iter([1, 2]))
+    with pytest.raises(TypeError, match="column 'y'.*list"):
+        quick(data={"x": torch.zeros(3, 12), "y": [0, 1, 0]})
     with pytest.raises(TypeError, match="dict of model inputs"):
         quick(loss_fn=None)
     with pytest.raises(TypeError, match="params -> Optimizer"):
@@ -494,7 +539,9 @@ def test_all_kinds_of_data_give_the_same_run():
         return F.cross_entropy(model(batch["x"]), batch["y"])
 
     table = datasets.Dataset.from_dict({"x": x.tolist(), "y": y.tolist()})
-    runs += [quick(data=d, loss_fn=named)[0] for d in ({"x": x, "y": y}, table)]
+    arrays = {"x": x.numpy(), "y": y.numpy()}
+    runs += [quick(data=d, loss_fn=named)[0] for d in ({"x": x, "y": y}, table, arrays)]
+    runs.append(quick(data=(x.numpy(), y.numpy()))[0])
     assert all(same(runs[0], run) for run in runs[1:])
 
 
@@ -606,6 +653,17 @@ def test_tensorboard(tmp_path):
     points = events.Scalars("loss")
     assert [p.step for p in points] == [2, 4, 6]
     np.testing.assert_allclose([p.value for p in points], result.history["loss"], rtol=1e-6)
+
+
+def test_a_failed_run_closes_its_tracker(tmp_path, monkeypatch):
+    from accelerate.tracking import TensorBoardTracker
+
+    closed = []
+    monkeypatch.setattr(TensorBoardTracker, "finish", lambda self: closed.append(True))
+    with pytest.raises(FloatingPointError):
+        quick(tracker="tensorboard", log_dir=tmp_path,
+              loss_fn=lambda m, b: jobs.cross_entropy(m, b) * math.nan)
+    assert closed == [True]
 
 
 def test_missing_tracker_is_said(monkeypatch):

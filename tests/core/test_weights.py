@@ -1,11 +1,13 @@
 """Arithmetic on states: properties, agreement with torch and safetensors, files, memory."""
 
+import gc
 import json
 import math
 import os
 import subprocess
 import sys
 import textwrap
+import weakref
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,22 @@ def near(a, b, factor=1.0):
 
 
 EPS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-2, torch.float16: 4e-3}
+
+
+def test_a_state_is_freed_when_it_is_dropped(tmp_path):
+    "No reference cycle: with large models one cannot wait for the garbage collector."
+    save_file({"w": torch.randn(9)}, tmp_path / "a.safetensors")
+    gc.collect()
+    gc.disable()
+    try:
+        for source in ({"w": torch.randn(9)}, tmp_path / "a.safetensors"):
+            lazy = linear_combination([source, source], [0.5, 0.5], lazy=True)
+            gone = [weakref.ref(s) for s in (lazy, open_state(source))]
+            load_state(lazy)
+            del lazy
+            assert all(r() is None for r in gone)
+    finally:
+        gc.enable()
 
 
 # ------------------------------------------------------------------ averages
@@ -810,3 +828,17 @@ def test_peak_memory_of_streams(tmp_path, dtype):
             assert peak <= 16e6, (name, peak)  # whatever the size: libraries on first use, pieces
     mean = open_state(tmp_path / "out")["w3"]
     assert torch.allclose(mean.float(), torch.tensor(1.5 + 3 / 7), atol=1e-2)
+
+
+def test_directions_of_tiny_float64_changes():
+    a = {"w": torch.tensor([3e-100, 4e-100], dtype=torch.float64)}
+    b = {"w": torch.tensor([4e-100, -3e-100], dtype=torch.float64)}
+    assert cosine(a, a) == pytest.approx(1) and cosines(a, a)["w"] == pytest.approx(1)
+    assert cosine(a, b) == pytest.approx(0, abs=1e-12)
+    middle = interpolate(a, b, 0.5, "slerp")["w"]
+    assert float(middle.norm()) == pytest.approx(5e-100)
+
+
+def test_cosine_of_integers_alone_is_refused():
+    with pytest.raises(ValueError, match="no floating-point"):
+        cosine({"n": torch.tensor([1])}, {"n": torch.tensor([1])})
