@@ -405,6 +405,11 @@ def _code(text: str, default: str = "") -> str:
     return f"<code>{html.escape(text)}</code>" if text else ""
 
 
+def _inline(text: str) -> str:
+    "A comment as HTML; what stands between backticks is code."
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+
+
 def _table(rows: list[tuple[str, ...]]) -> str:
     "A table of parameters."
     cells = "\n".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
@@ -428,10 +433,10 @@ def definition_markdown(
         parts.append(f"```python\n{prefix}{d.signature()}\n```")
     parts += [re.sub(r"(?<!`)\$(?=[A-Z_]{3})", r"\\$", d.doc)] if d.doc else []
     rows = [
-        (_code(p.name), _code(p.type, p.default), html.escape(p.comment)) for p in d.parameters
+        (_code(p.name), _code(p.type, p.default), _inline(p.comment)) for p in d.parameters
     ]
     if d.returns and d.returns.type != "None":
-        rows.append(("<em>returns</em>", _code(d.returns.type), html.escape(d.returns.comment)))
+        rows.append(("<em>returns</em>", _code(d.returns.type), _inline(d.returns.comment)))
     parts += [_table(rows)] if rows else []
     parts += [definition_markdown(m, level + 1, f"{name}.") for m in d.members]
     return "\n\n".join(parts)

@@ -912,7 +912,7 @@ def depth_statistics(
 # %% ../../nbs/testtime/04_cola.ipynb #cola072
 def boxed_answer(
     text: str,  # what the model wrote
-) -> str:  # the inside of its last \boxed{...}; without one, its last number; else the text
+) -> str:  # the inside of its last `\boxed{}`; without one, its last number; else the text
     "The final answer in a derivation."
     start = text.rfind(r"\boxed{")
     if start >= 0:

@@ -1,0 +1,795 @@
+"""Tiny Time Mixers: peers on the same weights, symmetries, checkpoints, data, bad input, runs."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from adaptlab.experiment import launch, start_run
+from adaptlab.inference import ttm
+from adaptlab.inference.ttm import (
+    FULL,
+    SMALL,
+    DLinear,
+    ExponentialSmoothing,
+    ForecastChannelMixer,
+    ResolutionSampler,
+    RidgeForecaster,
+    SeasonalNaive,
+    TTMConfig,
+    TTMForPrediction,
+    TTMLayer,
+    WindowDataset,
+    evaluate,
+    experiment,
+    few_shot_split,
+    find_lr,
+    fine_tune,
+    freeze_backbone,
+    frequency_token,
+    from_pretrained,
+    load_series,
+    patchify,
+    pretrain,
+    pretraining_windows,
+    reconfigure,
+    smooth_seasonally,
+    std_scale,
+)
+
+BASE = dict(
+    context_length=96, prediction_length=12, patch_length=8, d_model=32, decoder_d_model=16,
+    num_layers=2, decoder_num_layers=2, adaptive_patching_levels=3, num_input_channels=4,
+)  # fmt: skip
+EXOGENOUS = dict(
+    enable_forecast_channel_mixing=True, prediction_channel_indices=(0, 2),
+    exogenous_channel_indices=(1, 3), fcm_context_length=2,
+)  # fmt: skip
+VARIANTS = {
+    "adaptive": {},
+    "plain": dict(adaptive_patching_levels=0),
+    "prefix": dict(resolution_prefix_tuning=True),
+    "mix_channel decoder": dict(decoder_mode="mix_channel"),
+    "mix_channel backbone": dict(mode="mix_channel"),
+    "raw residual": dict(decoder_raw_residual=True, resolution_prefix_tuning=True),
+    "exogenous": dict(**EXOGENOUS, decoder_mode="mix_channel"),
+    "exogenous mixer": dict(**EXOGENOUS, fcm_use_mixer=True, prediction_filter_length=7),
+    "forecast mixing without past": dict(
+        enable_forecast_channel_mixing=True, fcm_prepend_past=False, fcm_gated_attn=False
+    ),
+    "categories": dict(decoder_mode="mix_channel", categorical_vocab_size_list=(3, 5)),
+    "no decoder": dict(use_decoder=False),
+    "no gate": dict(gated_attn=False),
+    "adaptive decoder": dict(decoder_adaptive_patching_levels=2),
+    "patches that do not divide": dict(context_length=101),
+    "huber": dict(loss="huber", huber_delta=0.5),
+    "mae": dict(loss="mae"),
+    "pinball": dict(loss="pinball", quantile=0.8),
+}
+
+
+def model_of(seed=0, **changes):
+    torch.manual_seed(seed)
+    return TTMForPrediction(TTMConfig(**{**BASE, **changes})).eval()
+
+
+def inputs_of(config, extra=0, seed=1):
+    torch.manual_seed(seed)
+    batch = {
+        "past_values": torch.randn(3, config.context_length + extra, 4) * 3 + 5,
+        "future_values": torch.randn(3, config.prediction_length, 4),
+    }
+    if config.resolution_prefix_tuning:
+        batch["freq_token"] = torch.tensor([1, 7, 0])
+    if config.categorical_vocab_size_list:
+        batch["static_categorical_values"] = torch.tensor([[0, 4], [2, 2], [1, 0]])
+    return batch
+
+
+def days(n=400, freq="h", period=24, seed=0):
+    noise = np.random.default_rng(seed).normal(size=(n, 2))
+    wave = np.sin(2 * np.pi * np.arange(n) / period)
+    index = pd.date_range("2024-01-01", periods=n, freq=freq)
+    return pd.DataFrame({"y": wave + 0.1 * noise[:, 0], "known": noise[:, 1]}, index=index)
+
+
+def windows_of(frame=None, context=48, horizon=12, **options):
+    return WindowDataset(days() if frame is None else frame, ["y"], context=context,
+                         horizon=horizon, **options)  # fmt: skip
+
+
+def small_model(**changes):
+    torch.manual_seed(0)
+    sizes = dict(context_length=48, prediction_length=12, patch_length=8, d_model=16,
+                 decoder_d_model=8, num_layers=1, decoder_num_layers=1,
+                 adaptive_patching_levels=2)  # fmt: skip
+    return TTMForPrediction(TTMConfig(**{**sizes, **changes}))
+
+
+# ------------------------------------------------------------------ peers on the same weights
+
+
+def official(model):
+    "The official package's model with the same settings and weights."
+    try:
+        from tsfm_public.models.tinytimemixer import (
+            TinyTimeMixerConfig,
+            TinyTimeMixerForPrediction,
+        )
+    except ImportError as error:
+        pytest.skip(f"granite-tsfm is not installed ({error})")
+    stored = asdict(model.config) | {"patch_stride": model.config.patch_length}
+    stored = {k: list(v) if isinstance(v, tuple) else v for k, v in stored.items()}
+    peer = TinyTimeMixerForPrediction(TinyTimeMixerConfig(**stored)).eval()
+    peer.load_state_dict(model.state_dict())  # strict: the same names and shapes
+    return peer
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_official_package_agrees(variant):
+    model = model_of(**VARIANTS[variant])
+    peer = official(model)
+    batch = inputs_of(model.config, extra=3)
+    seen = torch.rand_like(batch["past_values"]) > 0.2
+    future_seen = torch.rand_like(batch["future_values"]) > 0.2
+    for masks in ({}, {"past_observed_mask": seen.float(), "future_observed_mask": future_seen}):
+        ours, theirs = model(**batch, **masks), peer(**batch, **masks)
+        for name in ("prediction_outputs", "loss", "loc", "scale", "backbone_hidden_state"):
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5)
+
+
+def test_official_package_reads_what_we_save(tmp_path):
+    model = model_of(**VARIANTS["exogenous"])
+    peer_class = type(official(model))
+    model.save_pretrained(tmp_path)
+    peer = peer_class.from_pretrained(tmp_path).eval()
+    batch = inputs_of(model.config)
+    torch.testing.assert_close(peer(**batch).prediction_outputs, model(**batch).prediction_outputs)
+
+
+def patchtsmixer_config(**changes):
+    from transformers import PatchTSMixerConfig
+
+    return PatchTSMixerConfig(**{
+        "context_length": 96, "patch_length": 8, "patch_stride": 8, "num_input_channels": 4,
+        "prediction_length": 12, "d_model": 32, "expansion_factor": 2, "num_layers": 2,
+        "gated_attn": True, "scaling": "std", "norm_mlp": "LayerNorm", **changes})  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["common_channel", "mix_channel"])
+def test_layer_agrees_with_transformers(mode):
+    from transformers.models.patchtsmixer.modeling_patchtsmixer import PatchTSMixerLayer
+
+    peer = PatchTSMixerLayer(patchtsmixer_config(mode=mode)).eval()
+    ours = TTMLayer(TTMConfig(**{**BASE, "mode": mode}), 12, 32).eval()
+    ours.load_state_dict(peer.state_dict())
+    x = torch.randn(3, 4, 12, 32)
+    torch.testing.assert_close(ours(x), peer(x), rtol=1e-6, atol=1e-6)
+
+
+def test_scaler_and_patches_agree_with_transformers():
+    from transformers.models.patchtsmixer import modeling_patchtsmixer as peer
+
+    config = patchtsmixer_config(context_length=101)
+    x, mask = torch.randn(3, 101, 4) * 9 - 4, (torch.rand(3, 101, 4) > 0.3).float()
+    for ours, theirs in zip(std_scale(x, mask), peer.PatchTSMixerStdScaler(config)(x, mask),
+                            strict=True):  # fmt: skip
+        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(patchify(x, 8), peer.PatchTSMixerPatchify(config)(x))
+
+
+@pytest.mark.parametrize("mode", ["common_channel", "mix_channel"])
+@torch.no_grad()
+def test_whole_model_agrees_with_transformers(mode):
+    "Without a decoder and adaptive patching, it is the parent model of transformers."
+    from transformers import PatchTSMixerForPrediction
+
+    peer = PatchTSMixerForPrediction(patchtsmixer_config(mode=mode)).eval()
+    ours = model_of(adaptive_patching_levels=0, use_decoder=False, mode=mode)
+    state = {k.replace("model.", "backbone.", 1): v for k, v in peer.state_dict().items()}
+    ours.load_state_dict({k: v for k, v in state.items() if k in ours.state_dict()})
+    batch = inputs_of(ours.config)
+    found, wanted = ours(**batch), peer(**batch)
+    torch.testing.assert_close(found.prediction_outputs, wanted.prediction_outputs)
+    torch.testing.assert_close(found.loss, wanted.loss)
+
+
+# ------------------------------------------------------------------ what must hold
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 40), st.integers(1, 48))
+def test_parameters_of_a_layer(n, d):
+    layer = TTMLayer(TTMConfig(), n, d)
+    assert sum(p.numel() for p in layer.parameters()) == 5 * n**2 + 4 * n + 5 * d**2 + 8 * d
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.01, 1000), st.floats(-1e4, 1e4))
+def test_scale_and_shift_go_through(a, b):
+    model = small_model().double().eval()
+    x = torch.randn(2, 48, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 100
+    f, g = model(x).prediction_outputs, model(a * x + b).prediction_outputs
+    # the 1e-5 in the scale is the only thing that does not scale
+    slack = 1e-5 / min(1.0, a) ** 2 * 10
+    torch.testing.assert_close(g, a * f + b, rtol=1e-6, atol=(slack + 1e-6) * max(a, 1) * 10)
+
+
+def test_a_mask_of_ones_is_no_mask_and_gaps_do_not_count():
+    model = model_of()
+    x = inputs_of(model.config)["past_values"]
+    plain = model(x).prediction_outputs
+    ones = torch.ones_like(x)
+    torch.testing.assert_close(model(x, past_observed_mask=ones).prediction_outputs, plain)
+    ones[:, 10:20] = 0
+    y = x.clone()
+    y[:, 10:20] = 1e4
+    a, b = (model(v, past_observed_mask=ones) for v in (x, y))
+    torch.testing.assert_close(a.loc, b.loc)
+    torch.testing.assert_close(a.scale, b.scale)
+    rows = [t for t in range(96) if not 10 <= t < 20]
+    torch.testing.assert_close(a.loc[:, 0], x[:, rows].mean(1))
+
+
+def test_future_mask_selects_the_loss():
+    model = model_of()
+    batch = inputs_of(model.config)
+    mask = torch.zeros(3, 12, 4)
+    mask[1, 5, 2] = 1
+    out = model(**batch, future_observed_mask=mask)
+    error = out.prediction_outputs[1, 5, 2] - batch["future_values"][1, 5, 2]
+    torch.testing.assert_close(out.loss, error**2)
+
+
+def test_targets_may_come_alone_or_with_all_channels():
+    config = dict(prediction_channel_indices=(1, 3))
+    model = model_of(**config)
+    batch = inputs_of(model.config)
+    whole = model(**batch)
+    batch["future_values"] = batch["future_values"][..., [1, 3]]
+    assert torch.equal(model(**batch).loss, whole.loss)
+    assert whole.prediction_outputs.shape == (3, 12, 2)
+
+
+@pytest.mark.parametrize("c", [0, 1, 3])
+def test_known_values_reach_c_steps(c):
+    config = TTMConfig(**{**BASE, **EXOGENOUS, "fcm_context_length": c})
+    fcm = ForecastChannelMixer(config)
+    base, past, future = torch.randn(2, 12, 2), torch.randn(2, 96, 4), torch.randn(2, 12, 4)
+    other = future.clone()
+    other[:, 6, 3] += 1
+    moved = (fcm(base, past, future) != fcm(base, past, other)).any(2).any(0).nonzero().flatten()
+    assert moved.tolist() == list(range(6 - c, 6 + c + 1))
+    other = future.clone()
+    other[..., [0, 2]] += 1  # the targets' future is not read
+    assert torch.equal(fcm(base, past, future), fcm(base, past, other))
+
+
+def test_prefix_changes_the_forecast():
+    model = model_of(resolution_prefix_tuning=True)
+    x = inputs_of(model.config)["past_values"]
+    hourly, daily = (model(x, freq_token=torch.full((3,), t)) for t in (7, 8))
+    assert not torch.equal(hourly.prediction_outputs, daily.prediction_outputs)
+
+
+def test_crop_and_pad():
+    model = model_of()
+    x = torch.randn(2, 200, 4)
+    assert torch.equal(model(x).prediction_outputs, model(x[:, -96:]).prediction_outputs)
+    padded = torch.cat((torch.zeros(2, 50, 4), x[:, -46:]), 1)
+    short = model(x[:, -46:]).prediction_outputs
+    assert torch.equal(short, model(padded).prediction_outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype):
+    model = model_of(**VARIANTS["exogenous"], resolution_prefix_tuning=True)
+    batch = inputs_of(model.config)
+    wanted = model(**batch).prediction_outputs
+    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+    found = model.to(dtype)(**batch).prediction_outputs
+    assert found.dtype == dtype
+    # bfloat16 keeps 8 bits of a value; of values near 5 +- 3 that is about 0.03
+    tolerance = 1e-4 if dtype == torch.float64 else 0.3
+    torch.testing.assert_close(found.float(), wanted, rtol=0, atol=tolerance)
+
+
+def test_a_level_too_thin_warns_and_runs_plain():
+    with pytest.warns(UserWarning, match="features per patch"):
+        model = model_of(d_model=16, adaptive_patching_levels=3)
+    assert [m.factor for m in model.backbone.encoder.mlp_mixer_encoder.mixers] == [1, 2, 1]
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+def released_layout():
+    "Names and shapes of a released checkpoint in miniature, written out by hand."
+    d, p, n, e = 16, 8, 6, 2
+    shapes = {"backbone.encoder.patcher.weight": (d, p), "backbone.encoder.patcher.bias": (d,)}
+
+    def layer(at, n, d):
+        for mixer, m in (("patch_mixer", n), ("feature_mixer", d)):
+            for norm in ("weight", "bias"):
+                shapes[f"{at}.{mixer}.norm.norm.{norm}"] = (d,)
+            for name, rows, columns in (("mlp.fc1", e * m, m), ("mlp.fc2", m, e * m),
+                                        ("gating_block.attn_layer", m, m)):  # fmt: skip
+                shapes[f"{at}.{mixer}.{name}.weight"] = (rows, columns)
+                shapes[f"{at}.{mixer}.{name}.bias"] = (rows,)
+
+    for level, factor in ((0, 2), (1, 1)):
+        at = f"backbone.encoder.mlp_mixer_encoder.mixers.{level}.mixer_layers.0"
+        layer(at, n * factor, d // factor)
+    layer("decoder.decoder_block.mixers.0", n, 8)
+    shapes |= {"decoder.adapter.weight": (8, d), "decoder.adapter.bias": (8,)}
+    head = "head.base_forecast_block"
+    return shapes | {f"{head}.weight": (12, n * 8), f"{head}.bias": (12,)}
+
+
+def write_checkpoint(folder, drop=(), settings=None):
+    config = {"architectures": ["TinyTimeMixerForPrediction"], "model_type": "tinytimemixer",
+              "context_length": 48, "prediction_length": 12, "patch_length": 8, "patch_stride": 8,
+              "d_model": 16, "decoder_d_model": 8, "num_layers": 1, "decoder_num_layers": 1,
+              "adaptive_patching_levels": 2, "scaling": "std", "self_attn": False,
+              "prediction_channel_indices": None, "init_std": 0.02, "num_patches": 6,
+              "transformers_version": "4.37.2", "distribution_output": "student_t",
+              **(settings or {})}  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    state = {k: torch.randn(s) * 0.1 for k, s in released_layout().items() if k not in drop}
+    save_file(state, folder / "model.safetensors")
+    return state
+
+
+def test_released_layout_loads(tmp_path):
+    state = write_checkpoint(tmp_path)
+    model = TTMForPrediction.from_pretrained(tmp_path, context_length=48, prediction_length=5)
+    assert set(model.state_dict()) == set(state) and not model.training
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
+    x = torch.randn(2, 48, 3)
+    whole = from_pretrained(tmp_path)(x).prediction_outputs
+    assert torch.equal(model(x).prediction_outputs, whole[:, :5])
+    mixed = from_pretrained(tmp_path, num_input_channels=3, decoder_mode="mix_channel")
+    assert any("channel_feature_mixer" in k for k in mixed.state_dict())
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        (dict(drop=("decoder.adapter.bias",)), "decoder.adapter.bias"),
+        (dict(settings={"self_attn": True}), "self_attn"),
+        (dict(settings={"register_tokens": 4}), "register_tokens"),
+        (dict(settings={"decoder_d_model": 16}), "decoder"),
+        (dict(settings={"resolution_prefix_tuning": True}), "freq_mod"),
+        (dict(settings={"use_decoder": False}), "decoder"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, how, words):
+    write_checkpoint(tmp_path, **how)
+    with pytest.raises(ValueError, match=words):
+        from_pretrained(tmp_path)
+
+
+def test_lengths_of_a_checkpoint_are_binding(tmp_path):
+    write_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="revision"):
+        from_pretrained(tmp_path, context_length=512)
+    with pytest.raises(ValueError, match="prediction_filter_length"):
+        from_pretrained(tmp_path, prediction_length=96)
+
+
+def test_a_missing_checkpoint_is_an_os_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError):
+        from_pretrained(tmp_path / "nothing")
+    with pytest.raises(OSError):
+        from_pretrained("adaptlab-tests/no-such-model")
+
+
+def test_save_and_load(tmp_path):
+    model = model_of(**VARIANTS["categories"], patch_stride=8)
+    model.save_pretrained(tmp_path)
+    again = from_pretrained(tmp_path)
+    assert again.config == model.config
+    batch = inputs_of(model.config)
+    assert torch.equal(again(**batch).prediction_outputs, model(**batch).prediction_outputs)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
+
+
+def test_reconfigure_keeps_what_exists():
+    model = model_of()
+    new = reconfigure(model, **EXOGENOUS)
+    assert all(torch.equal(new.state_dict()[k], v) for k, v in model.state_dict().items())
+    back = reconfigure(new, enable_forecast_channel_mixing=False, exogenous_channel_indices=None,
+                       prediction_channel_indices=None)  # fmt: skip
+    batch = inputs_of(model.config)
+    assert torch.equal(back(**batch).prediction_outputs, model(**batch).prediction_outputs)
+    with pytest.raises(ValueError, match="shape"):
+        reconfigure(model, d_model=64)
+    with pytest.raises(TypeError):
+        reconfigure(model, no_such_field=1)
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(patch_length=96), "smaller than context_length"),
+        (dict(patch_stride=4), "overlap"),
+        (dict(d_model=30), "divisible"),
+        (dict(decoder_d_model=15, decoder_adaptive_patching_levels=2), "divisible"),
+        (dict(num_layers=0), "num_layers"),
+        (dict(prediction_filter_length=0), "prediction_filter_length"),
+        (dict(prediction_filter_length=13), "prediction_filter_length"),
+        (dict(categorical_vocab_size_list=(3,)), "mix_channel"),
+        (dict(**{**EXOGENOUS, "exogenous_channel_indices": (0, 1)}), "both forecast"),
+        (dict(exogenous_channel_indices=(1,), prediction_channel_indices=(0,)), "mixing"),
+        (dict(prediction_channel_indices=(2, 0)), "increasing"),
+        (dict(prediction_channel_indices=(4,)), "num_input_channels"),
+        (dict(mode="all"), "mode"),
+        (dict(loss="nll"), "loss"),
+        (dict(fcm_context_length=-1), "fcm_context_length"),
+    ],
+)
+def test_a_wrong_config_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        TTMConfig(**{**BASE, **changes})
+
+
+def spoil(name, value):
+    return lambda batch: batch | {name: value}
+
+
+def with_nan(batch):
+    past = batch["past_values"].clone()
+    past[0, 0, 0] = math.nan
+    return batch | {"past_values": past}
+
+
+@pytest.mark.parametrize(
+    "variant, change, words",
+    [
+        ("adaptive", spoil("past_values", torch.zeros(3, 96)), "x\\[None, :, None\\]"),
+        ("adaptive", with_nan, "NaN"),
+        ("adaptive", spoil("future_values", torch.zeros(3, 11, 4)), "future_values"),
+        ("adaptive", spoil("future_values", torch.zeros(3, 12, 3)), "targets of shape"),
+        ("adaptive", spoil("future_observed_mask", torch.zeros(3, 12, 4)), "no target"),
+        ("mix_channel decoder", spoil("past_values", torch.zeros(3, 96, 3)), "num_input_channels"),
+        ("exogenous", spoil("future_values", None), "exogenous"),
+        ("exogenous", spoil("future_values", torch.zeros(3, 12, 2)), "all 4"),
+        ("exogenous", spoil("past_values", torch.zeros(3, 96, 5)), "num_input_channels"),
+        ("prefix", spoil("freq_token", None), "freq_token"),
+        ("prefix", spoil("freq_token", torch.tensor([1, 10, 0])), "0..9"),
+        ("categories", spoil("static_categorical_values", None), "static_categorical"),
+    ],
+)
+def test_a_wrong_batch_is_refused(variant, change, words):
+    model = model_of(**VARIANTS[variant])
+    with pytest.raises(ValueError, match=words):
+        model(**change(inputs_of(model.config)))
+
+
+gap = days().assign(y=lambda f: f["y"].where(f.index != f.index[7]))
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: windows_of(days()[::-1]), "increase"),
+        (lambda: windows_of(pd.concat([days(), days()])), "increase"),
+        (lambda: windows_of(days().drop(days().index[9])), "resolution"),
+        (lambda: windows_of(gap), "NaN"),
+        (lambda: windows_of(days(20)), "no window"),
+        (lambda: WindowDataset(days(), ["z"], context=48, horizon=12), "z"),
+        (lambda: WindowDataset(days(), ["y"], ["y"], context=48, horizon=12), "once"),
+        (lambda: WindowDataset(days(), [], context=48, horizon=12), "target"),
+        (lambda: few_shot_split(windows_of(), 0.0), "fraction"),
+        (lambda: few_shot_split(windows_of(), 0.05), "fewer than one"),
+        (lambda: few_shot_split(windows_of(), 0.5, "middle"), "location"),
+        (lambda: ResolutionSampler((0,)), "factors"),
+        (lambda: pretraining_windows([], 48, 12), "no series"),
+        (lambda: pretraining_windows([(np.ones(100), 60)], 48, 12), "constant"),
+        (lambda: pretraining_windows([(np.full(100, np.nan), 60)], 48, 12), "gaps"),
+        (lambda: frequency_token("soon"), "resolution"),
+        (lambda: SeasonalNaive(0), "period"),
+        (lambda: SeasonalNaive(49).fit(windows_of()), "context"),
+        (lambda: ExponentialSmoothing((48,)).fit(windows_of()), "fits twice"),
+        (lambda: DLinear(48, 12, kernel=4), "odd"),
+        (lambda: find_lr(small_model(), windows_of(), low=1.0, high=0.1), "low"),
+        (lambda: fine_tune(small_model(), windows_of(), windows_of(), epochs=0), "epochs"),
+        (lambda: ttm.ChannelScaler().fit(days().assign(y=1.0)), "never change"),
+        (lambda: load_series(":y"), "source"),
+        (lambda: load_series("traffic:no_such_column"), "no_such_column"),
+        (lambda: ttm.make_task(SMALL.replace(split=(0.7, 0.1, 0.1)), "traffic:temp"), "add up"),
+    ],
+)
+def test_wrong_data_are_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_a_table_without_times_is_refused():
+    with pytest.raises(TypeError, match="DatetimeIndex"):
+        windows_of(days().reset_index(drop=True))
+
+
+# ------------------------------------------------------------------ data
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 6), st.integers(1, 7), st.integers(0, 60))
+def test_windows_are_the_rows_of_the_table(context, horizon, stride, extra):
+    n = context + horizon + extra
+    frame = pd.DataFrame({"y": np.arange(n)}, index=pd.date_range("2024", periods=n, freq="h"))
+    ds = WindowDataset(frame, ["y"], context=context, horizon=horizon, stride=stride)
+    assert len(ds) == extra // stride + 1
+    for i in range(len(ds)):
+        row = ds[i]
+        whole = torch.cat((row["past_values"], row["future_values"])).flatten()
+        assert whole.tolist() == list(range(i * stride, i * stride + context + horizon))
+
+
+def test_a_dataloader_takes_windows():
+    ds = windows_of(prefix=True)
+    batch = next(iter(torch.utils.data.DataLoader(ds, batch_size=5)))
+    assert batch["past_values"].shape == (5, 48, 1) and batch["freq_token"].tolist() == [7] * 5
+
+
+def test_resolutions_become_tokens():
+    series = [(np.random.default_rng(0).normal(size=900), 5.0)]
+    ds = pretraining_windows(series, 24, 6, ResolutionSampler((1, 2, 3, 7)), prefix=True)
+    counts = {t: int((ds.tokens == t).sum()) for t in ds.tokens.unique().tolist()}
+    assert counts == {3: 871, 4: 421, 5: 271, 0: 99}  # 5, 10, 15 and 35 minutes
+    coarse = ds.values[900:1350, 0].numpy()
+    z = (series[0][0] - series[0][0].mean()) / series[0][0].std()
+    np.testing.assert_allclose(coarse, z.reshape(-1, 2).mean(1), atol=1e-5)
+
+
+def test_no_window_crosses_two_series():
+    series = [(np.r_[np.zeros(50), np.ones(50)] + 10 * i, 60.0) for i in range(3)]
+    ds = pretraining_windows(series, 20, 5)
+    assert len(ds) == 3 * 76 and all(s // 100 == (s + 24) // 100 for s in ds.starts.tolist())
+
+
+def test_tokens_of_the_official_package():
+    expected = {"min": 1, "2min": 2, "5min": 3, "10min": 4, "15min": 5, "30min": 6, "h": 7,
+                "D": 8, "W": 9, "W-SUN": 9, "3h": 0, "MS": 0, "YE": 0, "90s": 0}  # fmt: skip
+    assert {f: frequency_token(f) for f in expected} == expected
+
+
+def test_nothing_of_a_test_series_is_in_the_corpus():
+    sources = {t.split("|")[0].split(",")[0] for t in SMALL.tests}
+    assert not sources & set(SMALL.corpus)
+    assert not any(c.startswith("traffic") for c in SMALL.corpus)
+
+
+def test_test_windows_do_not_look_into_training_rows():
+    cfg = SMALL.replace(stride=1)
+    task = ttm.make_task(cfg, "traffic:traffic_volume|temp")
+    frame = load_series("traffic:traffic_volume")[0]["traffic_volume"].to_numpy()
+    a, b = round(0.7 * len(frame)), round(0.8 * len(frame))
+    z = ((frame - frame[:a].mean()) / frame[:a].std()).astype(np.float32)
+    first = task.test[0]
+    np.testing.assert_allclose(first["future_values"][:, 0], z[b : b + 24], rtol=1e-4, atol=1e-4)
+    last = task.val[len(task.val) - 1]["future_values"][:, 0]
+    np.testing.assert_allclose(last, z[b - 24 : b], rtol=1e-4, atol=1e-4)
+    assert len(task.train) == a - 336 - 24 + 1
+    assert torch.equal(task.exogenous[2].values[:, :1], task.test.values)
+
+
+# ------------------------------------------------------------------ training and baselines
+
+
+def test_fine_tuning_ends_with_the_best_weights_and_spares_the_backbone():
+    model = freeze_backbone(small_model())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    frame = days()
+    train, val = windows_of(frame[:250]), windows_of(frame[250:])
+    seen = []
+    original = ttm.evaluate
+
+    def spy(m, ds, *rest):
+        found = original(m, ds, *rest)
+        seen.append(found.mse)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ttm, "evaluate", spy)
+        result = fine_tune(model, train, val, lr=3e-2, epochs=6, patience=2, progress=False)
+    assert abs(evaluate(model, val).mse - min(seen)) < 1e-7
+    assert result.steps <= 6 * math.ceil(len(train) / 64)
+    after = model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("backbone"))
+    assert not torch.equal(before["decoder.adapter.weight"], after["decoder.adapter.weight"])
+
+
+def test_early_stopping_waits_for_its_patience():
+    frame = days()
+    train, val = windows_of(frame[:200]), windows_of(frame[200:])
+    model = small_model(head_dropout=0.0, dropout=0.0)
+    result = fine_tune(model, train, val, lr=1e-9, epochs=40, patience=1, progress=False)
+    assert result.steps < 40 * math.ceil(len(train) / 64)
+
+
+def test_finding_a_learning_rate_leaves_the_model():
+    model = small_model()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    lr = find_lr(model, windows_of(), low=1e-4, high=0.1, steps=12, batch_size=16)
+    assert 1e-4 <= lr <= 0.1
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert ttm._valley(np.array([5.0, 4, 4.5, 3, 2, 6, 7])) == 2
+
+
+def test_pretraining_is_reproducible():
+    states = []
+    for _ in range(2):
+        model = small_model()
+        pretrain(model, windows_of(), 5, 16, progress=False, seed=3)
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_the_trainer_of_transformers_works(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = freeze_backbone(small_model())
+    before = model.head.base_forecast_block.weight.clone()
+    arguments = TrainingArguments(tmp_path, max_steps=2, report_to=[], use_cpu=True,
+                                  label_names=["future_values"], save_strategy="no",
+                                  disable_tqdm=True)  # fmt: skip
+    Trainer(model, arguments, train_dataset=windows_of()).train()
+    assert not torch.equal(before, model.head.base_forecast_block.weight)
+
+
+def test_evaluation_by_hand_and_in_batches():
+    model, ds = small_model().train(), windows_of()
+    one, many = evaluate(model, ds, 7), evaluate(model, ds, 500)
+    assert model.training and abs(one.mse - many.mse) < 1e-6
+    model.eval()
+    batch = ds.batch(slice(None))
+    with torch.no_grad():
+        error = model(batch["past_values"]).prediction_outputs - batch["future_values"]
+    assert abs(one.mse - float(error.square().mean())) < 1e-5
+    torch.testing.assert_close(one.by_window, error.square().mean((1, 2)), rtol=1e-4, atol=1e-5)
+
+
+def test_seasonal_naive_and_long_horizons():
+    ds = windows_of(context=24, horizon=60)
+    naive = SeasonalNaive(24).fit(ds)
+    past = torch.arange(24.0)[None, :, None]
+    assert naive(past_values=past)[0, :, 0].tolist() == [t % 24 for t in range(60)]
+
+
+def test_smoothing_is_its_recursion():
+    y, m, alpha, gamma = days(90)["y"].to_numpy(), 12, 0.3, 0.2
+    level = y[:m].mean()
+    season = list(y[:m] - level)
+    for t in range(m, 90):
+        last = level
+        level = alpha * (y[t] - season[t - m]) + (1 - alpha) * last
+        season.append(gamma * (y[t] - last) + (1 - gamma) * season[t - m])
+    wanted = [level + season[90 - m + h % m] for h in range(20)]
+    ours = smooth_seasonally(torch.tensor(y), 20, m, torch.tensor(alpha), torch.tensor(gamma))
+    np.testing.assert_allclose(ours, wanted, rtol=1e-6)
+
+
+def test_smoothing_agrees_with_statsmodels():
+    pytest.importorskip("statsmodels")
+    from statsmodels.tsa.holtwinters import ExponentialSmoothing as Peer
+
+    y = (10 + days(96)["y"] + np.linspace(0, 1, 96)).to_numpy()
+    first = y[:12]  # ours starts from the first season, statsmodels before its first value
+    peer = Peer(y[12:], seasonal="add", seasonal_periods=12, trend=None,
+                initialization_method="known", initial_level=first.mean(),
+                initial_seasonal=first - first.mean())  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fitted = peer.fit(smoothing_level=0.3, smoothing_seasonal=0.2, optimized=False)
+    ours = smooth_seasonally(torch.tensor(y), 20, 12, torch.tensor(0.3), torch.tensor(0.2))
+    # statsmodels forecasts the phase of the last value without that value's update of the season
+    keep = np.arange(20) % 12 != 11
+    np.testing.assert_allclose(ours[keep], fitted.forecast(20)[keep], rtol=1e-6)
+
+
+def test_ridge_agrees_with_scikit_learn():
+    from sklearn.linear_model import Ridge
+
+    frame = days()
+    train, val = windows_of(frame[:250]), windows_of(frame[250:])
+    ours = RidgeForecaster((3.0,)).fit(train, val)
+    x, loc, scale = std_scale(train.batch(slice(None))["past_values"].double())
+    y = (train.batch(slice(None))["future_values"].double() - loc) / scale
+    peer = Ridge(alpha=3.0).fit(x[..., 0].numpy(), y[..., 0].numpy())
+    past = val.batch(slice(None))["past_values"]
+    vx, vloc, vscale = std_scale(past.double())
+    wanted = torch.tensor(peer.predict(vx[..., 0].numpy()))[..., None] * vscale + vloc
+    torch.testing.assert_close(ours(past), wanted.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_dlinear_splits_into_trend_and_rest():
+    model = DLinear(48, 12, kernel=5)
+    x = torch.randn(2, 48, 3)
+    padded = np.pad(x[0, :, 1].numpy(), 2, mode="edge")
+    trend = torch.tensor(np.convolve(padded, np.ones(5) / 5, "valid"), dtype=torch.float32)
+    wanted = model.trend(trend) + model.rest(x[0, :, 1] - trend)
+    torch.testing.assert_close(model(x).prediction_outputs[0, :, 1], wanted)
+
+
+# ------------------------------------------------------------------ runs
+
+
+def test_full_is_the_papers_model():
+    model = TTMForPrediction(ttm._architecture(FULL))
+    assert sum(p.numel() for p in model.parameters()) == 805_280
+    assert sum(p.numel() for p in freeze_backbone(model).parameters() if p.requires_grad) == 289_696
+
+
+def tiny_world(folder):
+    "FULL in miniature: a corpus with one series per row, and a table of several channels."
+    rng = np.random.default_rng(0)
+    hours = pd.date_range("2020-01-01", periods=300, freq="h")
+    rows = [{"id": str(i), "timestamp": [str(t) for t in hours], "target": rng.normal(size=300)}
+            for i in range(2)]  # fmt: skip
+    corpus, table = folder / "corpus.parquet", folder / "ett.csv"
+    pd.DataFrame(rows).to_parquet(corpus)
+    wide = pd.DataFrame(rng.normal(size=(600, 3)), columns=["HUFL", "HULL", "OT"])
+    wide.insert(0, "date", pd.date_range("2016-07-01", periods=600, freq="h"))
+    wide.to_csv(table, index=False)
+    return FULL.replace(
+        corpus=(str(corpus),), tests=(str(table),), context_length=48, prediction_length=8,
+        patch_length=8, d_model=32, decoder_d_model=16, num_layers=1, steps=3, batch=16,
+        rows=560, stride=8, fraction=0.3, more=(0.5,), epochs=1, batch_size=16, seasons=(24,),
+        device="cpu")  # fmt: skip
+
+
+def test_full_scale_path_in_miniature(tmp_path):
+    cfg = tiny_world(tmp_path)
+    report = experiment(cfg, start_run("ttm", cfg, "full", root=tmp_path / "runs"))
+    frame = report.tables["results"]
+    assert set(frame["method"]) >= {"repeat 24 steps", "ridge", "DLinear", "TTM 5 %"}
+    assert np.isfinite(frame["mse"]).all() and (frame["mse"] > 0).all()
+    assert set(report.figures) == {"forecasts", "errors", "steps"}
+    assert all(c.holds is None for c in report.claims)  # one seed gives no verdict
+
+
+def test_a_checkpoint_replaces_pre_training(tmp_path):
+    cfg = tiny_world(tmp_path).replace(checkpoint=str(tmp_path / "model"), corpus=("nothing",))
+    TTMForPrediction(ttm._architecture(cfg)).save_pretrained(tmp_path / "model")
+    cfg = cfg.replace(tests=(cfg.tests[0] + ":OT|HUFL",), lrs=(1e-3, 1e-2))
+    report = launch("ttm", cfg, root=tmp_path / "runs")
+    assert "TTM 5 % + exogenous" in set(report.tables["results"]["method"])
+    assert set(report.tables["learning rates"]["learning rate"]) <= {"0.001", "0.01"}
+
+
+def test_command_line_with_two_processes(tmp_path):
+    cfg = tiny_world(tmp_path)
+    args = []
+    for name, value in cfg.to_dict().items():
+        if value != FULL.to_dict()[name] and value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            args += [f"--{name.replace('_', '-')}", text]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+               "--standalone", "-m", "adaptlab", "run", "ttm", "--scale", "full", *args,
+               "--root", str(tmp_path / "runs")]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    out = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+    assert out.returncode == 0, out.stderr[-3000:]
+    (folder,) = (tmp_path / "runs" / "ttm").iterdir()
+    report = json.loads((folder / "report" / "report.json").read_text())
+    assert report["claims"] and report["environment"]["processes"] == 2
