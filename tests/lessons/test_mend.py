@@ -42,6 +42,7 @@ from adaptlab.editing.mend import (
     edit_losses,
     experiment,
     fine_tune,
+    fine_tune_each,
     gradient_factors,
     locality_kl,
     select_layers,
@@ -475,6 +476,22 @@ def test_fine_tuning_is_adam_on_the_weights():
                                rtol=1e-4, atol=1e-6)
 
 
+def test_fine_tuning_side_by_side_is_fine_tuning_alone():
+    model, data = llama(), batch(4)
+    layers = select_layers(model, "mlp:-1:")
+    options = {"forward_fn": lambda m, b: m(input_ids=b["input_ids"]).logits[:, :-1],
+               "lr": 3e-2, "max_steps": 12}
+    aligned = {**data, "labels": data["labels"][:, 1:]}
+    together = fine_tune_each(model, layers, aligned, **options)
+    alone = [fine_tune(model, layers, row(aligned, i), **options) for i in range(4)]
+    for name in layers:
+        for i in range(4):
+            torch.testing.assert_close(together[i].delta(name), alone[i].delta(name),
+                                       rtol=1e-3, atol=1e-4)
+    right = mend.sequence_right(options["forward_fn"](together, aligned), aligned["labels"])
+    assert right.any()
+
+
 # ------------------------------------------------------------------ bad input
 
 
@@ -531,6 +548,9 @@ def no_target():
     (lambda: MENDTrainer(MEND(llama(), rank=2), [1], lr=0.0), "positive"),
     (lambda: Tail(nn.Linear(2, 2), -1), "no block"),
     (lambda: Tail(llama(), -7), "no block -7"),
+    (lambda: mend.WorldBench(tiny_facts(world_train=18)), "left for the test"),
+    (lambda: experiment(SMALL.replace(tracks=("word",)), None), "world, model"),
+    (lambda: experiment(SMALL.replace(tracks=()), None), "world, model"),
 ])
 def test_bad_input_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
@@ -584,6 +604,87 @@ def test_full_scale_path_with_two_processes(tmp_path):
     out = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
     assert out.returncode == 0, out.stderr[-3000:]
     assert out.stdout.count("report in") == 1
+
+
+WORLD = {"world_subjects": 6, "world_relations": 3, "world_objects": 4, "world_width": 16,
+         "world_base_steps": 150, "world_train": 12, "world_others": 3, "world_rank": 4,
+         "world_batch": 4, "world_steps": 4, "world_eval_every": 2, "world_ft_steps": 3}
+
+
+def tiny_facts(**changes):
+    return SMALL.replace(**{"tracks": ("world",), "world_seeds": (0, 1), **WORLD, **changes})
+
+
+def test_a_world_has_every_fact_in_two_orders():
+    cfg = tiny_facts()
+    facts = mend.world_facts(cfg)
+    (a, b), n = facts.prompts, 18
+    assert facts.prompts.shape == (2, n, 3) and len(a.unique(dim=0)) == len(b.unique(dim=0)) == n
+    assert torch.equal(a[:, 0], b[:, 2])  # the subject
+    relation = (facts.first - facts.first.min()) // 4
+    for words in (a[:, 1], b[:, 0]):  # each relation has a word of its own in each order
+        assert len(torch.stack((words, relation), 1).unique(dim=0)) == len(words.unique()) == 3
+    assert not set(a[:, 1].tolist()) & set(b[:, 0].tolist())
+    within = facts.answers - facts.first
+    assert within.min() >= 0 and within.max() < 4 and facts.vocabulary == facts.first.max() + 4
+    assert torch.equal(facts.answers, mend.world_facts(cfg).answers)
+    assert not torch.equal(facts.answers, mend.world_facts(cfg, seed=1).answers)
+
+
+def test_edits_of_the_world_are_wrong_and_elsewhere():
+    bench = mend.WorldBench(tiny_facts())
+    edits = bench.sample(torch.arange(12).repeat(30), bench.known, 2, seed=3)
+    fact, target, other = edits[:, 0], edits[:, 1], edits[:, 2:4]
+    assert set(edits[:, :1].flatten().tolist()) == set(bench.known.tolist())
+    assert set(other.flatten().tolist()) == set(bench.known.tolist())
+    assert (other != fact[:, None]).all() and (target != bench.facts.answers[fact]).all()
+    within = target - bench.facts.first[fact]
+    assert within.min() == 0 and within.max() == 3
+    assert not set(bench.test[:, 0].tolist()) & set(bench.known.tolist())
+
+
+def test_measurements_of_the_world_agree_with_the_whole_model():
+    bench = mend.WorldBench(tiny_facts())
+    editor = bench.editor(norm=False, edit_lr=3.0).eval()
+    found = bench.measure(editor.edit_each)
+    for i, (fact, target, *rest) in enumerate(bench.test.tolist()):
+        a, b = bench.facts.prompts[:, fact]
+        with torch.enable_grad():
+            changed = editor.edit(bench.rows(0, *torch.tensor([[fact], [target]])))
+        others = torch.stack([bench.facts.prompts[f, o] for o, f in
+                              zip(rest[:3], rest[3:], strict=True)])
+        whole = changed.materialize()
+        with torch.no_grad():
+            says = [whole(input_ids=x).logits[:, -1].argmax(-1) for x in (a[None], b[None], others)]
+            before = bench.model(input_ids=others).logits[:, -1].argmax(-1)
+        expected = [says[0] == target, says[1] == target, says[2] == before]
+        assert found.loc[i, ["rel", "gen", "loc"]].tolist() == pytest.approx(
+            [float(x.float().mean()) for x in expected])
+    assert found["rel"].mean() > 0  # or the comparison would say little
+
+
+def test_the_world_from_the_command_line(tmp_path):
+    args = ["--tracks", "world", "--root", str(tmp_path), "--world-seeds", "0", "1"]
+    for name, value in WORLD.items():
+        args += [f"--{name.replace('_', '-')}", str(value)]
+    out = subprocess.run([sys.executable, "-m", "adaptlab", "run", "mend", *args], text=True,
+                         capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert out.returncode == 0, out.stderr[-3000:]
+    (path,) = tmp_path.rglob("report.json")
+    claims = [c["text"] for c in json.loads(path.read_text())["claims"]]
+    assert len(claims) == 4 and all(c.startswith("small world") for c in claims)
+    assert len(list(tmp_path.rglob("mend.safetensors"))) == 4  # two seeds, two ablations
+
+
+def test_both_parts_in_one_report(tmp_path):
+    cfg = tiny_world(tmp_path).replace(**WORLD, tracks=("world", "model"), world_seeds=(0,))
+    report = experiment(cfg, start_run("mend", cfg, "full", root=tmp_path / "runs"))
+    assert {"world", "methods", "training"} <= set(report.figures)
+    assert report.tables["world"]["method"].tolist() == [
+        "MEND", "FT 0.001", "FT 0.003", "raw gradient", "untrained MEND"]
+    assert report.tables["world"][["rel", "gen", "loc"]].stack().between(0, 100).all()
+    assert set(report.tables["world ablations"]["method"]) == {"MEND", *cfg.world_ablations}
+    assert len(report.claims) >= 8
 
 
 def test_parts_of_the_task_have_no_country_in_common():
