@@ -259,57 +259,74 @@ def pad_batch(
     }
 
 # %% ../nbs/core/04_train.ipynb #92658deb
-def _prompt_and_response(example: Any, tokenizer: Any) -> tuple[str, str, bool]:
-    "Text that is only read, text that is learnt, and whether special tokens are still to be added."
-    if isinstance(example, str):
-        return "", example, True
-    if isinstance(example, Mapping) and "messages" in example:
-        messages = example["messages"]
-        prompt = tokenizer.apply_chat_template(
-            messages[:-1], tokenize=False, add_generation_prompt=True)
-        full = tokenizer.apply_chat_template(messages, tokenize=False)
-        if not full.startswith(prompt):
+def _chat(messages: Sequence[Mapping], tokenizer: Any) -> tuple[str, list[int]]:
+    "A conversation as text, and where each of the assistant's answers begins and ends."
+    def render(count: int, ask: bool) -> str:
+        return tokenizer.apply_chat_template(
+            messages[:count], tokenize=False, add_generation_prompt=ask)
+
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    full, cuts = render(len(messages), False), []
+    for i in turns or [len(messages) - 1]:
+        before = render(i, True)
+        after = full if i == len(messages) - 1 else render(i + 1, False)
+        if not (after.startswith(before) and full.startswith(after)):
             raise ValueError("the chat template does not extend its own generation prompt; "
                              "give prompt and response as text")
-        return prompt, full[len(prompt):], False
+        cuts += [len(before), len(after)]
+    return full, cuts
+
+
+def _text_and_cuts(example: Any, tokenizer: Any) -> tuple[str, list[int], bool]:
+    "The text, where what is learnt begins and ends, and whether special tokens are to be added."
     if isinstance(example, Mapping):
+        if "messages" in example:
+            return *_chat(example["messages"], tokenizer), False
         if "text" in example:
-            return "", example["text"], True
-        if {"prompt", "response"} <= example.keys():
-            return example["prompt"], example["response"], True
+            example = example["text"]
+        elif {"prompt", "response"} <= example.keys():
+            example = example["prompt"], example["response"]
+    if isinstance(example, str):
+        example = "", example
     if isinstance(example, (tuple, list)) and len(example) == 2:
-        return example[0], example[1], True
+        text = example[0] + example[1]
+        return text, [len(example[0]), len(text)], True
     raise ValueError("an example must be a text, (prompt, response), or a dict with 'text', "
                      f"'prompt' and 'response', or 'messages'; got {example!r:.100}")
 
 
-def _causal_lm_row(ids, given, tokenizer, special, mask, add_eos) -> dict[str, list[int]]:
-    "One padded-to-be row: `given` says which tokens belong to the prompt."
+def _causal_lm_row(ids, given, tokenizer, ends, add_eos, mask) -> dict[str, list[int]]:
+    "One padded-to-be row: `given` says which tokens are only read, `ends` whether it ends learnt."
     end = tokenizer.eos_token_id
-    if ids and ids[-1] == end:
+    if ends and ids and ids[-1] == end:
         given[-1] = False  # the end is learnt, although it stands for no character
-    elif add_eos and special:
+    elif ends and add_eos:
         ids, given = [*ids, end], [*given, False]
     labels = [-100 if mask and g else i for i, g in zip(ids, given, strict=True)]
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 # %% ../nbs/core/04_train.ipynb #4a7daeb7
 def _collate_causal_lm(examples, tokenizer, max_length, mask_prompt, add_eos, multiple):
-    parts = [_prompt_and_response(example, tokenizer) for example in examples]
+    parts = [_text_and_cuts(example, tokenizer) for example in examples]
     rows: list[Any] = [None] * len(parts)
     for special in {flag for _, _, flag in parts}:  # one call of the tokenizer for all texts
         chosen = [i for i, part in enumerate(parts) if part[2] == special]
-        encoded = tokenizer([parts[i][0] + parts[i][1] for i in chosen], add_special_tokens=special,
+        encoded = tokenizer([parts[i][0] for i in chosen], add_special_tokens=special,
                             return_offsets_mapping=tokenizer.is_fast)
         for line, i in enumerate(chosen):
-            ids, prompt = list(encoded["input_ids"][line]), parts[i][0]
+            ids, (text, cuts, _) = list(encoded["input_ids"][line]), parts[i]
+            mask, answered = mask_prompt and cuts[0] > 0, cuts[-1] == len(text)
             if tokenizer.is_fast:  # a token that begins in the prompt belongs to the prompt
-                offsets = encoded["offset_mapping"][line]
-                given = [start < len(prompt) or end == 0 for start, end in offsets]
+                starts, ends = np.array(encoded["offset_mapping"][line]).reshape(-1, 2).T
             else:
-                n = len(tokenizer(prompt, add_special_tokens=special)["input_ids"])
-                given = [k < n for k in range(len(ids))]
-            row = _causal_lm_row(ids, given, tokenizer, special, mask_prompt and prompt, add_eos)
+                cuts = [len(ids) if cut == len(text) else
+                        len(tokenizer(text[:cut], add_special_tokens=special)["input_ids"])
+                        for cut in cuts]
+                starts, ends = np.arange(len(ids)), 1
+            inside = np.searchsorted(cuts, starts, side="right") % 2 == 1
+            given = list(~inside | (ends == 0))
+            stop = add_eos and special
+            row = _causal_lm_row(ids, given, tokenizer, answered, stop, mask)
             rows[i] = {name: values[:max_length] for name, values in row.items()}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return pad_batch(rows, 0 if pad is None else pad, pad_to_multiple_of=multiple)
@@ -326,8 +343,8 @@ def causal_lm_collate(
     """A `collate_fn` that tokenises and pads examples for causal language modelling.
 
     An example is a text, a pair `(prompt, response)`, or a dict with `text`, `prompt` and
-    `response`, or `messages` (chat; the last message is learnt). Labels are -100 on padding and
-    on the prompt. Raises ValueError on any other example.
+    `response`, or `messages` (chat; every answer of the assistant is learnt). Labels are -100 on
+    padding and on what is only read. Raises ValueError on any other example.
     """
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be at least 2 tokens, got {max_length}")

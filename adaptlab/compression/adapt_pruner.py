@@ -8,8 +8,9 @@ __all__ = ['METRICS', 'FAMILIES', 'CRITERIA', 'SHARES', 'METHODS', 'SMALL', 'FUL
            'hidden_taylor_scores', 'prune_hidden_', 'layer_importance', 'normalise_importance', 'rank_importance',
            'update_sparsity', 'planned_shape', 'sync_config', 'save_pruned', 'load_pruned', 'pad_to_plain',
            'count_parameters', 'PruneReport', 'AdaptPruner', 'stage_targets', 'stage_data_shares', 'WSDSchedule',
-           'Stage', 'AccelReport', 'adapt_accel', 'Config', 'calibration_draws', 'prune_texts', 'prune_hidden_to_',
-           'prune_by', 'to_messages', 'AccelTask', 'accel_task', 'train_stage', 'choice_items', 'experiment']
+           'Stage', 'AccelReport', 'adapt_accel', 'DistillationLoss', 'Config', 'calibration_draws', 'prune_texts',
+           'prune_hidden_to_', 'prune_by', 'to_messages', 'AccelTask', 'accel_task', 'train_stage', 'choice_items',
+           'experiment']
 
 # %% ../../nbs/compression/01_adapt_pruner.ipynb #7388aa62
 import copy
@@ -1014,6 +1015,42 @@ def adapt_accel(
             report.trained.append(train_fn(model, stage))
     return report
 
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #256766a9
+class DistillationLoss:
+    """A loss for `fit`: the usual one mixed with the distance to a teacher, over learnt tokens.
+
+    `(1 - weight) LM + weight T² KL(teacher || model)`, as an option of the official code. The
+    teacher stays as it is and follows the batch to its device. Raises `ValueError` for a weight
+    outside 0..1 or a temperature that is not positive.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,  # causal language model with the same vocabulary
+        weight: float = 0.5,  # share of the distance, 0 to 1
+        temperature: float = 2.0,  # T; larger: also the unlikely tokens count
+    ):
+        if not 0 <= weight <= 1 or not temperature > 0:
+            raise ValueError(f"weight = {weight} must lie in 0..1, and temperature = "
+                             f"{temperature} above 0")
+        self.teacher, self.weight, self.temperature = teacher.eval(), weight, temperature
+
+    def __call__(
+        self,
+        model: nn.Module,  # the student
+        batch: Mapping[str, Tensor],  # input_ids, attention_mask, labels
+    ) -> tuple[Tensor, Tensor]:  # mean loss, number of learnt tokens
+        "The loss of a batch."
+        out = model(**batch)
+        asked = {k: v for k, v in batch.items() if k != "labels"}
+        with torch.no_grad():
+            aim = self.teacher.to(out.logits.device)(**asked).logits
+        learnt = batch["labels"][:, 1:] != -100
+        p, q = (x[:, :-1][learnt].float().div(self.temperature).log_softmax(-1)
+                for x in (aim, out.logits))
+        far = self.temperature**2 * F.kl_div(q, p, reduction="batchmean", log_target=True)
+        return (1 - self.weight) * out.loss + self.weight * far, learnt.sum()
+
 # %% ../../nbs/compression/01_adapt_pruner.ipynb #4c829f5c
 METHODS = ("uniform", "adaptive", "ends spared", "magnitude", "random", "hidden size")
 
@@ -1050,6 +1087,7 @@ class Config(BaseConfig):
     batch: int = bounded(8, low=1)  # samples per step, over all processes
     lr: float = bounded(3e-3, above=0)  # peak learning rate
     precision: Literal["no", "bf16", "fp16"] = "no"  # autocast of training
+    distill: float = bounded(0.0, low=0, high=1)  # weight of the unpruned model as a teacher
     checkpoints: bool = False  # keep checkpoints and the pruned models
     mmlu: str = ""  # multiple-choice set on the hub; empty: none
     mmlu_config: str = "all"  # its configuration
@@ -1316,8 +1354,9 @@ def train_stage(
     if begin == end:
         return pd.DataFrame()
     share = torch.utils.data.Subset(task.train, range(begin, end))
+    loss = DistillationLoss(task.model, cfg.distill) if cfg.distill else None
     fit(
-        model, share, collate_fn=task.collate, steps=steps[stage.number - 1],
+        model, share, loss, collate_fn=task.collate, steps=steps[stage.number - 1],
         batch_size=min(cfg.batch, end - begin), lr=cfg.lr,
         schedule=partial(WSDSchedule, total_steps=total, base_step=base),
         clip=1.0, precision=cfg.precision, seed=stage.number, device=cfg.device,

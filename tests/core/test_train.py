@@ -373,7 +373,9 @@ def test_schedule_is_that_of_transformers():
 
 def test_precision_may_change_in_one_process_and_foreign_state_survives():
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test's Trainer left one
     mine = Accelerator(cpu=True, mixed_precision="bf16")
     dtypes = []
 
@@ -625,6 +627,22 @@ def test_collate_of_a_chat():
     assert tokenizer.decode(batch["input_ids"][0]) == "[user]Hi<eos>[assistant]Hello<eos>"
 
 
+def test_collate_learns_every_answer_of_a_chat():
+    tokenizer = models.byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}")
+    chat = [{"role": role, "content": text} for role, text in (
+        ("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"),
+        ("user", "Bye"), ("assistant", "Bye, then"), ("user", "?"))]
+    for count, answers in ((6, "Hello<eos>Bye, then<eos>"), (3, "Hello<eos>")):
+        row = train.causal_lm_collate(tokenizer)([{"messages": chat[:count]}])["labels"][0]
+        assert tokenizer.decode(row[row != -100]).replace("?", "") == answers
+    tokenizer.chat_template = "{{ messages | length }}{{ messages[0].content }}"  # no prefix
+    with pytest.raises(ValueError, match="chat template"):
+        train.causal_lm_collate(tokenizer)([{"messages": chat}])
+
+
 def test_collate_is_the_same_without_offsets():
     class Slow:
         is_fast = False
@@ -637,8 +655,14 @@ def test_collate_is_the_same_without_offsets():
             assert not return_offsets_mapping
             return self.tokenizer(text, **kwargs)
 
+        def apply_chat_template(self, *args, **kwargs):
+            return self.tokenizer.apply_chat_template(*args, **kwargs)
+
     tokenizer = models.byte_tokenizer(add_bos=True)
-    examples = [("a question", "an answer"), ("", "all"), "text"]
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}" \
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    chat = [{"role": r, "content": c} for r, c in (("user", "é?"), ("assistant", "ü"))]
+    examples = [("a question", "an answer"), ("", "all"), "text", {"messages": chat * 2}]
     fast, slow = (train.causal_lm_collate(t)(examples) for t in (tokenizer, Slow(tokenizer)))
     assert all(torch.equal(fast[k], slow[k]) for k in fast)
 

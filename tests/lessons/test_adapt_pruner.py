@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from adaptlab import adapters, models
+from adaptlab import adapters, models, train
 from adaptlab.compression import adapt_pruner as lesson
 from adaptlab.compression.adapt_pruner import (
     FULL,
     AdaptPruner,
+    DistillationLoss,
     LayerShape,
     WSDSchedule,
     adapt_accel,
@@ -644,6 +645,40 @@ def test_full_scale_path_with_tiny_models(tmp_path):
     saved = load_pruned(run.path("models", "interleaved-0"), device="cpu")
     assert count_parameters(saved) == frame.params[1]
     assert count_parameters(load_pruned(run.path("models", "adaptive"))) <= losses.params[0]
+
+
+def test_distillation_moves_the_student_to_its_teacher():
+    teacher, student = llama(seed=1), llama(seed=2).requires_grad_(True)
+    rows, before = ids(16, 12, seed=5), state(teacher)
+    batch = {"input_ids": rows, "labels": rows.clone()}
+    batch["labels"][:, :4] = -100
+    loss, far = DistillationLoss(teacher, weight=1.0), []
+    with torch.no_grad():
+        far.append(float(loss(student, batch)[0]))
+    # by hand: T² times the mean over learnt positions of KL at temperature T
+    p, q = (logits(m, rows)[:, 3:-1].div(2).log_softmax(-1) for m in (teacher, student))
+    assert math.isclose(far[0], 4 * float((p.exp() * (p - q)).sum(-1).mean()), rel_tol=1e-4)
+    train.fit(student, batch, loss, steps=30, batch_size=16, lr=3e-3, device="cpu", progress=False)
+    with torch.no_grad():
+        far.append(float(loss(student, batch)[0]))
+    assert far[1] < 0.5 * far[0]
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{"weight": 1.5}, {"weight": -0.1}, {"temperature": 0.0}])
+def test_distillation_refuses(options):
+    with pytest.raises(ValueError, match="weight = .* temperature = "):
+        DistillationLoss(llama(), **options)
+
+
+def test_a_run_with_distillation_is_another_run(tmp_path):
+    cfg = tiny_world(tmp_path).replace(tracks=("accel",), mmlu="", stages=2, lr=3e-3)
+    found = []
+    for weight in (0.0, 0.9):
+        one = cfg.replace(distill=weight)
+        report = experiment(one, start_run("adapt_pruner", one, "full", root=tmp_path / "runs"))
+        found.append(report.tables["accel"].loss.to_numpy())
+    assert np.isfinite(found).all() and not np.allclose(*found)
 
 
 def test_full_scale_path_with_two_processes(tmp_path):
