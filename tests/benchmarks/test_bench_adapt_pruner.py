@@ -1,23 +1,13 @@
 """Adapt-Pruner on SmolLM2-135M: the pruned model, and a pruning step, against the plain ways."""
 
 import copy
-import time
 
 import torch
+from clock import seconds
 
 from adaptlab import models
 from adaptlab.compression import adapt_pruner as lesson
 from adaptlab.compression.adapt_pruner import AdaptPruner, decoder_layers, layer_importance
-
-
-def seconds(work, repeats=3):
-    "The fastest of a few calls."
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 @torch.no_grad()

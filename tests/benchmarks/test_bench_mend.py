@@ -1,9 +1,9 @@
 """MEND on SmolLM2-135M: edits sharing one pass, and a cached trunk, against the plain way."""
 
-import time
 from functools import partial
 
 import torch
+from clock import seconds
 
 from adaptlab import models
 from adaptlab.editing.mend import (
@@ -17,16 +17,6 @@ from adaptlab.editing.mend import (
 from adaptlab.train import causal_lm_collate
 
 COUNTRIES = ("France", "Spain", "Japan", "Poland", "Brazil", "Egypt", "Greece", "Norway")
-
-
-def seconds(work, rounds=3):
-    work()
-    best = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        work()
-        best.append(time.perf_counter() - start)
-    return min(best)
 
 
 def materialized_step(editor, batch, rows):
@@ -69,7 +59,7 @@ def test_shared_pass_and_cached_trunk_against_single_dense_edits(benchmark):
     def step(editor, batch):
         sum(edit_losses(editor, batch)).backward()
 
-    plain = seconds(lambda: materialized_step(whole, text, len(COUNTRIES)), rounds=1)
+    plain = seconds(lambda: materialized_step(whole, text, len(COUNTRIES)), 1)
     shared = seconds(lambda: step(whole, text))
     benchmark.pedantic(lambda: step(fast, short), rounds=3, iterations=1, warmup_rounds=1)
     cached = benchmark.stats.stats.min

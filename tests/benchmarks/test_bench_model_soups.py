@@ -1,10 +1,9 @@
 """Greedy and learned soups against the plain way of writing them, in one run: same result."""
 
-import time
-
 import pytest
 import torch
 import torch.nn.functional as F
+from clock import seconds
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
@@ -49,16 +48,6 @@ def greedy_with_all_in_memory(paths):
     "What one writes first: a list of state dicts."
     states = dict(zip(paths, map(load_file, paths), strict=True))
     return plain_greedy(paths, states.__getitem__)
-
-
-def seconds(work, repeat=3):
-    "Best of a few runs."
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 @pytest.mark.parametrize("k", [6, 12, 24])

@@ -3,10 +3,11 @@
 import statistics
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+from clock import seconds
 
 PYTHON, PROGRAM = sys.executable, str(Path(sys.executable).with_name("adaptlab"))
 BARE, TORCH = [PYTHON, "-c", "pass"], [PYTHON, "-c", "import torch"]
@@ -16,17 +17,6 @@ def start(command: list[str]) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def seconds(command: list[str], repeats: int = 7) -> float:
-    "Median of some starts; the first one warms the disk and does not count."
-    start(command)
-    taken = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        start(command)
-        taken.append(time.perf_counter() - begin)
-    return statistics.median(taken)
-
-
 @pytest.mark.parametrize(
     "command, bound",
     [([PYTHON, "-c", "import adaptlab"], 0.3), ([PROGRAM, "list"], 1.0)],
@@ -34,7 +24,9 @@ def seconds(command: list[str], repeats: int = 7) -> float:
 )
 def test_start_up(benchmark, command, bound, capsys):
     benchmark.pedantic(start, (command,), rounds=5, warmup_rounds=1)
-    ours, bare, torch = seconds(command), seconds(BARE), seconds(TORCH)
+    ours, bare, torch = (
+        seconds(partial(start, c), 7, statistics.median) for c in (command, BARE, TORCH)
+    )
     benchmark.extra_info |= {"ratio": ours / torch, "more than a bare interpreter": ours - bare}
     with capsys.disabled():
         print(f"\n{ours:.3f} s; a bare interpreter {bare:.3f} s, import torch {torch:.2f} s: "

@@ -1,25 +1,15 @@
 """TTM against the official package (or the parent model of transformers), and windows by view."""
 
-import time
+import statistics
 from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from clock import seconds
 
 from adaptlab.inference.ttm import TTMConfig, TTMForPrediction, WindowDataset
-
-
-def seconds(fn, rounds=5):
-    "Median of several calls, after one that does not count."
-    fn()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        fn()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
 
 
 def step_of(model, x, y):
@@ -43,12 +33,12 @@ def test_against_the_official_package(benchmark, work):
         ours.eval(), theirs.eval()
         with torch.no_grad():
             benchmark.pedantic(lambda: ours(x), rounds=5, iterations=1, warmup_rounds=1)
-            plain = seconds(lambda: theirs(x))
+            plain = seconds(lambda: theirs(x), 5, statistics.median)
             found, wanted = ours(x).prediction_outputs, theirs(x).prediction_outputs
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     else:
         benchmark.pedantic(step_of(ours, x, y), rounds=5, iterations=1, warmup_rounds=1)
-        plain = seconds(step_of(theirs, x, y))
+        plain = seconds(step_of(theirs, x, y), 5, statistics.median)
     ratio = benchmark.stats.stats.median / plain
     benchmark.extra_info["ours / official"] = round(ratio, 2)
     print(f"\nTTM-B, {work}: {ratio:.2f} times the official package's time")
@@ -69,7 +59,7 @@ def test_against_transformers_parent_model(benchmark):
     x = torch.randn(64, 512, 7)
     with torch.no_grad():
         benchmark.pedantic(lambda: ours(x), rounds=5, iterations=1, warmup_rounds=1)
-        plain = seconds(lambda: peer(x))
+        plain = seconds(lambda: peer(x), 5, statistics.median)
         torch.testing.assert_close(ours(x).prediction_outputs, peer(x).prediction_outputs)
     ratio = benchmark.stats.stats.median / plain
     benchmark.extra_info["ours / PatchTSMixer"] = round(ratio, 2)
@@ -96,7 +86,7 @@ def test_windows_by_view_against_a_copy_of_each(benchmark):
 
     result = benchmark.pedantic(views, rounds=3, iterations=1, warmup_rounds=1)
     assert abs(result - copies()) < 1
-    ratio = benchmark.stats.stats.median / seconds(copies, rounds=1)
+    ratio = benchmark.stats.stats.median / seconds(copies, 1)
     benchmark.extra_info["views / copies"] = round(ratio, 2)
     print(f"\n{n:,} rows: windows by view take {ratio:.2f} times the time of stored ones")
     assert ratio < 1

@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from clock import seconds
 from safetensors.torch import load_file, save_file
 
 from adaptlab.weights import average_checkpoints, open_state, save_state
@@ -55,28 +56,18 @@ def stacked(folder):
     save_file(mean, folder / "whole.safetensors")
 
 
-def best(work, *args, repeat=4):
-    "Least seconds of a few runs: what the machine's other work disturbs least."
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        work(*args)
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def test_throughput(benchmark, folder, capsys):
-    seconds = {f.__name__: best(f, folder) for f in (whole, stacked)}
+    plain = {f.__name__: seconds(partial(f, folder), 4) for f in (whole, stacked)}
     benchmark.pedantic(streamed, (folder,), rounds=4, warmup_rounds=1)
-    ours = best(streamed, folder)
+    ours = seconds(partial(streamed, folder), 4)
     a, b = open_state(folder / "streamed.safetensors"), load_file(folder / "whole.safetensors")
     assert all(torch.allclose(a[n].float(), b[n].float(), atol=1e-2) for n in b)
     read = sum(p.stat().st_size for p in paths(folder)) / 1e9
-    benchmark.extra_info["ratio"] = ours / seconds["stacked"]
+    benchmark.extra_info["ratio"] = ours / plain["stacked"]
     with capsys.disabled():
-        ratios = ", ".join(f"{ours / s:.2f}x the time of {n}" for n, s in seconds.items())
+        ratios = ", ".join(f"{ours / s:.2f}x the time of {n}" for n, s in plain.items())
         print(f"\n{folder.name[:-1]}: streamed {read / ours:.1f} GB/s read; {ratios}")
-    assert ours <= seconds["stacked"]
+    assert ours <= plain["stacked"]
 
 
 MEMORY = """
