@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .train import _modes_kept
+from .train import modes_kept
 
 # %% ../nbs/core/07_evaluate.ipynb #368d277f
 @dataclass(frozen=True, repr=False)
@@ -214,7 +214,7 @@ def macro_f1(
 def _inference(model: nn.Module) -> Iterator[torch.device]:
     "Eval mode without gradients, every module's mode put back afterwards; yields the device."
     tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
-    with _modes_kept(model), torch.inference_mode():
+    with modes_kept(model), torch.inference_mode():
         model.eval()
         yield torch.device("cpu") if tensor is None else tensor.device
 

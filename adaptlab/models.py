@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset
 
 from . import data
 from .cache import FetchError, build_once, cache_dir, extract_wheel, hub_problem, sha256
-from .train import _modes_kept
+from .train import modes_kept
 
 # %% ../nbs/core/02_models.ipynb #6009dc53
 def resolve_device(
@@ -390,7 +390,7 @@ def encode(
         inputs = tokenizer(
             batch, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
         ).to(device)
-        with _modes_kept(model):  # no dropout
+        with modes_kept(model):  # no dropout
             hidden = model.eval()(**inputs).last_hidden_state.float()
         mask = inputs["attention_mask"].unsqueeze(-1)
         parts.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))

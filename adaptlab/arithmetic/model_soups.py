@@ -158,16 +158,13 @@ def _lent(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[nn.Module
     "Lend weights to a model, in eval mode; its own weights and modes come back afterwards."
     state = arithmetic.open_state(weights)
     own, names = model.state_dict(keep_vars=True), _sources(model, state)
-    modes = [(module, module.training) for module in model.modules()]
     lent = {k: state[n].detach().to(own[k].device, own[k].dtype) for k, n in names.items()}
     try:
         model.load_state_dict(lent, assign=True)
-        with torch.no_grad():
+        with train.modes_kept(model), torch.no_grad():
             yield model.eval()
     finally:
         model.load_state_dict(own, assign=True)  # the very same Parameter objects: ties included
-        for module, mode in modes:
-            module.training = mode
 
 # %% ../../nbs/arithmetic/01_model_soups.ipynb #b83240b2
 def _score(

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from .. import adapters, data, evaluate, models, plots
 from ..cache import atomic_path
 from ..experiment import BaseConfig, Report, Run, bounded
-from ..train import causal_lm_collate, fit, set_seed
+from ..train import causal_lm_collate, fit, modes_kept, set_seed
 
 # %% ../../nbs/compression/01_adapt_pruner.ipynb #c53d1d1c
 _PARTS = {
@@ -281,20 +281,18 @@ def prune_hidden_(
 def _gradients_of(model: nn.Module, params: Sequence[nn.Parameter]) -> Iterator[None]:
     "Only `params` get gradients, in eval mode; everything is put back afterwards."
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    modes = [(m, m.training) for m in model.modules()]
     try:
-        model.eval()
-        for p, _, _ in before:
-            p.requires_grad_(False).grad = None
-        for p in params:
-            p.requires_grad_(True)
-        yield
+        with modes_kept(model):
+            model.eval()
+            for p, _, _ in before:
+                p.requires_grad_(False).grad = None
+            for p in params:
+                p.requires_grad_(True)
+            yield
     finally:
         for p, flag, grad in before:
             p.grad = grad
             p.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
 
 # %% ../../nbs/compression/01_adapt_pruner.ipynb #d40941ef
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import adapters, data, evaluate, models, plots
 from ..experiment import BaseConfig, Report, Run, bounded
-from ..train import causal_lm_collate, fit, set_seed
+from ..train import causal_lm_collate, fit, modes_kept, set_seed
 
 # %% ../../nbs/domain/01_donod.ipynb #7a8cb68c
 class Scores(NamedTuple):
@@ -387,13 +387,9 @@ def _closed_form_applies(model, layers: list[nn.Module], batch: Any, wanted: Any
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[torch.device]:
     "Eval mode inside; every module's own mode back afterwards."
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.eval()
         yield next(model.parameters()).device
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 # %% ../../nbs/domain/01_donod.ipynb #017f973b
 def don_nod_scores(

@@ -25,6 +25,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters import Adapter, FrozenLayer, adapters, attach, match_layers
+from ..train import modes_kept
 
 # %% ../../nbs/lowrank/04_corda.ipynb #92a27f13
 @dataclass
@@ -185,22 +186,19 @@ def _observed(model: nn.Module, collector: _Collector) -> Iterator[None]:
     def hook(name):
         return lambda module, args, kwargs: collector.see(name, args, kwargs)
 
-    modes = [(module, module.training) for module in model.modules()]
     precision = torch.get_float32_matmul_precision()
     handles = []
     try:
         for name, layer in collector.layers.items():
             handles.append(layer.register_forward_pre_hook(hook(name), with_kwargs=True))
-        model.eval()
         torch.set_float32_matmul_precision("highest")  # TF32 would make C inexact
-        with torch.inference_mode(False), torch.no_grad():
+        with modes_kept(model), torch.inference_mode(False), torch.no_grad():
+            model.eval()
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
 
 # %% ../../nbs/lowrank/04_corda.ipynb #c7464621
 @contextmanager
