@@ -235,11 +235,14 @@ def _check_file_name(what: str, name: str) -> None:
         raise ValueError(f"{what} {name!r}: its name must be a file name, so without a slash")
 
 
+_NOT_PARQUET = (ValueError, TypeError, OverflowError, NotImplementedError)  # what pyarrow raises
+
+
 def _not_parquet(frame: pd.DataFrame) -> str:
     "Why a table can't be written as Parquet; empty if it can."
     try:
         frame.to_parquet(io.BytesIO())
-    except (ValueError, TypeError, OverflowError, NotImplementedError) as error:
+    except _NOT_PARQUET as error:
         return str(error)
     return ""
 
@@ -526,11 +529,12 @@ def _write_stage(stem: Path, result: Any) -> None:
     import torch
 
     if isinstance(result, pd.DataFrame):
-        if problem := _not_parquet(result):
+        try:
+            with atomic_path(stem.with_name(stem.name + ".parquet")) as path:
+                result.to_parquet(path)
+        except _NOT_PARQUET as error:
             raise TypeError(f"stage {stem.name!r} returned a DataFrame whose columns can't be "
-                            f"saved: {problem}")
-        with atomic_path(stem.with_name(stem.name + ".parquet")) as path:
-            result.to_parquet(path)
+                            f"saved: {error}") from None
     elif isinstance(result, dict) and result and all(torch.is_tensor(v) for v in result.values()):
         from safetensors.torch import save_file
 
