@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
-# %% ../nbs/core/00_catalog.ipynb #b3bf5a90
+# %% ../nbs/core/00_catalog.ipynb #24baad45
 def _package() -> Path:
     "The folder of the installed package."
     import adaptlab
@@ -60,6 +60,16 @@ class Paper:
         "The notebook below `nbs/`; its number is the place in the chapter."
         chapter = [p.slug for p in papers() if p.chapter == self.chapter]
         return f"{self.chapter}/{chapter.index(self.slug) + 1:02d}_{self.slug}.ipynb"
+
+    @property
+    def experiment_module(self) -> str:
+        "The module of the paper's experiment: how the method was measured."
+        return f"adaptlab.experiments.{self.slug}"
+
+    @property
+    def experiment_notebook(self) -> str:
+        "The experiment's notebook below `nbs/`."
+        return f"experiments/{self.slug}.ipynb"
 
     @property
     def page(self) -> str:

