@@ -1,5 +1,9 @@
 """The recurring plots: what they draw, what they leave alone, and what they refuse."""
 
+import io
+import re
+from typing import NamedTuple
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -11,7 +15,7 @@ import pytest
 import torch
 from scipy import stats
 
-from adaptlab import plots
+from adaptlab.bench import plots
 
 
 @pytest.fixture(autouse=True)
@@ -98,35 +102,84 @@ def test_curves_refuses(runs):
         plots.curves(runs, "step", "loss", "method", ax=plt.figure())
 
 
-def test_claims_bar_without_optional_parts():
-    ax = plots.claims_bar(pd.DataFrame({"claim": ["x", "y"], "value": [1.0, -2.0]}))
-    assert [p.get_width() for p in ax.patches] == [1, -2]
-    assert ax.get_legend() is None
+class Estimate(NamedTuple):
+    value: float
+    low: float
+    high: float
 
 
-def test_claims_bar_colours_say_the_verdict():
-    df = pd.DataFrame({"claim": list("abc"), "value": [1.0, 2, 3], "holds": [True, False, None]})
-    ax = plots.claims_bar(df)
-    faces = [matplotlib.colors.to_hex(p.get_facecolor()).upper() for p in ax.patches]
-    assert faces == [plots.COLORS[c].upper() for c in ("green", "vermillion", "grey")]
+def test_differences_colours_say_on_which_side_of_zero():
+    found = {"a": Estimate(2, 1, 3), "b": Estimate(-2, -3, -1), "c": Estimate(1, -1, 3)}
+    for lower, colors in ((False, ("blue", "vermillion")), (True, ("vermillion", "blue"))):
+        ax = plots.differences(found, lower=lower)
+        dots = [x.get_color() for x in ax.lines if x.get_solid_capstyle() == "butt"]
+        assert dots == [plots.COLORS[c] for c in (*colors, "grey")]
+        assert ("\N{LEFTWARDS ARROW} better" in ax.get_xlabel()) == lower
+    assert [t.get_text() for t in ax.texts][1] == "-2.00 [-3.00, -1.00]"
+    assert ax.get_ylim()[0] > ax.get_ylim()[1], "the first comparison is not on top"
 
 
-def test_claims_bar_in_given_axes_leaves_the_other_alone():
-    fig, axes = plt.subplots(1, 2)
-    df = pd.DataFrame({"claim": ["a"], "value": [1.0], "low": [0.5], "high": [2.0], "paper": [1.5]})
-    assert plots.claims_bar(df, ax=axes[1]) is axes[1]
-    assert not axes[0].has_data() and not fig.legends
+def test_differences_of_one_pair_has_no_whisker_and_decides_nothing():
+    ax = plots.differences({"a": Estimate(2, np.nan, np.nan)})
+    (dot,) = [x for x in ax.lines if x.get_marker() == "o"]
+    assert dot.get_markeredgecolor() == plots.COLORS["grey"]
+    assert dot.get_markerfacecolor() == "white" and ax.texts[0].get_text() == "+2.00 (one pair)"
 
 
-def test_claims_bar_refuses():
-    with pytest.raises(ValueError, match="both columns"):
-        plots.claims_bar(pd.DataFrame({"claim": ["a"], "value": [1.0], "low": [0.0]}))
-    with pytest.raises(ValueError, match="in its interval"):
-        plots.claims_bar(
-            pd.DataFrame({"claim": ["a"], "value": [1.0], "low": [2.0], "high": [3.0]})
-        )
-    with pytest.raises(ValueError, match="must hold numbers"):
-        plots.claims_bar(pd.DataFrame({"claim": ["a"], "value": ["1"]}))
+def test_differences_touching_zero_decides_nothing():
+    ax = plots.differences({"a": Estimate(1, 0, 2)})
+    assert ax.lines[0].get_color() == plots.COLORS["grey"]
+
+
+def test_differences_refuses():
+    with pytest.raises(ValueError, match="no difference"):
+        plots.differences({})
+    with pytest.raises(TypeError, match="'a': an estimate with value, low and high"):
+        plots.differences({"a": 1.0})
+    with pytest.raises(ValueError, match="lie in"):
+        plots.differences({"a": Estimate(1, 2, 3)})
+
+
+def _line(slope):
+    fig, ax = plt.subplots()
+    ax.plot([0, 1], [0, slope])
+    ax.set_ylabel("y" * (1 + int(slope)))
+    return fig
+
+
+def test_slider_has_a_picture_of_one_size_for_every_value():
+    made = plots.slider(_line, slope=[0, 0.5, 4.0, 10])
+    assert made.texts == ("0", "0.5", "4", "10") and made.label == "slope" and made.middle == 2
+    sizes = {plt.imread(io.BytesIO(p), format="png").shape[:2] for p in made.pictures}
+    assert len(sizes) == 1 and len(set(made.pictures)) == 4
+    assert not plt.get_fignums(), "a figure was left open: the notebook would show it too"
+
+
+def test_slider_without_script_or_style_is_a_list_of_folded_figures():
+    page = plots.slider(_line, label="slope <m>", slope=[0, 1, 2])._repr_mimebundle_()
+    assert set(page) == {"text/html", "image/png", "text/plain"}
+    bare = re.sub(r"<(style|script)>.*?</\1>", "", page["text/html"], flags=re.S)
+    assert bare.count("<details") == bare.count("<summary>slope &lt;m&gt;: <b>") == 3
+    assert re.findall(r'<details[^>]* open><summary>[^<]*<b>(.)', bare) == ["1"]
+    assert 'class="al-bar" hidden' in bare, "a slider that nothing moves must not be seen"
+    assert re.search(f'class="al-middle" open>.*?base64,{re.escape(page["image/png"])}', bare)
+    assert not re.search(r"https?:|//", re.sub(r"base64,[^\"]*", "", bare))
+
+
+def test_sliders_of_different_content_have_different_names():
+    names = {plots.slider(_line, slope=v).html().split('"')[1] for v in ([0, 1], [0, 2], [0, 1])}
+    assert len(names) == 2, "the name must follow from the content: the same in every run"
+
+
+def test_slider_refuses():
+    with pytest.raises(ValueError, match="one name"):
+        plots.slider(_line)
+    with pytest.raises(ValueError, match="one name"):
+        plots.slider(_line, a=[1, 2], b=[1, 2])
+    with pytest.raises(ValueError, match="two values"):
+        plots.slider(_line, slope=[1])
+    with pytest.raises(TypeError, match="must return a matplotlib figure or axes, got int"):
+        plots.slider(abs, slope=[1, 2])
 
 
 @pytest.mark.parametrize("kind", ["array", "tensor", "bf16", "list", "frame"])
