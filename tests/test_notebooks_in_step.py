@@ -57,9 +57,22 @@ def test_cleaning_the_notebooks_changes_nothing(copy: Path) -> None:
 
 
 def test_readme_and_home_page_are_in_step() -> None:
-    "The README, its picture and the home page's table are what `make readme` would write."
+    "The README, the table of lessons and their pictures are what `make readme` would write."
     late = [p.relative_to(ROOT).as_posix() for p in site.behind(ROOT)]
     assert not late, f"run `make readme`: {late} are behind"
+
+
+def test_every_picture_belongs_to_a_lesson() -> None:
+    "A PNG among the assets is the main figure of a lesson that shows it in Markdown."
+    slugs = {p.slug for p in site.lessons_written(ROOT)}
+    strays = {p.stem for p in (ROOT / "nbs" / "assets").glob("*.png")} - slugs
+    assert not strays, f"{strays}: no lesson has this name"
+    for paper in site.lessons_written(ROOT):
+        figure = site.main_figure(site.read_notebook(ROOT / "nbs" / paper.notebook))
+        text = (ROOT / "nbs" / paper.notebook).read_text(encoding="utf-8")
+        assert figure is None or f"../assets/{paper.slug}.png" in text, (
+            f"{paper.notebook}: *The picture* must show ../assets/{paper.slug}.png"
+        )
 
 
 def test_every_lesson_has_its_module_and_every_module_its_lesson() -> None:

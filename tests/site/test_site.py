@@ -142,7 +142,10 @@ def test_every_lesson_and_module_has_a_page(built: Path) -> None:
     pages = set(_pages(built))
     wanted = {"index.html", "scoreboard.html", "api/index.html"}
     wanted |= {p.page for p in WRITTEN}
-    wanted |= {f"core/{site.page_name(p.name)}.html" for p in site.core_notebooks(ROOT)}
+    wanted |= {f"experiments/{p.slug}.html" for p in site.experiments_written(ROOT)}
+    for room in site.ROOMS:
+        names = [site.page_name(p.name) for p in site.room_notebooks(ROOT, room)]
+        wanted |= {f"{room}/{name}.html" for name in names}
     wanted |= {f"api/{name}.html" for name in site.module_files(ROOT)}
     assert wanted <= pages
     text = (built / "api" / "cache.html").read_text(encoding="utf-8")
