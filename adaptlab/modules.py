@@ -212,7 +212,7 @@ def cross_entropy(
         logits, labels = logits.flatten(0, -2), labels.flatten()
     return F.cross_entropy(logits, labels)
 
-# %% ../nbs/core/03_modules.ipynb #4d59d4a4
+# %% ../nbs/core/03_modules.ipynb #9d2c889f
 class _Reached(Exception):
     "Every layer has been seen: leave the forward pass."
 
@@ -232,6 +232,8 @@ def layer_inputs(
 ) -> dict[str, Tensor]:  # per layer, its input at its first call
     "What the named layers take in. Raises ValueError on an unknown layer or one that is not run."
     layers = [layers] if isinstance(layers, str) else list(layers)
+    if not layers:
+        raise ValueError("name at least one layer")
     named, caught = dict(model.named_modules()), {}
     for name in layers:
         if name not in named:

@@ -3,6 +3,7 @@
     python train_jobs.py kill FOLDER MICRO_BATCH    dies of SIGKILL inside that micro-batch
     python train_jobs.py kill-save FOLDER N         dies of SIGKILL inside the N-th checkpoint
     torchrun --nproc_per_node 2 train_jobs.py pair OUT
+    torchrun --nproc_per_node 3 train_jobs.py talk OUT
 """
 
 import os
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from adaptlab import train
+from adaptlab import text, train
 
 STEPS = 30
 
@@ -104,7 +105,7 @@ def token_rows(n=40):
 
 
 def collate(rows):
-    return train.pad_batch(rows, 0)
+    return text.pad_batch(rows, 0)
 
 
 def cases():
@@ -179,7 +180,48 @@ def pair(out):
         torch.save(results, out)
 
 
+def talk(out):
+    "What the functions of `processes` say in each process."
+    from adaptlab import processes
+
+    class Local(Exception):  # can't be pickled by its name
+        pass
+
+    def failing():
+        if processes.is_main():
+            raise FileNotFoundError(2, "nothing there", "a.txt")
+        raise AssertionError("only process 0 may be asked")
+
+    def local():
+        raise Local("odd")
+
+    def work(item):
+        if item == 5:
+            raise ValueError("item 5 is bad")
+        return item * 10
+
+    said = {"before": (processes.rank(), processes.world_size())}  # from the environment
+    said["value"] = processes.together(f"from {processes.rank()}")
+    said["made"] = processes.together(lambda: f"made by {processes.rank()}")
+    said["errors"] = []
+    for bad in (partial(processes.together, failing), partial(processes.together, local),
+                partial(processes.each, work, range(7))):
+        try:
+            bad()
+        except Exception as error:
+            said["errors"].append((type(error).__name__, str(error)))
+    said["part"] = processes.share(range(7))
+    said["all"] = processes.gather([n * 2 for n in processes.share(range(7))])
+    said["few"] = processes.gather(processes.share(["one"]))
+    said["each"] = processes.each(str, range(4))
+    processes.wait()
+    said["after"] = (processes.rank(), processes.world_size())  # from the group
+    parts = processes.gather([said])
+    if processes.is_main():
+        torch.save(parts, out)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     job, target, *rest = sys.argv[1:]
-    {"kill": kill, "kill-save": kill_save, "pair": pair}[job](target, *map(int, rest))
+    {"kill": kill, "kill-save": kill_save, "pair": pair, "talk": talk}[job](target, *map(int, rest))

@@ -1,0 +1,118 @@
+"""Texts as batches: what is learnt, what is padding, what is scored."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptlab import recipes
+from adaptlab.text import causal_lm_collate, token_chunks, windows
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+def test_collate_masks_prompt_and_padding():
+    tokenizer = recipes.byte_tokenizer(add_bos=True)
+    collate = causal_lm_collate(tokenizer, pad_to_multiple_of=8)
+    batch = collate([("Q: é? A:", " ü"), ("", "only"), {"text": "text"}])
+    assert batch["input_ids"].shape[1] % 8 == 0
+    learnt = [tokenizer.decode(r[r != -100]) for r in batch["labels"]]
+    assert learnt == [" ü<eos>", "<bos>only<eos>", "<bos>text<eos>"]
+    assert torch.equal(batch["labels"] != -100, (batch["labels"] == batch["input_ids"]))
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    assert torch.equal(batch["attention_mask"] == 0, batch["input_ids"] == tokenizer.pad_token_id)
+    cut = causal_lm_collate(tokenizer, max_length=5, mask_prompt=False, add_eos=False)
+    assert cut([("abcdef", "gh")])["labels"].shape == (1, 5)
+
+
+def test_collate_of_a_chat():
+    tokenizer = recipes.byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}")
+    batch = causal_lm_collate(tokenizer)([{"messages": [
+        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}])
+    row = batch["labels"][0]
+    assert tokenizer.decode(row[row != -100]) == "Hello<eos>"
+    assert tokenizer.decode(batch["input_ids"][0]) == "[user]Hi<eos>[assistant]Hello<eos>"
+
+
+def test_collate_learns_every_answer_of_a_chat():
+    tokenizer = recipes.byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}")
+    chat = [{"role": role, "content": text} for role, text in (
+        ("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"),
+        ("user", "Bye"), ("assistant", "Bye, then"), ("user", "?"))]
+    for count, answers in ((6, "Hello<eos>Bye, then<eos>"), (3, "Hello<eos>")):
+        row = causal_lm_collate(tokenizer)([{"messages": chat[:count]}])["labels"][0]
+        assert tokenizer.decode(row[row != -100]).replace("?", "") == answers
+    tokenizer.chat_template = "{{ messages | length }}{{ messages[0].content }}"  # no prefix
+    with pytest.raises(ValueError, match="chat template"):
+        causal_lm_collate(tokenizer)([{"messages": chat}])
+
+
+def test_collate_is_the_same_without_offsets():
+    class Slow:
+        is_fast = False
+
+        def __init__(self, tokenizer):
+            self.tokenizer, self.eos_token_id = tokenizer, tokenizer.eos_token_id
+            self.pad_token_id = tokenizer.pad_token_id
+
+        def __call__(self, text, return_offsets_mapping=False, **kwargs):
+            assert not return_offsets_mapping
+            return self.tokenizer(text, **kwargs)
+
+        def apply_chat_template(self, *args, **kwargs):
+            return self.tokenizer.apply_chat_template(*args, **kwargs)
+
+    tokenizer = recipes.byte_tokenizer(add_bos=True)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}" \
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    chat = [{"role": r, "content": c} for r, c in (("user", "é?"), ("assistant", "ü"))]
+    examples = [("a question", "an answer"), ("", "all"), "text", {"messages": chat * 2}]
+    fast, slow = (causal_lm_collate(t)(examples) for t in (tokenizer, Slow(tokenizer)))
+    assert all(torch.equal(fast[k], slow[k]) for k in fast)
+
+
+# --- streams and windows --------------------------------------------------------------------------
+
+class Bytes:
+    "A tokenizer: one token per byte."
+
+    def __call__(self, texts, **options):
+        return {"input_ids": [list(text.encode()) for text in texts]}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(max_size=20), min_size=1, max_size=5), st.integers(1, 12))
+def test_token_chunks(texts, length):
+    stream = list("".join(t + "\n\n" for t in texts).encode())
+    if len(stream) < length:
+        with pytest.raises(ValueError, match="too few"):
+            token_chunks(texts, Bytes(), length)
+    else:
+        chunks = token_chunks(texts, Bytes(), length)
+        assert chunks.dtype == torch.int64 and chunks.shape[1] == length
+        assert chunks.flatten().tolist() == stream[: chunks.numel()]
+        assert len(stream) - chunks.numel() < length
+
+
+def test_token_chunks_refuses():
+    with pytest.raises(TypeError, match=r"give \[text\]"):
+        token_chunks("one text", Bytes(), 4)
+    with pytest.raises(ValueError, match="length"):
+        token_chunks(["text"], Bytes(), 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 200), st.integers(2, 50), st.data())
+def test_windows_score_each_token_once(length, window, data):
+    stride = data.draw(st.integers(1, window - 1))
+    spans = windows(length, window, stride)
+    scored = [t for _, end, n in spans for t in range(end - n, end)]
+    assert scored == list(range(1, length))
+    assert all(0 <= start and 0 < n < end - start <= window for start, end, n in spans)
+    assert all(end - n - start >= window - stride for start, end, n in spans[1:])  # context
