@@ -165,13 +165,14 @@ def from_json(x: Any) -> Any:
         return {from_json(k): from_json(v) for k, v in x[_ITEMS]}
     return {k: from_json(v) for k, v in x.items()}
 
-# %% ../../nbs/bench/01_report.ipynb #37b32163
+# %% ../../nbs/bench/01_report.ipynb #7eca5392
 _AS_JSON = b"adaptlab.json"  # the columns that are kept as JSON, in the file's metadata
+_CONTAINERS = (dict, list, tuple, set, frozenset)
 
 
 def _nested(column: pd.Series) -> bool:
     "Whether a column has cells that Parquet would change: dictionaries, lists, tuples."
-    return column.dtype == object and any(isinstance(v, (dict, list, tuple)) for v in column)
+    return column.dtype == object and any(isinstance(v, _CONTAINERS) for v in column)
 
 
 def write_frame(

@@ -6,7 +6,7 @@
 __all__ = ['bounded', 'BaseConfig', 'source_tree', 'is_source_tree', 'runs_root', 'Run', 'environment', 'runs', 'start_run',
            'tracks', 'method_module', 'experiment_module', 'preset', 'launch', 'notebook_reports', 'scoreboard']
 
-# %% ../../nbs/bench/00_runs.ipynb #cc6e3a2e
+# %% ../../nbs/bench/00_runs.ipynb #50326bd9
 import dataclasses
 import hashlib
 import importlib
@@ -32,8 +32,8 @@ import pandas as pd
 
 from .. import catalog
 from adaptlab.bench.report import (
-    HOLDS,
     REPORT_MIME,
+    Claim,
     Report,
     check_summary,
     from_json,
@@ -152,27 +152,28 @@ def _check_settings(settings: Any, prefix: str = "") -> None:
         if isinstance(value, tuple) and _any_length(hint):
             _check_entries(name, value, f)
 
-# %% ../../nbs/bench/00_runs.ipynb #e822cc1e
-_OPTIONS = {"paper", "scale", "resume", "strict", "root", "help"}  # of `adaptlab run` itself
+# %% ../../nbs/bench/00_runs.ipynb #0e7db3c9
+_OPTIONS = {"scale", "resume", "strict", "root", "help"}  # of `adaptlab run` itself
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig:
     "Settings that every experiment has. An experiment's `Config` is a frozen subclass."
 
-    seeds: tuple[int, ...] = bounded((0, 1, 2), 0, 2**32 - 1)  # one repetition per seed
+    seeds: tuple[int, ...] = (0, 1, 2)  # one independent repetition per seed
     device: str = "auto"  # "auto" (cuda, then mps, then cpu), "cpu", "cuda:1"...
 
     def __init_subclass__(cls, **kwargs: Any):
         "Refuse a setting that the command line could not tell from its own options."
         super().__init_subclass__(**kwargs)
-        taken = sorted(_OPTIONS.intersection(cls.__dict__.get("__annotations__", ())))
+        taken = sorted(_OPTIONS.intersection(cls.__annotations__))
         if taken:
             raise TypeError(f"{cls.__name__}: {taken} are options of `adaptlab run`: rename them")
 
     def __post_init__(self):
         "Check every field: `TypeError` for a wrong type, `ValueError` for a wrong value."
         _check_settings(self)
+        _check_range("seeds", self.seeds, {"low": 0, "high": 2**32 - 1})  # what NumPy takes
         if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu|npu|hpu)(:\d+)?", self.device):
             raise ValueError(f"device = {self.device!r}: give 'auto', 'cpu', 'cuda', 'cuda:1'...")
         self.check()
@@ -246,7 +247,7 @@ def runs_root(
         raise OSError(f"the folder of runs {str(asked)!r} can't be told ({error}): give a path "
                       "without ~ as root=... (--root, or $ADAPTLAB_RUNS)") from None
 
-# %% ../../nbs/bench/00_runs.ipynb #6e46bc15
+# %% ../../nbs/bench/00_runs.ipynb #b771b576
 _SUFFIXES = (".parquet", ".safetensors", ".json")
 
 
@@ -277,10 +278,14 @@ def _write_stage(stem: Path, result: Any) -> None:
         except ValueError as error:
             raise TypeError(f"stage {stem.name!r} returned a DataFrame: {error}") from None
     elif _are_tensors(result):
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        with atomic_path(stem.with_name(stem.name + ".safetensors")) as path:
-            save_file(_separate(result), path)
+        try:
+            with atomic_path(stem.with_name(stem.name + ".safetensors")) as path:
+                save_file(_separate(result), path)
+        except SafetensorError as error:  # a full disk, under a name of its own
+            raise OSError(str(error)) from error
     else:
         try:
             text = json.dumps(to_json(result))
@@ -313,7 +318,7 @@ def _read_stage(stem: Path) -> tuple[bool, Any]:
             path.replace(path.with_name(path.name + ".damaged"))
     return False, None
 
-# %% ../../nbs/bench/00_runs.ipynb #62e6de56
+# %% ../../nbs/bench/00_runs.ipynb #9fda1ae1
 class _NotebookFile:
     "A file for tqdm: one line of a notebook's output, which is empty once all is done."
 
@@ -343,7 +348,7 @@ class _Progress:
         shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
         self.notebook = "IPKernelApp" in (getattr(shell, "config", None) or {})
         live = self.notebook or sys.stderr.isatty()
-        self.every = (0.2 if live else 30.0) if show else math.inf  # a log gets few lines
+        self.every = (0.0 if live else 30.0) if show else math.inf  # a log gets few lines
 
     def tell(self, name: str, done: bool = False) -> None:
         "Name the stage that runs now, or that is done."
@@ -364,7 +369,7 @@ class _Progress:
         if self.bar is not None:
             self.bar.close()
 
-# %% ../../nbs/bench/00_runs.ipynb #a704463f
+# %% ../../nbs/bench/00_runs.ipynb #37ca3734
 class Run:
     "The folder of one run: `config.json`, `stages/`, checkpoints, and at the end `report/`."
 
@@ -375,7 +380,7 @@ class Run:
         scale: str = "small",  # name of the preset
         progress: bool = False,  # a line while stages run
     ):
-        self.folder, self.paper, self.scale = Path(folder), paper, scale
+        self.folder, self.paper, self.scale = Path(folder).expanduser(), paper, scale
         self.rank, self.world_size = rank(), world_size()
         self._progress, self._start = _Progress(progress and self.is_main), time.perf_counter()
         kept = _read_times(self.folder / "seconds.json")
@@ -423,10 +428,14 @@ class Run:
 
     def _keep(self, name: str, stem: Path, result: Any, start: float) -> Any:
         "Write a stage's result and its seconds; returns what is read back."
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        _write_stage(stem, result)
         self.stages[name] = round(time.perf_counter() - start, 3)
-        self.note_seconds()
+        try:
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            _write_stage(stem, result)
+            self.note_seconds()
+        except OSError as error:
+            raise OSError(f"stage {name!r} can't be kept in {stem.parent}: {_cause(error, stem)}. "
+                          "After a repair, go on with resume=True (--resume)") from error
         return _read_stage(stem)[1]
 
     def note_seconds(self) -> None:
@@ -464,9 +473,12 @@ def _read_times(path: Path) -> dict[str, Any]:
     "The seconds of a run's earlier parts; none where they are missing or unreadable."
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return {"total": float(kept["total"]), "stages": dict(kept["stages"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"total": 0.0, "stages": {}}
+        stages = {name: float(seconds) for name, seconds in kept["stages"].items()}
+        if all(map(math.isfinite, (kept["total"], *stages.values()))):
+            return {"total": kept["total"], "stages": stages}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return {"total": 0.0, "stages": {}}
 
 # %% ../../nbs/bench/00_runs.ipynb #597ed890
 def environment() -> dict[str, Any]:  # versions, machine and commit, JSON-able
@@ -628,7 +640,7 @@ def start_run(
     join(config.device)
     return Run(together(folder), paper, scale, progress)
 
-# %% ../../nbs/bench/00_runs.ipynb #2a4ebe16
+# %% ../../nbs/bench/00_runs.ipynb #ebfcd157
 def tracks(
     **parts: Callable[[Any, Run, Report], None],  # name -> (cfg, run, report): claims, tables...
 ) -> Callable[[Any, Run], Report]:  # experiment(cfg, run)
@@ -673,8 +685,7 @@ def method_module(paper: str) -> types.ModuleType:
 def experiment_module(paper: str) -> types.ModuleType:
     "Import a paper's experiment. `ValueError` for an unknown paper, or one not written yet."
     entry = catalog.find(paper)
-    name = getattr(entry, "experiment_module", f"adaptlab.experiments.{entry.slug}")
-    return _import(name, f"{entry.slug}: this experiment")
+    return _import(entry.experiment_module, f"{entry.slug}: this experiment")
 
 
 def preset(paper: str, scale: str = "small") -> BaseConfig:
@@ -683,7 +694,7 @@ def preset(paper: str, scale: str = "small") -> BaseConfig:
         raise ValueError(f"scale = {scale!r}: choose 'small' or 'full'")
     return getattr(experiment_module(paper), scale.upper())
 
-# %% ../../nbs/bench/00_runs.ipynb #98ecd911
+# %% ../../nbs/bench/00_runs.ipynb #f5f13828
 def launch(
     paper: str,  # slug of the paper
     config: BaseConfig | None = None,  # settings; None: the preset of `scale`
@@ -696,6 +707,8 @@ def launch(
 
     What the experiment raises passes through, with the run as its attribute `run`.
     """
+    from adaptlab.modules import resolve_device
+
     paper = catalog.find(paper).slug
     module = experiment_module(paper)
     scale = scale or ("full" if config is not None and config == module.FULL else "small")
@@ -703,6 +716,7 @@ def launch(
     if not isinstance(config, BaseConfig) or not isinstance(config, type(module.SMALL)):
         raise TypeError(f"config is {type(config).__name__}: give a {paper} Config, e.g. SMALL")
     getattr(module.experiment, "check", lambda cfg: None)(config)
+    resolve_device(config.device)  # one that isn't here is noticed before anything is computed
     run = start_run(paper, config, scale, root, resume, progress)
     with _at_work(run):
         report = module.experiment(config, run)
@@ -720,7 +734,8 @@ def _at_work(run: Run) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        error.run = run
+        with suppress(AttributeError):  # an exception with slots
+            error.run = run
         raise
     finally:
         run.close()
@@ -736,7 +751,7 @@ def _put_report(report: Report) -> None:
         warnings.warn(f"the damaged report is kept in {aside}", stacklevel=2)
     save_report(report, folder)
 
-# %% ../../nbs/bench/00_runs.ipynb #2457194e
+# %% ../../nbs/bench/00_runs.ipynb #201c2a22
 _NO_LESSONS = {"core", "bench", "doors", "experiments", ".ipynb_checkpoints"}  # toy claims only
 
 
@@ -784,8 +799,7 @@ def scoreboard(
     newest = {r["paper"]: r for r in sorted(reports, key=lambda r: r["created"])}
     rows = []
     for r in (newest[p.slug] for p in catalog.papers() if p.slug in newest):
-        for c in r["claims"]:
-            reason = "" if c["verdict"] == HOLDS else c["why"]
-            rows.append([r["paper"], c["text"], c["paper"], c["source"], c["measured"],
-                         c["verdict"], reason, r["seconds"], r["scale"], c["anchor"]])
+        for c in map(Claim.from_dict, r["claims"]):
+            rows.append([r["paper"], c.text, c.paper, c.source, c.measured, c.verdict, c.reason,
+                         r["seconds"], r["scale"], c.anchor])
     return pd.DataFrame(rows, columns=_COLUMNS)

@@ -1,0 +1,3 @@
+"""The invented experiment, as a fixture of this room."""
+
+from invented import invented  # noqa: F401
