@@ -151,7 +151,7 @@ def _open_files(path: Path) -> LazyState:
 
     return LazyState(specs, read, aliases, str(path))
 
-# %% ../nbs/core/14_checkpoints.ipynb #c18b6ec0
+# %% ../nbs/core/14_checkpoints.ipynb #41da514a
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike
 
 
@@ -190,7 +190,7 @@ def check_compatible(
     Raises `ValueError` that lists the first ten differences and counts them; warns about models
     whose configs or tokenizers differ.
     """
-    return arithmetic.match([open_state(s) for s in sources], skip).common
+    return arithmetic.align([open_state(s) for s in sources], skip).common
 
 # %% ../nbs/core/14_checkpoints.ipynb #0a64be11
 class _Item(NamedTuple):

@@ -1,0 +1,392 @@
+"""Weights on disk: layouts, round trips, what is carried along, what is refused, memory."""
+
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import nn
+
+from adaptlab import checkpoints, recipes, weights
+from adaptlab.checkpoints import (
+    average_checkpoints,
+    check_compatible,
+    load_state,
+    open_state,
+    save_state,
+)
+from adaptlab.weights import SparseDelta, add, average, linear_combination, pack, scale, unpack
+
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+fast = settings(max_examples=25, deadline=None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_pieces():
+    "Pieces of 7 entries, so that small tensors have several and a last one that is shorter."
+    old, weights.PIECE = weights.PIECE, 7
+    yield
+    weights.PIECE = old
+
+
+@st.composite
+def layouts(draw, dtypes=tuple(FLOATS)):
+    "Names with shape and dtype, among them scalars and empty tensors."
+    shape = st.lists(st.integers(0, 5), max_size=3).map(tuple)
+    n = draw(st.integers(1, 4))
+    return {f"t{i}": (draw(shape), draw(st.sampled_from(dtypes))) for i in range(n)}
+
+
+def make(layout, seed):
+    g = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(s, generator=g).to(d) for n, (s, d) in layout.items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a
+    )
+
+
+def near(a, b, factor=1.0):
+    return a.keys() == b.keys() and all(
+        torch.allclose(a[n].double(), b[n].double(), rtol=0, atol=factor * EPS[a[n].dtype])
+        for n in a
+    )
+
+
+EPS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-2, torch.float16: 4e-3}
+
+
+class Tied(nn.Module):
+    def __init__(self, tie=True):
+        super().__init__()
+        self.embed = nn.Embedding(6, 4)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 6, bias=False)
+        if tie:
+            self.head.weight = self.embed.weight
+
+
+def test_a_state_is_freed_when_it_is_dropped(tmp_path):
+    "No reference cycle: with large models one cannot wait for the garbage collector."
+    save_file({"w": torch.randn(9)}, tmp_path / "a.safetensors")
+    gc.collect()
+    gc.disable()
+    try:
+        for source in ({"w": torch.randn(9)}, open_state(tmp_path / "a.safetensors")):
+            lazy = linear_combination([source, source], [0.5, 0.5], lazy=True)
+            gone = [weakref.ref(lazy)]
+            load_state(lazy)
+            del lazy
+            assert all(r() is None for r in gone)
+    finally:
+        gc.enable()
+
+
+def test_ties_are_saved(tmp_path):
+    a, b = Tied(), Tied()
+    save_state(average([a, b], lazy=True), tmp_path / "out.safetensors")
+    back = open_state(tmp_path / "out.safetensors")
+    assert back.aliases == {"head.weight": "embed.weight"}
+    assert "head.weight" not in load_file(tmp_path / "out.safetensors")
+    state = load_state(back)
+    assert state["head.weight"] is state["embed.weight"]
+    missing, unexpected = load_model(Tied(), tmp_path / "out.safetensors")
+    assert not missing and not unexpected
+
+
+def test_a_tied_tensor_fits_a_file_that_has_it_once(tmp_path):
+    a, b = Tied(), Tied()
+    save_model(b, tmp_path / "b.safetensors")  # notes the alias
+    once = {n: t for n, t in b.state_dict().items() if n != "head.weight"}
+    save_file(once, tmp_path / "once.safetensors")  # does not
+    expected = average([a, b])
+    assert same(average([a, open_state(tmp_path / "b.safetensors")]), expected)
+    assert same(average([a, open_state(tmp_path / "once.safetensors")]), expected)
+    from_file = average([open_state(tmp_path / "once.safetensors"), a])
+    assert "head.weight" not in from_file
+    assert torch.allclose(from_file["embed.weight"], expected["embed.weight"])
+    moved = add(a, {"head.weight": torch.ones(6, 4)}, allow_missing=True)
+    assert torch.equal(moved["embed.weight"], a.embed.weight + 1)
+    assert moved["head.weight"] is moved["embed.weight"]
+
+
+# ------------------------------------------------------------------ files
+
+
+SAVED = [*FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+         torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@fast
+@given(layouts(tuple(SAVED)), st.integers(0, 99), st.sampled_from([1, 100, "1KB", "5GB"]))
+def test_round_trip(tmp_path_factory, layout, seed, size):
+    folder = tmp_path_factory.mktemp("round")
+    state = make(layout, seed)
+    save_state(state, folder / "ours", max_shard_size=size)
+    back = load_state(folder / "ours")
+    assert list(back) and all(_bits(back[n]) == _bits(state[n]) for n in state)
+    theirs = {}
+    for file in (folder / "ours").glob("*.safetensors"):
+        theirs |= load_file(file)
+    assert all(_bits(theirs[n]) == _bits(state[n]) for n in state)
+    save_file(state, folder / "theirs.safetensors")
+    lazy = open_state(folder / "theirs.safetensors")
+    assert all(_bits(lazy[n]) == _bits(state[n]) for n in state)
+    assert all(torch.cat([torch.empty(0, dtype=state[n].dtype), *lazy.pieces(n)]).shape
+               == (state[n].numel(),) for n in state if state[n].dtype.itemsize > 1)
+
+
+def _bits(t):
+    return t.dtype, t.shape, t.reshape(-1).view(torch.uint8).tolist()
+
+
+@pytest.mark.parametrize("alignment", [torch.int8, torch.bool])
+def test_tensors_are_aligned_in_the_file(tmp_path, alignment):
+    state = {"a": torch.ones(3).to(alignment), "b": torch.ones(5), "c": torch.ones(3).half(),
+             "d": torch.ones(2).double()}
+    save_state(state, tmp_path / "x.safetensors")
+    header = (tmp_path / "x.safetensors").read_bytes()
+    n = int.from_bytes(header[:8], "little")
+    assert (8 + n) % 8 == 0
+    for name, entry in json.loads(header[8 : 8 + n]).items():
+        if name != "__metadata__":
+            assert entry["data_offsets"][0] % state[name].element_size() == 0
+
+
+def test_non_contiguous_tensors_are_written_as_they_look(tmp_path):
+    state = {"t": torch.arange(60.0).reshape(6, 10).T, "s": torch.arange(40.0)[::3],
+             "e": torch.ones(1).expand(9)}
+    save_state(state, tmp_path / "x.safetensors")
+    assert same(load_state(tmp_path / "x.safetensors"), state)
+    assert near(average([state, state]), state)
+
+
+def test_streamed_equals_in_memory(tmp_path):
+    layout = {"w": ((11, 13), torch.bfloat16), "b": ((5,), torch.float32), "s": ((), torch.float16)}
+    states = [make(layout, i) for i in range(3)]
+    paths = [save_state(s, tmp_path / f"{i}", max_shard_size=200) for i, s in enumerate(states)]
+    share = [0.5, 0.25, 0.25]
+    out = average_checkpoints(paths, tmp_path / "mean", share, max_shard_size=100)
+    assert same(load_state(out), {n: average(states, share)[n] for n in load_state(out)})
+    assert len(list(out.glob("*.safetensors"))) > 1
+    single = average_checkpoints(paths, tmp_path / "mean.safetensors", share)
+    assert {n: t.tolist() for n, t in load_file(single).items()} == {
+        n: t.tolist() for n, t in average(states, share).items()
+    }
+
+
+def test_hugging_face_layout(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    nets = [recipes.tiny_llama(hidden_size=32, vocab_size=260).bfloat16() for _ in range(2)]
+    for i, net in enumerate(nets):
+        net.save_pretrained(tmp_path / f"{i}", max_shard_size="20KB")
+    recipes.byte_tokenizer().save_pretrained(tmp_path / "0")
+    (tmp_path / "0" / "trainer_state.json").write_text("{}")
+    (tmp_path / "0" / "optimizer.pt").write_bytes(b"x")
+    (tmp_path / "0" / "README.md").write_text("another model's card")
+    out = average_checkpoints([tmp_path / "0", tmp_path / "1"], tmp_path / "soup",
+                              max_shard_size="30KB")
+    names = {p.name for p in out.iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer_config.json"} <= names
+    assert not {"trainer_state.json", "optimizer.pt", "README.md"} & names
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    sizes = [os.path.getsize(out / f) for f in set(index["weight_map"].values())]
+    biggest = max(t.nbytes for t in nets[0].state_dict().values())
+    assert len(sizes) > 2 and max(sizes) < max(30_000, biggest) + 4000
+    assert index["metadata"]["total_size"] == open_state(out).nbytes
+
+    soup = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert soup.dtype == torch.bfloat16 and len(AutoTokenizer.from_pretrained(out))
+    assert soup.lm_head.weight is soup.model.embed_tokens.weight
+    for name, p in soup.named_parameters():
+        a, b = (dict(n.named_parameters())[name].double() for n in nets)
+        assert torch.equal(p, ((a + b) / 2).bfloat16())
+
+
+def test_name_of_the_weights_follows_the_folder(tmp_path):
+    (tmp_path / "a").mkdir()
+    save_file({"w": torch.ones(2)}, tmp_path / "a" / "adapter_model.safetensors")
+    (tmp_path / "a" / "adapter_config.json").write_text("{}")
+    out = average_checkpoints([tmp_path / "a"], tmp_path / "b")
+    assert {p.name for p in out.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+
+
+# ------------------------------------------------------------------ all or nothing
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    bad = {"a": torch.ones(50), "b": torch.tensor([math.nan])}
+    for i in range(2):
+        save_state(bad if i else {**bad, "b": torch.zeros(1)}, tmp_path / f"{i}")
+    for out in ("out", "out.safetensors"):
+        with pytest.raises(ValueError, match="1 entries of b in state 1"):
+            average_checkpoints([tmp_path / "0", tmp_path / "1"], tmp_path / out, max_shard_size=10)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_state({"w": torch.ones(3)}, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten_unless_asked(tmp_path):
+    save_state({"w": torch.ones(3)}, tmp_path / "a")
+    save_state({"w": torch.ones(3)}, tmp_path / "a.safetensors")
+    for out in ("a", "a.safetensors"):
+        with pytest.raises(FileExistsError, match="overwrite=True"):
+            save_state({"w": torch.zeros(3)}, tmp_path / out)
+        save_state(scale(open_state(tmp_path / out), 5, lazy=True), tmp_path / out, overwrite=True)
+        assert load_state(tmp_path / out)["w"].tolist() == [5, 5, 5]
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("...")
+    with pytest.raises(FileExistsError, match="no checkpoint"):
+        save_state({"w": torch.ones(3)}, tmp_path / "thesis", overwrite=True)
+    (tmp_path / "empty").mkdir()
+    save_state({"w": torch.ones(3)}, tmp_path / "empty")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileExistsError, match="can't take its place"):
+        save_state({"w": torch.ones(3)}, tmp_path / "file", overwrite=True)
+
+
+def test_a_file_that_changed_meanwhile_is_noticed(tmp_path):
+    path = save_state({"w": torch.ones(3)}, tmp_path / "a.safetensors")
+    state = open_state(path)
+    save_state({"v": torch.ones(900), "w": torch.zeros(3)}, path, overwrite=True)
+    with pytest.raises(ValueError, match="was changed after it was opened"):
+        state["w"]
+
+
+def test_sparse_deltas_round_trip(tmp_path):
+    signs = torch.tensor([1, -1], dtype=torch.int8)
+    deltas = {"a": SparseDelta(torch.tensor([1, 5]), signs, (2, 3), scale=0.5),
+              "b": SparseDelta.from_dense(torch.eye(4))}
+    for size in ("5GB", 10):
+        path = save_state(pack(deltas), tmp_path / f"{size}", max_shard_size=size)
+        back = unpack(load_state(path))
+        assert back["a"].scale == 0.5 and back["a"].values.dtype == torch.int8
+        assert all(torch.equal(back[n].to_dense(), d.to_dense()) for n, d in deltas.items())
+
+
+# ------------------------------------------------------------------ refusals
+
+
+def test_broken_checkpoints(tmp_path):
+    folder = save_state({"a": torch.ones(9), "b": torch.ones(9)}, tmp_path / "ok", max_shard_size=1)
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+
+    def write(**changes):
+        weight_map = {**content["weight_map"], **changes}
+        index.write_text(json.dumps({**content, "weight_map": weight_map}))
+
+    write(c="model-00001-of-00002.safetensors")
+    with pytest.raises(ValueError, match="lacks tensors of the index: c"):
+        open_state(folder)
+    for file in ("model-00003-of-00002.safetensors", "../secret.safetensors"):
+        write(a=file)
+        with pytest.raises(ValueError, match="files that are not there"):
+            open_state(folder)
+    index.write_text("{")
+    with pytest.raises(ValueError, match="is no index of shards"):
+        open_state(folder)
+    index.unlink()
+    with pytest.raises(ValueError, match="more than one model"):
+        open_state(folder)
+    data = (folder / "model-00001-of-00002.safetensors").read_bytes()
+    for broken in (data[:-3], data[:5], b"", data + b"xx"):
+        (tmp_path / "x.safetensors").write_bytes(broken)
+        with pytest.raises(ValueError, match="damaged"):
+            open_state(tmp_path / "x.safetensors")
+    torch.save({"w": torch.ones(1)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="pickled"):
+        open_state(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    "call, error, match",
+    [
+        (lambda: open_state("/no/such/file"), FileNotFoundError, "does not exist"),
+        (lambda: save_state({"w": torch.ones(2)}, "x", max_shard_size="5 apples"), ValueError,
+         "200MB"),
+        (lambda: save_state({"w": torch.ones(2)}, "x", max_shard_size=0), ValueError, "positive"),
+        (lambda: save_state({"w": torch.ones(2)}, "x", like="/no/such"), ValueError,
+         "checkpoint folder"),
+        (lambda: check_compatible({"w": torch.ones(2)}, {"v": torch.ones(2)}), ValueError,
+         "v is only in state 1"),
+    ],
+)
+def test_wrong_input(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
+
+
+# ------------------------------------------------------------------ memory
+
+MEMORY = """
+import json, sys
+import torch
+from adaptlab.checkpoints import *
+from adaptlab.weights import *
+
+def status(key):
+    return int(open("/proc/self/status").read().split(key + ":")[1].split()[0]) * 1024
+
+def peak(work):  # bytes of anonymous, file and shared pages together, above what was there
+    before = status("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")  # resets VmHWM
+    work()
+    return status("VmHWM") - before
+
+k = int(sys.argv[1])
+ways = {
+    "average": lambda: average_checkpoints(map(str, range(k)), "out", max_shard_size="20MB"),
+    "transfer": lambda: save_state(
+        add(open_state("0"), task_vector(open_state("1"), open_state("0"), lazy=True), lazy=True),
+        "t"),
+    "cosine": lambda: cosine(open_state("0"), open_state("1")),
+}
+print(json.dumps({name: peak(work) for name, work in ways.items()}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_memory_of_streams(tmp_path, dtype):
+    "At most k + 2 times the largest tensor; in truth far less than one, for any k."
+    entries = 4_000_000
+    weights.PIECE, old = 1 << 20, weights.PIECE
+    for i in range(4):
+        save_state({f"w{j}": torch.full((entries,), i + j / 7, dtype=dtype) for j in range(4)},
+                   tmp_path / f"{i}", max_shard_size="20MB")
+    weights.PIECE = old
+    largest = entries * dtype.itemsize
+    for k in (2, 4):
+        subprocess.run(["rm", "-rf", "out", "t"], cwd=tmp_path, check=True)
+        run = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(MEMORY), str(k)], cwd=tmp_path,
+            capture_output=True, text=True, check=True,
+        )
+        for name, peak in json.loads(run.stdout).items():
+            operands = k if name == "average" else 2
+            assert peak <= (operands + 2) * largest, (name, peak / largest)
+            assert peak <= 16e6, (name, peak)  # whatever the size: libraries on first use, pieces
+    mean = open_state(tmp_path / "out")["w3"]
+    assert torch.allclose(mean.float(), torch.tensor(1.5 + 3 / 7), atol=1e-2)
