@@ -158,7 +158,7 @@ def _seal(folder: Path) -> None:
     paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
     _write_manifest(folder, {p.relative_to(folder).as_posix(): sha256(p) for p in paths})
 
-# %% ../nbs/core/01_cache.ipynb #c33eb875
+# %% ../nbs/core/01_cache.ipynb #496a3e5e
 def _noted(folder: Path) -> dict[str, tuple[list[int], str]]:
     "Stamp and hash of each file in the manifest; empty if it is missing, unreadable or wrong."
     try:
@@ -175,6 +175,8 @@ def _noted(folder: Path) -> dict[str, tuple[list[int], str]]:
 
 def _damage(folder: Path) -> str:
     "What is wrong with a sealed folder, in words; empty if nothing is."
+    if not folder.is_dir():
+        return "it is no folder"
     noted = _noted(folder)
     if not noted:  # a folder without files is never sealed
         return f"its {MANIFEST} is missing or unreadable"
@@ -194,7 +196,7 @@ def _damage(folder: Path) -> str:
         _write_manifest(folder, {name: digest for name, (_, digest) in noted.items()})
     return ""
 
-# %% ../nbs/core/01_cache.ipynb #7b51a0e3
+# %% ../nbs/core/01_cache.ipynb #49ae90e2
 def build_once(
     folder: Path | str,  # where the result lives
     build: Callable[[Path], None],  # writes the result into the empty folder that it is given
@@ -207,11 +209,13 @@ def build_once(
     if folder.is_dir() and not _damage(folder):
         return folder
     with file_lock(folder):
-        damage = _damage(folder) if folder.is_dir() else ""
+        damage = _damage(folder) if os.path.lexists(folder) else ""
         if folder.is_dir() and not damage:
             return folder  # another process built it while we waited
         if damage:
             warnings.warn(f"{folder} is corrupt: {damage}. It is made again.", stacklevel=3)
+        if not folder.is_dir():
+            _remove(folder)  # a file, or a link to nowhere
         for stump in folder.parent.glob(f".{glob.escape(folder.name)}.????????.*"):
             _remove(stump)  # of a process that was killed: we hold the lock, so nobody writes it
         with atomic_path(folder) as temporary:

@@ -21,7 +21,7 @@ from torch import Tensor
 from .cache import FetchError, hub_problem, local_path, storage_problem
 from .sources import SOURCES, bundled
 
-# %% ../nbs/core/06_data.ipynb #218a65e3
+# %% ../nbs/core/06_data.ipynb #f7ef5f6a
 def _parse(source: str | Path) -> tuple[str | Path, str, str]:
     "Path, bundled name or hub id; its configuration; its split. `ValueError` if it is neither."
     text = str(source)
@@ -30,7 +30,7 @@ def _parse(source: str | Path) -> tuple[str | Path, str, str]:
     whole, _, split = text.rpartition("#") if "#" in text else (text, "", "")
     name, _, config = whole.rpartition("@") if "@" in whole else (whole, "", "")
     for path, found in ((text, ("", "")), (whole, ("", split)), (name, (config, split))):
-        if os.path.exists(local_path(path)):
+        if path and os.path.exists(local_path(path)):
             return local_path(path), *found
     if isinstance(source, Path) or re.match(r"[./~]|\w:[\\/]", text) or _kind(Path(whole)):
         raise FetchError(f"there is no file or folder {whole!r} (looked in {Path.cwd()})")
@@ -161,7 +161,7 @@ def _from_hub(name: str, options: dict[str, Any]) -> Any:
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
-# %% ../nbs/core/06_data.ipynb #354d65c5
+# %% ../nbs/core/06_data.ipynb #21667f9c
 def load(
     source: str | Path,  # bundled name, path, or "id@configuration#split" on the hub
     columns: str | Sequence[str] = (),  # columns that must be there; the others are left out
@@ -187,7 +187,7 @@ def load(
     if name in SOURCES:
         more = sorted(set(options) - {"split"})
         if more:
-            raise TypeError(f"{name!r} is bundled and takes no {more}")
+            raise TypeError(f"{name!r} is bundled: it has no configurations and takes no {more}")
         found = _take(bundled(name), options.get("split", ""), name)
     else:
         found = (_from_disk if isinstance(name, Path) else _from_hub)(name, options)
@@ -198,10 +198,11 @@ def load(
         check_columns(rows, columns, source)
     return found.select_columns(columns)
 
-# %% ../nbs/core/06_data.ipynb #b64c4383
+# %% ../nbs/core/06_data.ipynb #a3ed740d
 def _pixels(picture: Any, mode: str | None) -> np.ndarray:
     "A picture as float32 [H, W, C] in [0, 1]."
-    if mode:
+    wide = picture.mode[0] in "IF"  # numbers beyond 255, which PIL would cut off
+    if mode and not wide:
         picture = picture.convert(mode)
     elif picture.mode in ("P", "PA"):
         clear = picture.mode == "PA" or "transparency" in picture.info
@@ -213,7 +214,8 @@ def _pixels(picture: Any, mode: str | None) -> np.ndarray:
     if not (values.min() >= 0 and values.max() <= 1):  # also when they are NaN
         found = f"mode {picture.mode}, values {values.min() * white:g} to {values.max() * white:g}"
         raise ValueError(f"a picture does not lie in [0, {white}] ({found}): rescale it first")
-    return values[..., None] if values.ndim == 2 else values
+    values = values[..., None] if values.ndim == 2 else values
+    return np.repeat(values, 3, axis=2) if wide and mode == "RGB" else values
 
 
 def _column(ds: Any, kind: type, given: str | None) -> str:
@@ -227,7 +229,7 @@ def _column(ds: Any, kind: type, given: str | None) -> str:
         raise ValueError(f"{many}: say which of {ds.column_names}")
     return names[0]
 
-# %% ../nbs/core/06_data.ipynb #92e585bf
+# %% ../nbs/core/06_data.ipynb #b2ca7d5a
 def as_tensors(
     ds: Any,  # a datasets.Dataset with an image column and a label column
     image: str | None = None,  # name of the image column; found by its type
@@ -241,6 +243,8 @@ def as_tensors(
     """
     from datasets import ClassLabel, Image
 
+    if mode not in (None, "L", "RGB"):
+        raise ValueError(f"mode = {mode!r}: give 'L', 'RGB' or None")
     image, label = _column(ds, Image, image), _column(ds, ClassLabel, label)
     if not len(ds):
         raise ValueError("the dataset is empty")

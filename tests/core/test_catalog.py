@@ -30,6 +30,15 @@ def test_every_entry_is_filled():
         assert p.slug not in p.builds_on
 
 
+def test_where_the_parts_of_a_paper_live():
+    lame = catalog.find("lame")
+    assert (lame.module, lame.notebook) == ("adaptlab.testtime.lame", "testtime/01_lame.ipynb")
+    assert lame.experiment_module == "adaptlab.experiments.lame"
+    assert lame.experiment_notebook == "experiments/lame.ipynb"
+    everything = [p.experiment_notebook for p in catalog.papers()]
+    assert len(set(everything)) == 44
+
+
 def test_unknown_paper_names_the_nearest():
     with pytest.raises(ValueError, match="lame"):
         catalog.find("lama")

@@ -1,9 +1,11 @@
 """models: sources and their errors, safety, small models, recipes."""
+import errno
 import json
 import os
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -144,7 +146,116 @@ def test_wrong_arguments(tmp_path):
             models.resolve_device("cuda")
 
 
+@pytest.mark.parametrize("call, match", [
+    (lambda: models.encode(recipes.tiny_bert(), None, ["a"]), "tokenizer = None"),
+    (lambda: models.encode(recipes.tiny_llama(), recipes.byte_tokenizer(), ["a"]),
+     "LlamaForCausalLM gives no last_hidden_state.*feature-extraction"),
+    (lambda: models.encode(recipes.tiny_bert(), recipes.byte_tokenizer(), ["a", ""]), "no token"),
+])
+def test_encode_refuses(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
+
+
+class Hub:
+    "Stands in for `snapshot_download`: folders by revision; what was fetched once is cached."
+
+    def __init__(self, monkeypatch, tmp_path, **revisions):
+        import huggingface_hub
+
+        self.revisions, self.root, self.fetched = revisions, tmp_path, []
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self)
+        monkeypatch.setattr(huggingface_hub, "get_repo_discussions", self.pulls)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(models, "hub_problem", lambda: "")
+        self.authors = ("somebody", "SFconvertbot")
+
+    def pulls(self, name, author, discussion_type):
+        title = "Adding `safetensors` variant of this model"
+        return [types.SimpleNamespace(num=num, title=title, author=who)
+                for num, who in zip((1, 3), self.authors, strict=True)]
+
+    def __call__(self, repo_id, revision, allow_patterns, local_files_only=False):
+        if local_files_only and revision not in self.fetched:
+            raise OSError("not cached")
+        self.fetched.append(revision)
+        if revision:
+            ref = self.root / f"models--{repo_id.replace('/', '--')}" / "refs" / revision
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text("commit")
+        return self.revisions[(revision or "main").replace("/", "_")]
+
+
+def test_pickles_on_the_hub_are_loaded_from_the_robots_safetensors(monkeypatch, tmp_path):
+    "Old models have pickles only; the hub's robot offers safetensors in a pull request."
+    from transformers import LlamaConfig
+
+    LlamaConfig().save_pretrained(tmp_path / "main")
+    folder = save(recipes.tiny_llama(layers=1), tmp_path / "pull")
+    hub = Hub(monkeypatch, tmp_path, main=tmp_path / "main", refs_pr_3=folder)
+    assert models.load("yahma/llama-7b-hf", device="cpu").model.config.num_hidden_layers == 1
+    assert hub.fetched == [None, "refs/pr/3"]  # not that of somebody
+    monkeypatch.setattr(models, "hub_problem", lambda: "no network")
+    assert models.load("yahma/llama-7b-hf", device="cpu").model.config.num_hidden_layers == 1
+
+
+def test_pickles_on_the_hub_without_safetensors_are_refused(monkeypatch, tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig().save_pretrained(tmp_path / "main")
+    hub = Hub(monkeypatch, tmp_path, main=tmp_path / "main")
+    hub.authors = ("somebody", "else")
+    with pytest.raises(FetchError, match="pickles are never read"):
+        models.load("some/model", device="cpu")
+
+
+def test_a_full_disk_is_not_called_a_network_problem(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    def full(*args, local_files_only=False, **options):
+        raise OSError(errno.ENOENT if local_files_only else errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    monkeypatch.setattr(models, "hub_problem", lambda: "")
+    with pytest.raises(OSError, match="No space left") as caught:
+        models.load("some/model")
+    assert not isinstance(caught.value, FetchError)
+
+
 # folders
+
+def test_a_single_file_wins_over_an_older_index(tmp_path):
+    "As in transformers, which leaves the index of an earlier sharded save behind."
+    old, new = recipes.tiny_llama(), recipes.tiny_llama()
+    old.save_pretrained(tmp_path, max_shard_size="100KB")
+    new.save_pretrained(tmp_path / "new")
+    os.replace(tmp_path / "new" / "model.safetensors", tmp_path / "model.safetensors")
+    for shard in tmp_path.glob("model-*"):
+        shard.unlink()
+    model = models.load(tmp_path, device="cpu").model
+    assert torch.equal(model.model.embed_tokens.weight, new.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("file, content, match", [
+    ("config.json", '{"model_type": "ber', "config.json can't be read.*damaged"),
+    ("config.json", "[]", "config.json holds no JSON object"),
+    ("model.safetensors.index.json", "{", "index.json can't be read"),
+    ("model.safetensors.index.json", "{}", "index.json names no file"),
+])
+def test_damaged_folders_are_named(tmp_path, file, content, match):
+    save(recipes.tiny_bert(), tmp_path)
+    if "index" in file:
+        (tmp_path / "model.safetensors").unlink()
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=match):
+        models.load(tmp_path, device="cpu")
+
+
+def test_an_adapter_folder_is_told_from_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="it holds an adapter: load its base model"):
+        models.load(tmp_path)
+
 
 def test_local_folder_and_tasks(tmp_path):
     torch.manual_seed(0)
