@@ -241,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.run_parser = run
     return parser
 
-# %% ../nbs/doors/00_cli.ipynb #2284c010
+# %% ../nbs/doors/00_cli.ipynb #d2dec6a2
 def main(
     argv: list[str] | None = None,  # arguments; None: those of the process
 ) -> int:  # the exit code
@@ -280,7 +280,9 @@ def main(
 def _print_anything() -> None:
     "A terminal or a file that can't show a letter gets a question mark in its place."
     for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+        encoding, errors = (getattr(stream, name, None) or "" for name in ("encoding", "errors"))
+        narrow = not encoding.lower().startswith("utf") and errors == "surrogateescape"
+        if hasattr(stream, "reconfigure") and (errors == "strict" or narrow):
             stream.reconfigure(errors="replace")
 
 

@@ -49,7 +49,7 @@ def verdict(
         return FAILS if below is None else HOLDS
     return OPEN
 
-# %% ../../nbs/bench/01_report.ipynb #cf07a536
+# %% ../../nbs/bench/01_report.ipynb #854cf522
 def _number(x: float) -> str:
     "A number with three significant figures, without an exponent where one is not needed."
     return f"{x:.3g}" if not math.isfinite(x) or abs(x) < 999.5 else f"{x:,.0f}"
@@ -98,15 +98,15 @@ class Claim:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Claim":
         "The inverse. `ValueError` for what is no claim, or has a verdict that the rule denies."
-        known = {f.name for f in dataclasses.fields(cls)}
         try:
-            data = {k: v for k, v in data.items() if k in known}
+            data = {f.name: data[f.name] for f in dataclasses.fields(cls)}
             for end in ("value", "low", "high"):
                 data[end] = math.nan if data[end] is None else float(data[end])
             claim = cls(**data)
             says = claim.again()
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"this is no claim of a report: {error!r}") from None
+            what = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"this is no claim of a report: {what}") from None
         if claim.verdict != says:
             raise ValueError(f"claim {claim.text!r}: it says {claim.verdict!r}, the rule {says!r}")
         return claim

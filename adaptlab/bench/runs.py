@@ -46,7 +46,7 @@ from adaptlab.bench.report import (
 from ..cache import atomic_path, atomic_write_text
 from ..processes import join, rank, together, world_size
 
-# %% ../../nbs/bench/00_runs.ipynb #6094777e
+# %% ../../nbs/bench/00_runs.ipynb #8316cfe2
 def bounded(
     default: Any,  # default value of the field
     low: float | None = None,  # smallest allowed value, included
@@ -71,14 +71,15 @@ _CHECKS = {
 }
 
 
-def _check_range(name: str, value: Any, limits: dict) -> None:
-    "Raise `ValueError` unless every number in `value` is inside `limits`, and none is NaN."
+def _check_range(name: str, value: Any, limits: dict, infinite: bool = False) -> None:
+    "Raise `ValueError` unless every number in `value` is finite and inside `limits`."
     for number in value if isinstance(value, (tuple, list)) else (value,):
         if isinstance(number, (tuple, list)):
-            _check_range(name, number, limits)
+            _check_range(name, number, limits, infinite)
             continue
-        if isinstance(number, float) and math.isnan(number):
-            raise ValueError(f"{name} = {value!r}: NaN is no setting; give a number")
+        infinite_here = isinstance(number, float) and math.isinf(number) and not infinite
+        if number != number or infinite_here:  # NaN differs from itself
+            raise ValueError(f"{name} = {value!r}: give a finite number")
         for key, (ok, sign) in _CHECKS.items():
             if key in limits and number is not None and not ok(number, limits[key]):
                 raise ValueError(
@@ -99,7 +100,7 @@ def _named_twice(values: tuple) -> list:
     "The entries that an earlier one equals."
     return [v for i, v in enumerate(values) if v in values[:i]]
 
-# %% ../../nbs/bench/00_runs.ipynb #c17f764b
+# %% ../../nbs/bench/00_runs.ipynb #e05d3064
 def _matches(value: Any, hint: Any) -> bool:
     "Whether `value` is of type `hint`; hints that we don't know are taken on trust."
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -145,10 +146,10 @@ def _check_settings(settings: Any, prefix: str = "") -> None:
         if not _matches(value, hint):
             wrong = ValueError if "Literal" in str(hint) else TypeError
             raise wrong(f"{name} = {value!r}: it must be {_type_name(hint)}")
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             _check_settings(value, f"{name}.")
             continue
-        _check_range(name, value, f.metadata)
+        _check_range(name, value, f.metadata, infinite=f.default in (math.inf, -math.inf))
         if isinstance(value, tuple) and _any_length(hint):
             _check_entries(name, value, f)
 
@@ -247,7 +248,7 @@ def runs_root(
         raise OSError(f"the folder of runs {str(asked)!r} can't be told ({error}): give a path "
                       "without ~ as root=... (--root, or $ADAPTLAB_RUNS)") from None
 
-# %% ../../nbs/bench/00_runs.ipynb #b771b576
+# %% ../../nbs/bench/00_runs.ipynb #b98334f9
 _SUFFIXES = (".parquet", ".safetensors", ".json")
 
 
@@ -283,7 +284,7 @@ def _write_stage(stem: Path, result: Any) -> None:
 
         try:
             with atomic_path(stem.with_name(stem.name + ".safetensors")) as path:
-                save_file(_separate(result), path)
+                save_file(_separate(result), path, {"names": json.dumps(list(result))})
         except SafetensorError as error:  # a full disk, under a name of its own
             raise OSError(str(error)) from error
     else:
@@ -297,6 +298,15 @@ def _write_stage(stem: Path, result: Any) -> None:
         atomic_write_text(stem.with_name(stem.name + ".json"), text)
 
 
+def _read_tensors(path: Path) -> dict[str, Any]:
+    "Tensors in the order in which they were given."
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        names = json.loads(file.metadata()["names"])
+        return {name: file.get_tensor(name) for name in names}
+
+
 def _read_stage(stem: Path) -> tuple[bool, Any]:
     "(found, result) of a stage that was done before; a damaged file is warned of, and not found."
     for suffix in _SUFFIXES:
@@ -307,9 +317,7 @@ def _read_stage(stem: Path) -> tuple[bool, Any]:
             if suffix == ".parquet":
                 return True, read_frame(path)
             if suffix == ".safetensors":
-                from safetensors.torch import load_file
-
-                return True, load_file(path)
+                return True, _read_tensors(path)
             return True, from_json(json.loads(path.read_text(encoding="utf-8")))
         except (PermissionError, MemoryError):
             raise
@@ -369,7 +377,7 @@ class _Progress:
         if self.bar is not None:
             self.bar.close()
 
-# %% ../../nbs/bench/00_runs.ipynb #37ca3734
+# %% ../../nbs/bench/00_runs.ipynb #5384bf20
 class Run:
     "The folder of one run: `config.json`, `stages/`, checkpoints, and at the end `report/`."
 
@@ -420,23 +428,26 @@ class Run:
         found, result = together(lambda: _read_stage(stem))
         if not found:
             self._progress.tell(name)
+            together(lambda: self._keep(name, stem))  # a full disk is noticed before the work
             start = time.perf_counter()
             result = work()
-            result = together(lambda: self._keep(name, stem, result, start))
+            seconds = round(time.perf_counter() - start, 3)
+            result = together(lambda: self._keep(name, stem, result, seconds))
         self._progress.tell(name, done=True)
         return result
 
-    def _keep(self, name: str, stem: Path, result: Any, start: float) -> Any:
-        "Write a stage's result and its seconds; returns what is read back."
-        self.stages[name] = round(time.perf_counter() - start, 3)
+    def _keep(self, name: str, stem: Path, result: Any = None, seconds: float | None = None) -> Any:
+        "Write the seconds so far, and, after the work, its result; returns what is read back."
         try:
             stem.parent.mkdir(parents=True, exist_ok=True)
-            _write_stage(stem, result)
+            if seconds is not None:
+                self.stages[name] = seconds
+                _write_stage(stem, result)
             self.note_seconds()
         except OSError as error:
             raise OSError(f"stage {name!r} can't be kept in {stem.parent}: {_cause(error, stem)}. "
                           "After a repair, go on with resume=True (--resume)") from error
-        return _read_stage(stem)[1]
+        return _read_stage(stem)[1] if seconds is not None else None
 
     def note_seconds(self) -> None:
         "Keep the seconds so far on disk, for a run that goes on later."
@@ -517,7 +528,7 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
 
-# %% ../../nbs/bench/00_runs.ipynb #b4d8c47e
+# %% ../../nbs/bench/00_runs.ipynb #0176d153
 def _head(folder: Path) -> dict[str, Any] | None:
     "A run's `config.json`; None when this is none, but of something else, such as a model."
     try:
@@ -534,8 +545,13 @@ def runs(
 ) -> list[Run]:  # oldest first
     "All runs on disk, finished or not."
     folders = [p.parent for p in runs_root(root).glob(f"{paper or '*'}/*/config.json")]
-    heads = [(f, _head(f)) for f in sorted(folders, key=lambda f: _age(f.name))]
-    return [Run(f, head["paper"], head["scale"]) for f, head in heads if head]
+    found = []
+    for folder in sorted(folders, key=lambda f: _age(f.name)):
+        if head := _head(folder):
+            found.append(Run(folder, head["paper"], head["scale"]))
+        elif (folder / "stages").is_dir() or (folder / "report").is_dir():
+            warnings.warn(f"{folder / 'config.json'} is damaged: its run is left out", stacklevel=2)
+    return found
 
 
 def _age(name: str) -> tuple[str, int]:

@@ -55,6 +55,7 @@ class Config(BaseConfig):
     sizes: tuple[int, ...] | None = None  # or none at all
     extra: tuple[int, ...] = bounded((1,), nonempty=False, unique=False)  # anything goes
     span: tuple[int, int] = (1, 1)  # from, to
+    limit: float = math.inf  # none by default
     optim: Optim = Optim()  # nested
 
     def check(self):
@@ -70,7 +71,10 @@ class Config(BaseConfig):
         ({"n": 1.5}, TypeError, "n = 1.5"),
         ({"n": True}, TypeError, "must be int"),
         ({"rate": 0}, ValueError, "> 0"),
-        ({"rate": math.nan}, ValueError, "NaN"),
+        ({"rate": math.nan}, ValueError, "finite"),
+        ({"grid": (math.inf,)}, ValueError, "finite"),
+        ({"optim": {"lr": math.inf}}, ValueError, r"optim\.lr = inf"),
+        ({"limit": -math.nan}, ValueError, "finite"),
         ({"rate": "0.5"}, TypeError, "must be float"),
         ({"grid": (0.1, -1.0)}, ValueError, "grid"),
         ({"grid": (0.1, math.nan)}, ValueError, "grid"),
@@ -104,7 +108,8 @@ def test_wrong_settings_are_refused(change, error, words):
 
 
 @pytest.mark.parametrize("change", [
-    {"layers": ("q", "k")}, {"sizes": (2, 1)}, {"extra": ()}, {"extra": (2, 2)}, {"span": (4, 4)},
+    {"layers": ("q", "k")}, {"limit": 3.0}, {"limit": -math.inf},
+    {"sizes": (2, 1)}, {"extra": ()}, {"extra": (2, 2)}, {"span": (4, 4)},
     {"optim": {"betas": (0.5, 0.5)}}, {"rate": 0.5, "n": 60}, {"device": "cuda:1"},
 ])
 def test_sensible_settings_are_accepted(change):
@@ -187,6 +192,9 @@ def test_a_stage_keeps_tied_weights(tmp_path):
         assert torch.equal(kept["a"], w) and torch.equal(kept["b"], w)
         assert torch.equal(kept["c"], w[:3]) and torch.equal(kept["d"], w.view(2, 3).T)
         assert not any(t.requires_grad for t in kept.values())
+        assert list(kept) == ["a", "b", "c", "d"]
+    names = {"z": torch.ones(1), "a": torch.ones(1).bfloat16(), "m": torch.ones(2).bool()}
+    assert list(run.stage("order", lambda: names)) == ["z", "a", "m"]
 
 
 @pytest.mark.parametrize("result", [
@@ -232,15 +240,23 @@ def test_a_damaged_stage_is_named_and_done_again(tmp_path, name, result, damage)
     run.stage("s", lambda: pytest.fail("computed a third time"))
 
 
-def test_a_full_disk_is_named(tmp_path, monkeypatch):
-    run = start_run("lame", Config(), root=tmp_path)
+@pytest.mark.parametrize("when", ["before the work", "after it"])
+def test_a_full_disk_is_named(tmp_path, monkeypatch, when):
+    run, worked = start_run("lame", Config(), root=tmp_path), []
 
     def full(path, text):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(bench, "atomic_write_text", full)
+    def work():
+        worked.append(1)
+        monkeypatch.setattr(bench, "atomic_write_text", full)
+
+    if when == "before the work":
+        work()
+        worked.clear()
     with pytest.raises(OSError, match=r"stage 's' can't be kept in .*stages.*No space left"):
-        run.stage("s", lambda: 1)
+        run.stage("s", work)
+    assert bool(worked) == (when == "after it")
 
 
 # ---------------------------------------------------------------- runs
@@ -548,6 +564,14 @@ def test_foreign_and_broken_folders_do_not_stop_the_scoreboard(tmp_path, invente
     assert len(runs(root=tmp_path)) == 1 and len(scoreboard(root=tmp_path)) == 2
     with pytest.raises(ValueError, match="no unfinished run"):
         start_run("lame", Config(), root=tmp_path, resume=True)
+
+
+def test_a_run_whose_settings_are_damaged_is_named(tmp_path, invented):
+    damaged = launch("lame", root=tmp_path).folder.parent / "config.json"
+    damaged.write_text("")
+    launch("lame", root=tmp_path)
+    with pytest.warns(UserWarning, match=f"{damaged} is damaged"):
+        assert len(scoreboard(root=tmp_path)) == 2
 
 
 def notebook(path: Path, *outputs) -> None:

@@ -63,6 +63,14 @@ def test_a_file_that_can_not_hold_a_letter_gets_another(encoding):
     assert ("\u03b1" in text) == (encoding == "utf-8")
 
 
+def test_the_plain_locale_is_no_obstacle(invented):
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    for command in (["list"], ["show", "lame"], ["run", "lame"], ["run", "lame", "--help"],
+                    ["scoreboard"]):
+        out = shell(*command, **plain)
+        assert out.returncode == 0, out.stderr
+
+
 def test_list_and_import_load_nothing_heavy():
     code = ("import sys, adaptlab; early = set(sys.modules); from adaptlab import cli; "
             "cli.main(['list']); heavy = {'torch', 'pandas', 'numpy', 'matplotlib', 'tyro'}; "
@@ -86,7 +94,8 @@ def test_list_and_import_load_nothing_heavy():
         (["run", "lame", "--tracks", "three"], "three"),
         (["run", "lame", "--tracks"], "at least one track"),
         (["run", "lame", "--training.lr", "0"], "training.lr = 0"),
-        (["run", "lame", "--training.lr", "nan"], "NaN"),
+        (["run", "lame", "--training.lr", "nan"], "finite"),
+        (["run", "lame", "--training.lr", "inf"], "finite"),
         (["run", "lame", "--device", "gpu"], "device = 'gpu'"),
         (["run", "lame", "--device", "cuda:99"], "cuda:99"),
         (["run", "lame", "--resume"], "no unfinished run"),
