@@ -512,14 +512,14 @@ def _as_number(text: str) -> Fraction | None:
     except (ValueError, ZeroDivisionError):
         return None
 
-# %% ../nbs/core/15_evaluate.ipynb #ab5763b8
+# %% ../nbs/core/15_evaluate.ipynb #80640613
 def _as_words(text: str, formula: bool) -> str:
     "A text as it is compared: words without articles and punctuation, a formula without spaces."
     text = text.strip().lower()
     if not formula:
         kept = re.sub(r"(?<!\d)[^\w\s]|[^\w\s](?!\d)", "", text)  # but not the point of 1.5
         words = " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
-        return words or text  # an answer "A" is not nothing
+        return words or kept.strip() or text  # the answer "A" is not nothing
     return re.sub(r"\s+|\\left|\\right|\\?\$", "", text).rstrip(".,;")
 
 
