@@ -6,9 +6,11 @@
 __all__ = ['resolve_device', 'device_of', 'to_device', 'modes_kept', 'frozen', 'untouched', 'call', 'logits_of', 'labels_of',
            'shifts_labels', 'cross_entropy', 'layer_inputs']
 
-# %% ../nbs/core/03_modules.ipynb #80b279ba
+# %% ../nbs/core/03_modules.ipynb #646f97f4
 import contextlib
 import difflib
+import functools
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/core/03_modules.ipynb #110cb749
+# %% ../nbs/core/03_modules.ipynb #fa65abf3
 def _count_devices(kind: str) -> int:
     "How many devices of a kind this machine has."
     if kind in ("cpu", "meta"):
@@ -58,11 +60,13 @@ def device_of(
     where = getattr(hook, "execution_device", None)
     if where is not None:
         return torch.device("cuda", where) if isinstance(where, int) else torch.device(where)
+    found = torch.device("cpu")
     for tensors in (model.parameters(), model.buffers()):
         for tensor in tensors:
-            if tensor.device.type != "meta":
-                return tensor.device
-    return torch.device("cpu")
+            found = tensor.device
+            if found.type != "meta":
+                return found
+    return found  # a model of shapes only is on "meta"
 
 
 def to_device(
@@ -71,14 +75,16 @@ def to_device(
 ) -> Any:  # the same nesting; what is no tensor stays as it is
     "A batch on a device."
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        if torch.device(device).type != "cuda" or batch.device.type != "cpu":
+            return batch.to(device)
+        return batch.pin_memory().to(device, non_blocking=True)  # else the GPU's queue runs dry
     if isinstance(batch, Mapping):
         return {name: to_device(value, device) for name, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a named tuple
         return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, (tuple, list)):
         return type(batch)(to_device(value, device) for value in batch)
-    return batch
+    return batch.to(device) if hasattr(batch, "to") else batch
 
 # %% ../nbs/core/03_modules.ipynb #47546154
 @contextlib.contextmanager
@@ -134,7 +140,21 @@ def untouched(
                 for module, name, buffer, value in buffers:
                     module._buffers[name] = buffer.detach_().copy_(value)
 
-# %% ../nbs/core/03_modules.ipynb #d85b4d3f
+# %% ../nbs/core/03_modules.ipynb #a9b793a7
+@functools.cache
+def _takes_use_cache(kind: type) -> bool:
+    "Whether a model's forward takes `use_cache`."
+    taken = inspect.signature(kind.forward).parameters.values()
+    return any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in taken)
+
+
+def _has_cache(model: nn.Module) -> bool:
+    "Whether a model of transformers would fill a cache of keys and values."
+    config = getattr(model, "config", None)
+    config = getattr(config, "text_config", config)
+    return bool(getattr(config, "use_cache", False)) and _takes_use_cache(type(model))
+
+
 def _makes_decoder_inputs(model: nn.Module, batch: Mapping) -> bool:
     "Whether an encoder-decoder has to make its decoder's inputs from the labels."
     return (getattr(getattr(model, "config", None), "is_encoder_decoder", False)
@@ -144,12 +164,18 @@ def _makes_decoder_inputs(model: nn.Module, batch: Mapping) -> bool:
 def call(
     model: nn.Module,  # any module
     batch: Any,  # dict of keyword inputs, (x, ...) of which the first is the input, or a tensor
+    *,
+    labels: bool = False,  # hand the labels of a dict over, for a model that makes its own loss
 ) -> Any:  # what the model returns
-    "The model's output for a batch, which is moved to where the model is."
+    """The model's output for a batch, which is moved to where the model is.
+
+    A language model keeps no cache of keys and values: a single pass has no use for it.
+    """
     if isinstance(batch, Mapping):
-        kept = batch if _makes_decoder_inputs(model, batch) else {
-            name: value for name, value in batch.items() if name != "labels"}
-        return model(**to_device(kept, device_of(model)))
+        given = {} if not _has_cache(model) else {"use_cache": False}
+        given |= {name: value for name, value in batch.items() if name != "labels"
+                  or labels or _makes_decoder_inputs(model, batch)}
+        return model(**to_device(given, device_of(model)))
     if isinstance(batch, (tuple, list)):
         if not batch:
             raise ValueError("the batch is empty: give (x, y), a dict of inputs or a tensor")
