@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['set_seed', 'IndexStream', 'Training', 'TrainState', 'Callback', 'FitResult', 'KeepBest', 'fit']
 
-# %% ../nbs/core/09_train.ipynb #24c813f7
+# %% ../nbs/core/09_train.ipynb #473419f7
 import contextlib
 import hashlib
 import importlib.util
@@ -16,20 +16,22 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-# %% ../nbs/core/09_train.ipynb #c68ff774
+# %% ../nbs/core/09_train.ipynb #6cf57769
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
 from . import processes
-from .modules import modes_kept, shifts_labels
+from adaptlab.modules import (
+    call, cross_entropy, labels_of, modes_kept, resolve_device, shifts_labels, to_device,
+)
 
 # %% ../nbs/core/09_train.ipynb #6d4adb82
 def set_seed(
@@ -62,7 +64,40 @@ def _own_random_state(seed: int | None = None) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
 
-# %% ../nbs/core/09_train.ipynb #b2944ad0
+# %% ../nbs/core/09_train.ipynb #80ec8bfe
+class _Chance:
+    "A stream of random numbers of its own, on the CPU: neither side notices what the other draws."
+
+    def __init__(self):
+        self.state: Any = None
+
+    @staticmethod
+    def _get() -> tuple:
+        return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    @staticmethod
+    def _set(state: tuple) -> None:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+
+    @contextlib.contextmanager
+    def inside(self, seed: int | None = None) -> Iterator[None]:
+        "Draw from this stream, from where it was left or from a seed."
+        outside = self._get()
+        try:
+            if seed is None:
+                self._set(self.state)
+            else:
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.default_generator.manual_seed(seed)
+            yield
+        finally:
+            self.state = self._get()
+            self._set(outside)
+
+# %% ../nbs/core/09_train.ipynb #d382bc8a
 class IndexStream:
     """The order of the samples: one fresh permutation per epoch, a function of the seed alone.
 
@@ -98,13 +133,16 @@ class IndexStream:
     ) -> Tensor:  # [batch_size] int64
         "Row numbers of the global batch of one optimiser step."
         start, missing, parts = number * self.batch_size, self.batch_size, []
+        epoch, offset = divmod(start, self.n)
+        if offset + missing <= self.n:
+            return self.epoch(epoch)[offset : offset + missing]
         while missing:
             epoch, offset = divmod(start, self.n)
             parts.append(self.epoch(epoch)[offset : offset + missing])
             start, missing = start + len(parts[-1]), missing - len(parts[-1])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat(parts)
 
-# %% ../nbs/core/09_train.ipynb #3a32cf84
+# %% ../nbs/core/09_train.ipynb #74fefdc8
 def _columns(data: Any) -> Any:
     "The tensors of column-wise data (Tensor, tuple or dict of tensors, TensorDataset), else None."
     if isinstance(data, TensorDataset):
@@ -124,42 +162,122 @@ def _columns(data: Any) -> Any:
     return columns if isinstance(data, Mapping) else tuple(columns.values())
 
 
+def _tensors(columns: Any) -> list[Tensor]:
+    "Column-wise data as a list."
+    if isinstance(columns, Tensor):
+        return [columns]
+    return list(columns.values() if isinstance(columns, dict) else columns)
+
+
 def _take(columns: Any, rows: Tensor) -> Any:
     "Rows of column-wise data: one `index_select` per tensor instead of one call per sample."
     if isinstance(columns, Tensor):
-        return columns.index_select(0, rows.to(columns.device))
+        return columns.index_select(0, rows.to(columns.device, non_blocking=True))
     if isinstance(columns, dict):
         return {k: _take(v, rows) for k, v in columns.items()}
-    return tuple(_take(v, rows) for v in columns)
+    return tuple([_take(v, rows) for v in columns])
 
-# %% ../nbs/core/09_train.ipynb #9d9f242e
-def _fetcher(data: Any, collate_fn: Callable | None) -> tuple[int, Callable[[Tensor], Any]]:
+
+def _checked_columns(columns: Any) -> int:
+    "The length of column-wise data, or ValueError where its tensors differ in it."
+    names = columns if isinstance(columns, dict) else range(len(_tensors(columns)))
+    lengths = dict(zip(names, map(len, _tensors(columns)), strict=True))
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the tensors of `data` differ in length: {lengths}")
+    return next(iter(lengths.values()))
+
+
+def _table_batch(table: Any, rows: Tensor) -> dict[str, Tensor]:
+    "Rows of a `datasets.Dataset` by whole columns."
+    batch = dict(table[rows.tolist()])
+    wrong = [name for name, value in batch.items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise TypeError(f"column {wrong[0]!r} of `data` holds texts or rows of unequal length: "
+                        "give collate_fn, or leave it out with data.remove_columns")
+    return batch
+
+# %% ../nbs/core/09_train.ipynb #08c47f12
+def _fetcher(
+    data: Any, collate_fn: Callable | None, device: torch.device
+) -> tuple[int, Callable[[Tensor], Any]]:
     "Number of samples of map-style `data`, and a function from row numbers to a batch."
     columns = None if collate_fn else _columns(data)
     if columns is not None:
-        tensors = [columns] if isinstance(columns, Tensor) else list(
-            columns.values() if isinstance(columns, dict) else columns)
-        lengths = {len(t) for t in tensors}
-        if len(lengths) > 1:
-            raise ValueError(f"the tensors of `data` differ in length: {sorted(lengths)}")
-        return lengths.pop(), partial(_take, columns)
+        return _checked_columns(columns), partial(_take, columns)
+    if hasattr(data, "fetch_batch"):
+        if collate_fn is not None:
+            raise ValueError(f"{type(data).__name__} makes whole batches (fetch_batch): "
+                             "collate_fn would never be called, leave it out")
+        return len(data), lambda rows: data.fetch_batch(rows, device)
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise TypeError(f"data must be a map-style Dataset, tensors or a DataLoader, got "
                         f"{type(data).__name__}; wrap an iterable in a DataLoader")
     if hasattr(data, "with_format") and collate_fn is None:  # datasets.Dataset: whole columns
-        table = data.with_format("torch")
-        return len(data), lambda rows: dict(table[rows.tolist()])
+        return len(data), partial(_table_batch, data.with_format("torch"))
     collate = collate_fn or default_collate
     if hasattr(data, "__getitems__"):
-        return len(data), lambda rows: collate(data.__getitems__(rows.tolist()))
+        def whole(rows: Tensor) -> Any:
+            found = data.__getitems__(rows.tolist())
+            return collate(found) if collate_fn or isinstance(found, list) else found
+
+        return len(data), whole
     return len(data), lambda rows: collate([data[i] for i in rows.tolist()])
 
-# %% ../nbs/core/09_train.ipynb #01ffaff9
+# %% ../nbs/core/09_train.ipynb #b0399c6b
+def _leaves(value: Any) -> Iterator[Any]:
+    "What a nested batch holds: tensors, arrays, numbers and texts."
+    if isinstance(value, Mapping):
+        for name in sorted(value, key=str):
+            yield from _leaves(value[name])
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield torch.as_tensor(value) if isinstance(value, np.ndarray | np.generic) else value
+
+
+def _digest(batch: Any) -> str:
+    "Which rows a batch holds: by its whole numbers and texts, as images may be varied at random."
+    leaves = list(_leaves(batch))
+    exact = [v for v in leaves if isinstance(v, (int, str, bytes))
+             or (isinstance(v, Tensor) and not v.is_floating_point())]
+    found = hashlib.sha256()
+    for value in exact or leaves:
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            value = flat.view(torch.uint8).numpy().tobytes()
+        elif not isinstance(value, (int, float, str, bytes)):
+            value = type(value).__name__  # an object, such as an image: its text is not stable
+        found.update(value if isinstance(value, bytes) else repr(value).encode())
+    return found.hexdigest()[:12]
+
+
+def _ends(data: Any) -> str | None:
+    "A digest of the first and the last row, where reading them has no side effect; else None."
+    columns, rows = _columns(data), [0, len(data) - 1] if hasattr(data, "__len__") else []
+    if columns is not None:
+        return _digest([_take(columns, torch.tensor([0, len(_tensors(columns)[0]) - 1]))])
+    if isinstance(data, (list, tuple)):
+        return _digest([data[i] for i in rows])
+    if isinstance(data, Subset):
+        return _digest([list(map(int, data.indices)), _ends(data.dataset)])
+    if hasattr(data, "with_format"):
+        return _digest([data.with_format(None)[i] for i in rows])
+    return None
+
+
+def _check_alike(what: Any) -> None:
+    "ValueError in every process where they were not given the same data."
+    if len({repr(said) for said in processes.gather([what])}) > 1:
+        raise ValueError("the processes were given different data, as if it had been shared out "
+                         "before: give every process all of it, fit shares out each batch")
+
+# %% ../nbs/core/09_train.ipynb #3ecf1948
 class _Rows:
     "Micro-batches of map-style data: this process's share of the common index stream."
 
-    def __init__(self, data, collate_fn, batch_size, seed, rank, world, accumulate):
-        n, self.fetch = _fetcher(data, collate_fn)
+    def __init__(self, data, collate_fn, batch_size, seed, rank, world, accumulate, device="cpu"):
+        n, self.fetch = _fetcher(data, collate_fn, device)
         self.stream = IndexStream(n, batch_size, seed)
         if batch_size % (world * accumulate):
             raise ValueError(
@@ -169,11 +287,20 @@ class _Rows:
         self.n, self.batch_size, self.steps_per_epoch = n, batch_size, n / batch_size
         self.parts = range(rank * accumulate, (rank + 1) * accumulate)
         self.size = batch_size // (world * accumulate)
+        self.ends = _ends(data)
+        if world > 1:
+            _check_alike((n, self.ends))
 
     def micro_batches(self, step: int) -> Iterator[Any]:
         rows = self.stream.step(step)
         for part in self.parts:
             yield self.fetch(rows[part * self.size : (part + 1) * self.size])
+
+    def last_digest(self) -> None:
+        "Nothing to compare on resume: the rows of any step can be computed."
+
+    def close(self) -> None:
+        "Nothing to put back."
 
 # %% ../nbs/core/09_train.ipynb #7aedf382
 def _slice(batch: Any, part: int, parts: int) -> Any:
@@ -191,11 +318,72 @@ def _slice(batch: Any, part: int, parts: int) -> Any:
     size = len(batch) // parts
     return batch[part * size : (part + 1) * size]
 
-# %% ../nbs/core/09_train.ipynb #3fc9fab9
+# %% ../nbs/core/09_train.ipynb #afffc5c4
+_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+
+
+def _loader_parts(loader: DataLoader) -> tuple[list[Any], list[Any]]:
+    "The loader, its samplers and datasets; and the random generators that they hold."
+    parts, generators, queue = [], [], [loader]
+    while queue:
+        part = queue.pop(0)
+        if any(part is known for known in parts) or not hasattr(part, "__dict__"):
+            continue
+        parts.append(part)
+        for name, value in list(vars(part).items()):
+            if isinstance(value, _GENERATORS):
+                if not any(value is known for known in generators):
+                    generators.append(value)
+            elif name in ("datasets", "transforms") and isinstance(value, (list, tuple)):
+                queue.extend(value)
+            elif name.endswith(("sampler", "dataset", "source", "transform", "transforms")):
+                queue.append(value)
+    return parts, generators
+
+
+def _refuse_shared_out(parts: Sequence[Any]) -> None:
+    "ValueError for a loader that gives every process another part of the data."
+    for part in parts:
+        split = getattr(part, "_distributed", None)  # datasets.distributed.split_dataset_by_node
+        counts = [getattr(part, "num_replicas", 1), getattr(part, "num_processes", 1),
+                  getattr(split, "world_size", 1)]
+        if any(isinstance(count, int) and count > 1 for count in counts):
+            raise ValueError(
+                f"the loader's {type(part).__name__} gives each process a part of the data "
+                "already, and fit cuts every batch into the parts of the processes: give a plain "
+                "DataLoader (shuffle=True) with the global batch_size, or the dataset itself")
+
+
+def _generator_state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return (generator.bit_generator.state if isinstance(generator, np.random.Generator)
+            else generator.get_state())
+
+
+def _set_generator(generator: Any, state: Any) -> None:
+    "Put a generator into a state, or seed it with a number."
+    if isinstance(generator, torch.Generator):
+        (generator.manual_seed if isinstance(state, int) else generator.set_state)(state)
+    elif isinstance(generator, random.Random):
+        (generator.seed if isinstance(state, int) else generator.setstate)(state)
+    elif isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        bits.state = type(bits)(state).state if isinstance(state, int) else state
+    else:
+        (generator.seed if isinstance(state, int) else generator.set_state)(state)
+
+# %% ../nbs/core/09_train.ipynb #3be2dadf
 class _Batches:
     "Micro-batches of a DataLoader: each of its batches is one global batch, seeded per epoch."
 
+    ends = None  # what a loader reads is compared batch by batch
+
     def __init__(self, loader: DataLoader, seed, rank, world, accumulate):
+        self.pieces, generators = _loader_parts(loader)
+        _refuse_shared_out(self.pieces)
         try:
             self.steps_per_epoch: float | None = len(loader)
         except TypeError:  # an iterable dataset without a length
@@ -203,49 +391,94 @@ class _Batches:
         if self.steps_per_epoch == 0:
             raise ValueError("data is empty: the DataLoader yields no batch")
         self.loader, self.seed, self.n = loader, seed, self.steps_per_epoch
-        self.batch_size = loader.batch_size
-        self.total = world * accumulate
+        self.batch_size, self.total = loader.batch_size, world * accumulate
         self.parts = range(rank * accumulate, (rank + 1) * accumulate)
         self.next_step, self.epoch, self.iterator, self.first = 0, -1, None, None
+        self.chance, self.last, self.expected = _Chance(), None, None
+        self.found = [(g, _generator_state(g)) for g in generators]
+        # the seed that a generator was made with decides, however much it was used since
+        self.own = processes.together([g.initial_seed() % 2**63 if isinstance(g, torch.Generator)
+                                       else 0 for g in generators])
+
+    def _seed_epoch(self) -> int:
+        "Seed what the loader holds; returns the seed of the global generators."
+        self.epoch += 1
+        for i, ((generator, _), own) in enumerate(zip(self.found, self.own, strict=True)):
+            _set_generator(generator, _mixed(self.seed, self.epoch, i, own))
+        for piece in self.pieces:
+            if callable(getattr(piece, "set_epoch", None)):
+                piece.set_epoch(self.epoch)
+        return _mixed(self.seed, self.epoch)
 
     def _start_epoch(self) -> None:
         "Start the next epoch. Samplers draw their order when the first batch is asked for."
-        self.epoch += 1
-        with _own_random_state(_mixed(self.seed, self.epoch)):
+        with self.chance.inside(self._seed_epoch()):
             self.iterator = iter(self.loader)
             self.first = next(self.iterator, None)
         if self.first is None:
             raise ValueError(f"data is empty: the DataLoader yields no batch in epoch {self.epoch}")
+        if self.total > 1:
+            _check_alike(_digest(self.first))
 
     def _next(self) -> Any:
         if self.iterator is None:
             self._start_epoch()
-        batch, self.first = (self.first, None) if self.first is not None else (
-            next(self.iterator, None), None)
+        batch, self.first = self.first, None
+        if batch is None:
+            with self.chance.inside():
+                batch = next(self.iterator, None)
         if batch is None:
             self._start_epoch()
             batch, self.first = self.first, None
         self.next_step += 1
+        self.last = batch
         return batch
 
-    def micro_batches(self, step: int) -> Iterator[Any]:
-        if self.next_step < step and self.steps_per_epoch:  # resuming: whole epochs need no reading
-            self.epoch = step // int(self.steps_per_epoch) - 1
-            self.next_step = (self.epoch + 1) * int(self.steps_per_epoch)
-        while self.next_step < step:
-            with _own_random_state():
+    def _pass_epoch(self) -> None:
+        "Let the samplers go through an epoch, without reading any data."
+        with self.chance.inside(self._seed_epoch()):
+            batched = self.loader.batch_sampler is not None
+            for _ in self.loader.batch_sampler if batched else self.loader.sampler:
+                self.next_step += 1
+
+    def _read_forward(self, step: int) -> None:
+        "Resuming: come to a step as the run that was interrupted did."
+        whole = self.steps_per_epoch and not isinstance(self.loader.dataset, IterableDataset)
+        while whole and self.next_step + self.steps_per_epoch <= step:
+            self._pass_epoch()
+        with _own_random_state():
+            while self.next_step < step:
                 self._next()
+        if self.next_step > step or (self.last is not None and self.expected is not None
+                                     and _digest(self.last) != self.expected):
+            raise ValueError(
+                "this run can't be resumed: its DataLoader does not give the same batches again. "
+                "Draw its order from `random`, `numpy`, `torch` or a generator that its sampler or "
+                "dataset holds, or start over with resume=False")
+
+    def micro_batches(self, step: int) -> Iterator[Any]:
+        if self.next_step < step:
+            self._read_forward(step)
         batch = self._next()
         for part in self.parts:
             yield batch if self.total == 1 else _slice(batch, part, self.total)
 
-# %% ../nbs/core/09_train.ipynb #4909693b
+    def last_digest(self) -> str:
+        "Which rows the last batch held, for a checkpoint."
+        return _digest(self.last)
+
+    def close(self) -> None:
+        "Leave the generators as they were found."
+        for generator, state in self.found:
+            _set_generator(generator, state)
+
+# %% ../nbs/core/09_train.ipynb #b85a708c
 def _default_loss(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
-    "`model(**batch).loss`, with its number of tokens when the labels are token labels."
+    "The loss of a model of transformers, or cross-entropy of pairs; and the number of labels."
     if not isinstance(batch, Mapping):
-        raise TypeError(f"without loss_fn a batch must be a dict of model inputs with 'labels', "
-                        f"got {type(batch).__name__}; give loss_fn(model, batch)")
-    loss = model(**batch).loss
+        loss, labels = cross_entropy(model, batch), labels_of(batch)
+        return loss, None if labels.is_floating_point() else (labels != -100).sum()
+    loss = getattr(call(model, batch, labels=True), "loss", None)
     if loss is None:
         raise ValueError("the model returned no loss: put 'labels' into the batch or give loss_fn")
     labels = batch.get("labels")
@@ -272,7 +505,7 @@ class _LossModule(nn.Module):
             raise ValueError("the loss does not depend on any trainable parameter")
         return loss.reshape(()), count
 
-# %% ../nbs/core/09_train.ipynb #813a1d83
+# %% ../nbs/core/09_train.ipynb #ecdd669f
 _TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # tracker -> the package it needs
 
 
@@ -288,11 +521,41 @@ def _check_tracker(tracker: str | None) -> str | None:
     return tracker
 
 
+def _check_fsdp() -> None:
+    "ValueError for FSDP 1, which mixes up frozen and trainable weights."
+    on = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1", "yes")
+    if on and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError("FSDP 1 can't shard a model that is partly frozen: use FSDP 2, by "
+                         "`fsdp_version: 2` in accelerate's configuration (FSDP_VERSION=2)")
+
+
+def _keep_loss_exact(plugin: Any) -> None:
+    "FSDP 2 must not round what the model returns to its own precision: the loss is among it."
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if policy is not None and getattr(policy, "output_dtype", None) is not None:
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None)
+
+
+@contextlib.contextmanager
+def _this_gpu(device: torch.device) -> Iterator[None]:
+    "Make a GPU that was named by its number the current one; accelerate works on that."
+    if device.type != "cuda" or device.index is None:
+        yield
+        return
+    mine = int(os.environ.get("LOCAL_RANK", "0"))
+    if processes.world_size() > 1 and device.index != mine:
+        raise ValueError(f"device={str(device)!r}: each of several processes takes the GPU of its "
+                         "own number, give device='auto'")
+    with torch.cuda.device(device):
+        yield
+
+
 def _new_accelerator(model: nn.Module, precision: str, device: Any, **kwargs: Any) -> Any:
     "An `Accelerator` for this precision and device, or ValueError."
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    kind = None if str(device) == "auto" else torch.device(device).type
+    kind = None if str(device) == "auto" else resolve_device(device).type
+    _check_fsdp()
     # a parameter without a part in the loss must not stop DDP; checkpointing forbids the search
     checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     processes.join("auto" if kind is None else kind)
@@ -304,6 +567,7 @@ def _new_accelerator(model: nn.Module, precision: str, device: Any, **kwargs: An
     if kind not in (None, accelerator.device.type):
         raise ValueError(f"device={str(device)!r} is not available here; 'auto' would choose "
                          f"{str(accelerator.device)!r}")
+    _keep_loss_exact(getattr(accelerator.state, "fsdp_plugin", None))
     return accelerator
 
 # %% ../nbs/core/09_train.ipynb #5650efd3
@@ -451,7 +715,7 @@ class _Recipe:
         return get_scheduler(schedule, optimizer, num_warmup_steps=warmup,
                              num_training_steps=steps)
 
-# %% ../nbs/core/09_train.ipynb #5350a102
+# %% ../nbs/core/09_train.ipynb #65371de0
 def _fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     "What a checkpoint silently relies on: trainable names and shapes, frozen values, optimiser."
     trainable, frozen = hashlib.sha256(), hashlib.sha256()
@@ -460,8 +724,9 @@ def _fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
         digest.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
         if not p.requires_grad and p.is_floating_point():
             digest.update(f"{p.detach().float().norm().item():.5e}".encode())
-    group = optimizer.param_groups[0]
-    hyper = {k: str(v) for k, v in group.items() if k not in ("params", "initial_lr")}
+    groups = optimizer.param_groups
+    hyper = {k: str(groups[0][k] if len(groups) == 1 else [g.get(k) for g in groups])
+             for k in groups[0] if k not in ("params", "initial_lr")}
     return {
         "trainable parameters": trainable.hexdigest()[:12],
         "frozen weights": frozen.hexdigest()[:12],
@@ -594,7 +859,7 @@ class FitResult:
 
         return pd.DataFrame(self.rows)
 
-# %% ../nbs/core/09_train.ipynb #218be89a
+# %% ../nbs/core/09_train.ipynb #42e313b4
 @dataclass
 class _Plan:
     "When things happen in a run."
@@ -618,7 +883,8 @@ class _Plan:
         _check_count(log_every=self.log_every, eval_every=self.eval_every,
                      checkpoint_every=self.checkpoint_every)
 
-    def source(self, data: Any, collate_fn: Callable | None, rank: int, world: int) -> Any:
+    def source(self, data: Any, collate_fn: Callable | None, rank: int, world: int,
+               device: Any = "cpu") -> Any:
         "This process's micro-batches, and from their number the steps of the run."
         split = (self.seed, rank, world, self.accumulate)
         if isinstance(data, DataLoader):
@@ -627,7 +893,7 @@ class _Plan:
                                  "collate_fn: set them there")
             source = _Batches(data, *split)
         else:
-            source = _Rows(data, collate_fn, self.training.batch_size or 32, *split)
+            source = _Rows(data, collate_fn, self.training.batch_size or 32, *split, device)
         if self.steps is None:
             if source.steps_per_epoch is None:
                 raise ValueError("the length of an epoch is unknown: give steps, not epochs")
@@ -636,7 +902,19 @@ class _Plan:
             self.checkpoint_every = max(1, self.steps // 10)
         return source
 
-# %% ../nbs/core/09_train.ipynb #ec38fbf4
+# %% ../nbs/core/09_train.ipynb #d0d89232
+def _move(model: nn.Module, device: torch.device) -> None:
+    "The model on the device; ValueError for one whose weights lie elsewhere by accelerate's plan."
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    places = {t.device for tensors in (model.parameters(), model.buffers()) for t in tensors}
+    if any(place.type == "meta" for place in places):
+        raise ValueError("weights of the model are offloaded (on the meta device) and can't be "
+                         "trained: load it without device_map, or shard it with FSDP 2")
+    if places != {device}:  # a quantised model is where it must be, and refuses to be moved
+        model.to(device)
+
+# %% ../nbs/core/09_train.ipynb #99b0f961
 class _Loop:
     "One run of `fit`, split into small steps."
 
@@ -644,15 +922,23 @@ class _Loop:
         self.accelerator, self.source, self.plan = accelerator, source, plan
         self.device, self.world = accelerator.device, accelerator.num_processes
         if accelerator.distributed_type.value != "FSDP":  # FSDP moves its own shards
-            model.to(self.device)
+            _move(model, self.device)
         optimizer = recipe.build_optimizer(model)
         self.settings = self._settings(model, optimizer, recipe) if plan.checkpoint_dir else {}
         self.scheduler = recipe.build_schedule(optimizer, plan.steps)
-        self.module, prepared = accelerator.prepare(_LossModule(model, loss_fn), optimizer)
+        if self.scheduler is not None and plan.checkpoint_dir:
+            numbers = {k: v for k, v in self.scheduler.state_dict().items() if k[0] != "_"}
+            self.settings["rates"] = _digest(json.dumps(numbers, sort_keys=True, default=str))
+        inner = _LossModule(model, loss_fn)
+        self.module, prepared = accelerator.prepare(inner, optimizer)
+        # hooks of a module's call cost more than a small model's step: not where there are none
+        self.forward = inner.forward if self.module is inner and self.world == 1 and (
+            accelerator.distributed_type.value == "NO") else self.module
         self.params = [p for g in prepared.param_groups for p in g["params"] if p.requires_grad]
         # accelerate's wrappers cost more than a small model's step: use them where they matter
         self.plain = accelerator.scaler is None and (
             accelerator.distributed_type.value in ("NO", "MULTI_CPU", "MULTI_GPU"))
+        self.single = self.plain and self.world == plan.accumulate == 1
         self.optimizer = prepared.optimizer if self.plain else prepared
         self.with_grad = {*self.params, *model.parameters()}
         self.state = TrainState(model, prepared.optimizer, plan.steps)
@@ -670,7 +956,8 @@ class _Loop:
         plan, schedule = self.plan, recipe.training.schedule
         name = getattr(schedule, "__qualname__", type(schedule).__name__)
         return {
-            "samples": self.source.n, "batch_size": self.source.batch_size, "seed": plan.seed,
+            "samples": self.source.n, "data": self.source.ends, "seed": plan.seed,
+            "batch_size": self.source.batch_size,
             "processes": self.world, "accumulate": plan.accumulate, "clip": plan.clip,
             "precision": self.accelerator.mixed_precision, "warmup": recipe.training.warmup,
             "schedule": name if callable(schedule) else schedule,
@@ -678,16 +965,14 @@ class _Loop:
             "steps": None if schedule == "constant" else plan.steps,
         } | _fingerprint(model, optimizer)
 
-# %% ../nbs/core/09_train.ipynb #3acc43b2
+# %% ../nbs/core/09_train.ipynb #43a186b3
 def _backward(loop: _Loop, batch: Any, last: bool) -> tuple[Tensor, Tensor | None]:
     "Forward and backward of one micro-batch; processes exchange gradients on the last one only."
     if loop.device.type != "cpu":
-        from accelerate.utils import send_to_device
-
-        batch = send_to_device(batch, loop.device, non_blocking=True)
+        batch = to_device(batch, loop.device)
     silent = loop.world > 1 and not last
     with loop.accelerator.no_sync(loop.module) if silent else contextlib.nullcontext():
-        loss, count = loop.module(batch)
+        loss, count = loop.forward(batch)
         if count is not None:  # a mean over few tokens must weigh less than one over many
             loss = torch.where(count > 0, loss, 0.0) * count
         elif loop.plan.accumulate > 1:
@@ -695,12 +980,18 @@ def _backward(loop: _Loop, batch: Any, last: bool) -> tuple[Tensor, Tensor | Non
         loss.backward() if loop.plain else loop.accelerator.backward(loss)
     return loss.detach(), count
 
-# %% ../nbs/core/09_train.ipynb #c725d95d
-def _gradients(loop: _Loop) -> Tensor:
+
+def _gradients(loop: _Loop, batches: Iterable[Any]) -> Tensor:
     "Gradients of one step's global batch; returns its mean loss on this process."
+    if loop.single:  # one mean over everything: nothing to weigh
+        (batch,) = batches
+        loss, _ = loop.forward(batch if loop.device.type == "cpu" else
+                               to_device(batch, loop.device))
+        loss.backward()
+        return loss.detach()
     total = counted = None
     last = loop.plan.accumulate - 1
-    for i, batch in enumerate(loop.source.micro_batches(loop.state.step)):
+    for i, batch in enumerate(batches):
         loss, count = _backward(loop, batch, i == last)
         total = loss if total is None else total + loss
         if count is not None:
@@ -712,25 +1003,45 @@ def _gradients(loop: _Loop) -> Tensor:
         total = total * scale
     return total
 
+# %% ../nbs/core/09_train.ipynb #d5b6b945
+_FP16_TRIES = 40  # from 65,536 the scaler halves its number until nothing finite can overflow
 
-def _step(loop: _Loop) -> None:
-    "One optimiser step: gradients, clipping, callbacks, update, schedule."
+
+def _update(loop: _Loop, batches: Iterable[Any]) -> bool:
+    "Gradients, clipping, callbacks, and the optimiser's step; False where fp16 left it out."
     state = loop.state
-    loss = _gradients(loop)
+    state.loss = _gradients(loop, batches)
+    scaled = loop.accelerator.scaler is not None
     if loop.plan.clip is not None:
         clip = nn.utils.clip_grad_norm_ if loop.plain else loop.accelerator.clip_grad_norm_
         loop.norm = clip(loop.params, loop.plan.clip)
+    elif scaled:  # callbacks see gradients of their true size
+        loop.accelerator.unscale_gradients()
     for callback in loop.before:
         callback(state)
-    state.lr = state.optimizer.param_groups[0]["lr"]
     loop.optimizer.step()
     for parameter in loop.with_grad:
         parameter.grad = None
+    return not (scaled and loop.optimizer.step_was_skipped)
+
+
+def _step(loop: _Loop) -> None:
+    "One optimiser step and what belongs to it."
+    state = loop.state
+    batches = loop.source.micro_batches(state.step)
+    if loop.accelerator.scaler is None:
+        _update(loop, batches)
+    else:
+        batches = list(batches)
+        if not any(_update(loop, batches) for _ in range(_FP16_TRIES)):
+            raise FloatingPointError(
+                f"the gradients are not finite at step {state.step + 1}, however small the scale "
+                "of fp16: lower lr or clip gradients (clip=1.0), or use precision='bf16'")
+    state.lr = state.optimizer.param_groups[0]["lr"]
     if loop.scheduler is not None:
         loop.scheduler.step()
     state.step += 1
-    state.loss = loss
-    loop.recent.append(loss)
+    loop.recent.append(state.loss)
     for callback in loop.after:
         callback(state)
 
@@ -839,7 +1150,7 @@ class KeepBest(Callback):
         "From a checkpoint."
         vars(self).update(state)
 
-# %% ../nbs/core/09_train.ipynb #92fc8335
+# %% ../nbs/core/09_train.ipynb #18765fac
 def _checkpoint(loop: _Loop) -> None:
     "Save the run, unless a weight in it is not finite."
     _drain(loop)
@@ -849,7 +1160,8 @@ def _checkpoint(loop: _Loop) -> None:
             "(clip=1.0); the last checkpoint is untouched")
     _save_checkpoint(loop.accelerator, Path(loop.plan.checkpoint_dir), {
         "step": loop.state.step, "settings": loop.settings, "rows": loop.rows,
-        "pending": loop.pending, "finished": loop.state.stop})
+        "pending": loop.pending, "finished": loop.state.stop,
+        "batch": loop.source.last_digest()})
 
 
 def _restore(loop: _Loop) -> int:
@@ -879,6 +1191,7 @@ def _restore(loop: _Loop) -> int:
                          "the one before") from error
     loop.state.step, loop.state.stop = progress["step"], progress["finished"]
     loop.rows, loop.pending = progress["rows"], progress["pending"]
+    loop.source.expected = progress.get("batch")
     return loop.state.step
 
 # %% ../nbs/core/09_train.ipynb #30240250
@@ -939,11 +1252,12 @@ def _run(loop: _Loop) -> int:
         callback(state)
     return start
 
-# %% ../nbs/core/09_train.ipynb #8470ffa5
+# %% ../nbs/core/09_train.ipynb #afac2efa
 def fit(
     model: nn.Module,  # trained in place; only parameters with requires_grad move
     data: Any,  # map-style Dataset, list, tensors or arrays (one, tuple, dict), DataLoader
-    loss_fn: Callable | None = None,  # (model, batch) -> mean loss | (mean loss, its count)
+    loss_fn: Callable | None = None,  # (model, batch) -> mean loss | (mean loss, its count);
+    # None: the loss of a model of transformers, or the cross-entropy of (x, y)
     *,
     steps: int | None = None,  # optimiser steps; give steps or epochs
     epochs: float | None = None,  # passes over the data
@@ -956,7 +1270,7 @@ def fit(
     clip: float | None = None,  # largest norm of the gradient
     accumulate: int = 1,  # micro-batches per step and process
     precision: str = "no",  # autocast to "bf16" or "fp16"; "no": as the weights are
-    device: Any = "auto",  # "auto": a GPU where there is one; "cpu"
+    device: Any = "auto",  # "auto": a GPU where there is one; "cpu", "cuda:1"
     collate_fn: Callable | None = None,  # list of samples -> batch
     callbacks: Sequence[Any] = (),  # Callback objects, or functions of TrainState
     eval_fn: Callable | None = None,  # model -> number or dict of numbers, called in eval mode
@@ -984,16 +1298,19 @@ def fit(
     plan = _Plan(training, log_every, eval_fn, eval_every, checkpoint_dir, checkpoint_every,
                  resume, seed, progress)
     recipe = _Recipe(optimizer, training)
-    with (modes_kept(model), _own_random_state(seed),
+    named = torch.device("cpu") if str(device) == "auto" else resolve_device(device)
+    with (_this_gpu(named), modes_kept(model), _own_random_state(seed),
           _accelerator(model, precision, device, tracker, log_dir) as accelerator):
-        if accelerator.process_index:
-            set_seed(_mixed(seed, accelerator.process_index))  # its own dropout masks
-        source = plan.source(data, collate_fn, accelerator.process_index, accelerator.num_processes)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        if rank:
+            set_seed(_mixed(seed, rank))  # its own dropout masks
+        source = plan.source(data, collate_fn, rank, world, accelerator.device)
         model.train()
         try:
             loop = _Loop(accelerator, model, source, loss_fn or _default_loss, plan, recipe,
                          callbacks)
             start = _run(loop)
         finally:
+            source.close()
             model.zero_grad(set_to_none=True)
     return FitResult(loop.rows, loop.state.step, time.perf_counter() - started, start)

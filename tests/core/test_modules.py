@@ -45,7 +45,7 @@ def test_device_of_what_is_there():
     half = nn.Sequential(nn.Linear(2, 2, device="meta"), nn.Linear(2, 2))  # offloaded, and here
     assert device_of(half).type == "cpu"
     only_buffers = nn.BatchNorm1d(3, affine=False).to("meta")
-    assert device_of(only_buffers).type == "cpu"  # nothing is anywhere
+    assert device_of(only_buffers).type == "meta"  # shapes only
 
 
 def test_to_device_keeps_the_nesting():

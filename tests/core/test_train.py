@@ -520,8 +520,8 @@ def test_bad_types():
         quick(data=iter([1, 2]))
     with pytest.raises(TypeError, match="column 'y'.*list"):
         quick(data={"x": torch.zeros(3, 12), "y": [0, 1, 0]})
-    with pytest.raises(TypeError, match="dict of model inputs"):
-        quick(loss_fn=None)
+    with pytest.raises(ValueError, match="batch with labels"):
+        quick(data=torch.zeros(9, 12), loss_fn=None)
     with pytest.raises(TypeError, match="params -> Optimizer"):
         quick(optimizer=lambda params: 3)
     with pytest.raises(ValueError, match="no loss"):
