@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'local_path', 'cache_dir', 'atomic_path', 'atomic_write_text', 'file_lock', 'sha256', 'build_once',
-           'FetchError', 'storage_problem', 'extract_wheel', 'wheel_member', 'hub_problem']
+           'FetchError', 'storage_problem', 'extract_wheel', 'wheel_member', 'hub_problem', 'hub_answer']
 
 # %% ../nbs/core/01_cache.ipynb #13bdc1ab
 import errno
@@ -224,7 +224,7 @@ def build_once(
             _seal(temporary)
     return folder
 
-# %% ../nbs/core/01_cache.ipynb #14d80943
+# %% ../nbs/core/01_cache.ipynb #77b9a927
 class FetchError(OSError):
     "A file could not be had; the message says why, and how to get it."
 
@@ -234,15 +234,14 @@ _FULL = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EROFS")} -
 
 def storage_problem(
     error: BaseException | None,  # what was raised while something was fetched
-) -> bool:
-    "Whether it (or what it came from) tells of the disk, not of the network."
-    seen = 0
-    while error is not None and seen < 20:
+) -> OSError | None:  # None: it tells of something else, such as the network
+    "The error of the disk that is the cause, if there is one: full, read-only, not permitted."
+    for _ in range(20):  # a chain of causes is rarely longer than three
         file = isinstance(error, PermissionError) and error.filename  # not a closed socket
         if file or (isinstance(error, OSError) and error.errno in _FULL):
-            return True
-        error, seen = error.__cause__ or error.__context__, seen + 1
-    return False
+            return error
+        error = error and (error.__cause__ or error.__context__)
+    return None
 
 
 def _pip_said(stderr: str) -> str:
@@ -266,7 +265,8 @@ def _pip_download(requirement: str, folder: Path) -> Path:
     manner += ["--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, *manner]
     done = subprocess.run(
-        [*command, "--dest", str(folder), requirement], capture_output=True, text=True)
+        [*command, "--dest", str(folder), requirement], capture_output=True, encoding="utf-8",
+        errors="replace")
     wheels = list(folder.glob("*.whl"))
     if not done.returncode and len(wheels) == 1:
         return wheels[0]
@@ -344,3 +344,25 @@ def hub_problem() -> str:  # one sentence, or ""
         reason = getattr(error, "reason", None) or error
         return f"{constants.ENDPOINT} can't be reached ({reason}); connect to the network"
     return ""
+
+# %% ../nbs/core/01_cache.ipynb #9d90187e
+def hub_answer(
+    error: BaseException,  # what the hub's client has raised
+    name: str,  # of what was asked for
+) -> str:
+    "What the hub said, on one line, and what to do."
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        return (f"{name} is gated: accept its terms on {constants.ENDPOINT}/{name}, and log in "
+                "with `hf auth login`")
+    if isinstance(error, RevisionNotFoundError):
+        return f"{name} has no such revision"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{name} is not there, or private (then log in with `hf auth login`)"
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PINNED', 'convert_gguf', 'Loaded', 'load', 'encode']
 
-# %% ../nbs/core/04_models.ipynb #492c19f2
+# %% ../nbs/core/04_models.ipynb #55932b2d
 import difflib
 import json
 import warnings
@@ -23,6 +23,7 @@ from adaptlab.cache import (
     build_once,
     cache_dir,
     extract_wheel,
+    hub_answer,
     hub_problem,
     local_path,
     sha256,
@@ -202,7 +203,7 @@ def _complete(want: dict[str, Any], **options: Any) -> Path | None:
     whole = (folder / "config.json").is_file() and not _missing_weights(folder)
     return folder if whole else None
 
-# %% ../nbs/core/04_models.ipynb #b62792ee
+# %% ../nbs/core/04_models.ipynb #459fbf29
 def _cached(want: dict[str, Any]) -> Path | None:
     "The folder of a hub model that was fetched before."
     from huggingface_hub import constants
@@ -237,10 +238,10 @@ def _from_hub(name: str, revision: str | None) -> Path:
             want["revision"] = _converted(name)
             folder = _complete(want) if want["revision"] else None
     except (OSError, ValueError) as error:
-        if storage_problem(error):
-            raise
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise FetchError(f"{type(error).__name__}: {first}") from error
+        disk = storage_problem(error)
+        if disk:
+            raise disk from None
+        raise FetchError(hub_answer(error, name)) from error
     if folder is None:
         raise FetchError("its weights are no safetensors, and pickles are never read")
     return folder

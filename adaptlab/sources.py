@@ -484,7 +484,7 @@ def _build(name: str, folder: Path) -> None:
         table = Dataset.from_dict(columns, features=info.features, info=info)
         table.save_to_disk(folder / "arrow")
 
-# %% ../nbs/core/07_sources.ipynb #616f1b29
+# %% ../nbs/core/07_sources.ipynb #945f543c
 _REVISION = 2  # of the code above; it changes when a dataset's content does
 
 
@@ -492,6 +492,8 @@ def version(
     name: str,  # a bundled dataset
 ) -> str:  # differs where the content may
     "What a bundled dataset was made from: versions of the packages, and of the code above."
+    if name not in SOURCES:
+        raise ValueError(f"no bundled dataset {name!r}; there are {', '.join(SOURCES)}")
     return re.sub(r"[^\w.+-]+", "-", f"{SOURCES[name].version()}-r{_REVISION}")
 
 
@@ -501,7 +503,5 @@ def bundled(
     "A bundled dataset: made on first use, then read from the cache."
     import datasets
 
-    if name not in SOURCES:
-        raise ValueError(f"no bundled dataset {name!r}; there are {', '.join(SOURCES)}")
     folder = build_once(cache_dir() / "data" / f"{name}-{version(name)}", partial(_build, name))
     return datasets.load_from_disk(folder / "arrow", keep_in_memory=True)

@@ -1,6 +1,7 @@
 """cache: all or nothing, one at a time, damage noticed; with real processes and real signals."""
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -183,7 +184,22 @@ def test_storage_problem():
     assert not cache.storage_problem(ConnectionError("gone")) and not cache.storage_problem(None)
     outer = RuntimeError("download failed")
     outer.__cause__ = OSError(errno.ENOSPC, "full")
-    assert cache.storage_problem(outer)
+    assert cache.storage_problem(outer) is outer.__cause__
+
+
+def test_hub_answer():
+    import httpx
+    from huggingface_hub import errors
+
+    def error(kind):
+        request = httpx.Request("GET", "https://huggingface.co")
+        return kind("401 Client Error.\n\nmore", response=httpx.Response(401, request=request))
+
+    for kind, words in ((errors.GatedRepoError, "is gated: accept its terms on .*/meta/model"),
+                        (errors.RepositoryNotFoundError, "is not there, or private"),
+                        (errors.RevisionNotFoundError, "no such revision"),
+                        (errors.HfHubHTTPError, "HfHubHTTPError: 401 Client Error")):
+        assert re.search(words, cache.hub_answer(error(kind), "meta/model")), kind
 
 
 def test_touched_is_not_damaged(tmp_path, recwarn):

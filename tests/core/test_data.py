@@ -138,6 +138,11 @@ def test_the_hubs_errors_are_told_apart(monkeypatch):
     with pytest.raises(OSError, match="No space left") as caught:
         data.load("some/x")
     assert not isinstance(caught.value, FetchError)
+    broken = datasets.exceptions.DatasetGenerationError("An error occurred")
+    broken.__cause__ = OSError(28, "No space left on device")
+    says(broken)
+    with pytest.raises(OSError, match="No space left"):
+        data.load("some/x")
     says(datasets.exceptions.DatasetNotFoundError("Dataset 'some/x' doesn't exist"))
     with pytest.raises(FetchError, match="no dataset 'some/x'.*DatasetNotFoundError"):
         data.load("some/x")
@@ -194,10 +199,19 @@ def test_split_of_a_dataset_and_by_counts():
         data.split(ds, (0.5, 0.5), stratify="class")
 
 
-@pytest.mark.parametrize("fractions", [(), (0.5, 0.6), (-0.1, 0.5), (6, 5), (1e-9, 0.5), (0, 1)])
+@pytest.mark.parametrize("fractions", [
+    (), (0.5, 0.6), (-0.1, 0.5), (6, 5), (1e-9, 0.5), (0, 1), 0.5, None, "ab", ("a",), (None, 1),
+    (float("nan"), 0.5)])
 def test_split_refuses(fractions):
     with pytest.raises(ValueError, match="fractions"):
         data.split(10, fractions)
+
+
+def test_split_needs_a_number_or_a_dataset():
+    with pytest.raises(TypeError, match="n_or_ds is a Tensor"):
+        data.split(torch.zeros(10), (0.5, 0.5))
+    with pytest.raises(ValueError, match="stratify = 'label' is a name"):
+        data.split(10, (0.5, 0.5), stratify="label")
 
 
 # datasets

@@ -48,3 +48,9 @@ def test_statsmodels_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "statsmodels.datasets.co2", None)
     with pytest.raises(ImportError, match=r"adaptlab\[lab\]"):
         sources.bundled("co2")
+
+
+def test_unknown_source():
+    for call in (sources.bundled, sources.version):
+        with pytest.raises(ValueError, match="no bundled dataset 'digit'; there are mnist5k"):
+            call("digit")
