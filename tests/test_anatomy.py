@@ -1,6 +1,7 @@
 """Every lesson has the same anatomy, so that a reader who knows one finds everything in the next.
 
-The notebooks are read as they are committed: nothing is run here (`--nbval-lax` does that).
+The notebooks are read as they are committed: nothing is run here (`--nbval-lax` does that). Which
+module may import which is tested in `test_house.py`.
 """
 
 import ast
@@ -13,14 +14,16 @@ from pathlib import Path
 import pytest
 
 from adaptlab import catalog, site
-from adaptlab.experiment import REPORT_MIME
+from adaptlab.bench import report as reports
 
 ROOT = Path(__file__).parents[1]
 LESSONS = site.lessons_written(ROOT)
+EXPERIMENTS = site.experiments_written(ROOT)
 HEADINGS = [
     "The picture",
     "The problem",
     "The idea",
+    "In a few lines",
     "Build it",
     "Does it hold?",
     "Full scale",
@@ -29,6 +32,7 @@ HEADINGS = [
     "Exercises",
 ]
 lesson = pytest.mark.parametrize("paper", LESSONS, ids=lambda p: p.slug)
+experiment = pytest.mark.parametrize("paper", EXPERIMENTS, ids=lambda p: p.slug)
 
 
 # ------------------------------------------------------------------ reading a notebook
@@ -99,14 +103,9 @@ def _shown(output: dict) -> str:
     data = {k: v if isinstance(v, dict) else "".join(v) for k, v in output["data"].items()}
     parts = [str(data.get("text/plain", "")), str(data.get("text/markdown", ""))]
     parts.append(html.unescape(re.sub(r"<[^>]+>", " ", str(data.get("text/html", "")))))
-    if REPORT_MIME in data:
-        parts.append(json.dumps(data[REPORT_MIME]))
+    if reports.REPORT_MIME in data:
+        parts.append(json.dumps(data[reports.REPORT_MIME]))
     return "\n".join(parts)
-
-
-def _reports(paper: catalog.Paper) -> list[dict]:
-    outputs = [o for c in cells(paper) for o in c.outputs]
-    return [o["data"][REPORT_MIME] for o in outputs if REPORT_MIME in o.get("data", {})]
 
 
 def _section(paper: catalog.Paper, name: str) -> list[Cell]:
@@ -118,7 +117,7 @@ def _section(paper: catalog.Paper, name: str) -> list[Cell]:
 
 @lesson
 def test_ten_headings_in_order(paper) -> None:
-    "A title, then nine sections, each once."
+    "A title, then ten sections, each once."
     assert len(_headings(paper, 1)) == 1 and cells(paper)[0].text.startswith("# ")
     assert _headings(paper, 2) == HEADINGS
 
@@ -144,17 +143,61 @@ def test_claim_block(paper) -> None:
 
 
 @lesson
-def test_the_picture_comes_first(paper) -> None:
-    "The first section shows a figure that was computed."
-    outputs = [o for c in _section(paper, "The picture") for o in c.outputs]
-    assert any("image/png" in o.get("data", {}) for o in outputs)
+def test_first_cell_is_for_colab(paper) -> None:
+    "The first code cell installs the course in Colab, as `site.colab_cell` says."
+    first = next(c for c in cells(paper) if c.kind == "code")
+    assert first.text == site.colab_cell(ROOT) and first.section == ""
 
 
 @lesson
-def test_symbols_are_named(paper) -> None:
-    "The idea has its table: symbol, meaning, name in the code, shape."
-    text = "\n".join(c.text for c in _section(paper, "The idea")).lower()
-    assert re.search(r"\|\s*symbol\s*\|\s*meaning\s*\|\s*name in the code\s*\|\s*shape\s*\|", text)
+def test_the_picture_is_there_at_once(paper) -> None:
+    "The committed figure, shown by Markdown before any code."
+    section = _section(paper, "The picture")
+    kinds = [c.kind for c in section]
+    texts = [c.text for c in section[: kinds.index("code") if "code" in kinds else None]]
+    assert re.search(rf"!\[[^\]]+\]\(\.\./assets/{paper.slug}\.png\)", "\n".join(texts))
+    assert (ROOT / "nbs" / "assets" / f"{paper.slug}.png").is_file()
+
+
+@lesson
+def test_symbols_are_named_before_they_are_used(paper) -> None:
+    "The idea has its table (symbol, meaning, name in the code, shape) before the first formula."
+    text = "\n".join(c.text for c in _section(paper, "The idea") if c.kind == "markdown")
+    table = re.search(
+        r"(?i)\|\s*symbol\s*\|\s*meaning\s*\|\s*name in the code\s*\|\s*shape\s*\|", text)
+    assert table
+    formula = re.search(r"\$\$", _prose(text))
+    assert formula is None or "$$" not in text[: table.start()]
+
+
+def _lines(cell: Cell) -> int:
+    "Lines of code, without empty ones and comments."
+    return sum(bool(x.strip()) and x.strip()[0] != "#" for x in cell.code.split("\n"))
+
+
+@lesson
+def test_in_a_few_lines(paper) -> None:
+    "The whole method, plain: a function of at most 45 lines or so, and nothing that is exported."
+    code = [c for c in _section(paper, "In a few lines") if c.kind == "code"]
+    assert not any(c.exported for c in code)
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    plain = [c for c in code if any(isinstance(n, kinds) for n in c.tree.body)]
+    assert plain, "no cell defines the method"
+    assert max(map(_lines, plain)) <= 45
+
+
+@lesson
+def test_the_experiment_starts_where_it_is_told(paper) -> None:
+    "`launch` is called once, in *Does it hold?*, and nothing runs the experiment a second time."
+    calls = [
+        (c.section, getattr(n.func, "attr", getattr(n.func, "id", "")))
+        for c in cells(paper)
+        if c.kind == "code"
+        for n in ast.walk(c.tree)
+        if isinstance(n, ast.Call)
+    ]
+    assert [section for section, name in calls if name == "launch"] == ["Does it hold?"]
+    assert "experiment" not in [name for _, name in calls]
 
 
 @lesson
@@ -191,9 +234,12 @@ def test_three_exercises_with_folded_solutions(paper) -> None:
 
 @lesson
 def test_cells_fit_on_a_screen(paper) -> None:
-    "At most 40 lines of code in a cell."
-    code = [c for c in cells(paper) if c.kind == "code"]
-    long = [(c.code.split("\n")[0], n) for c in code if (n := c.code.count("\n") + 1) > 40]
+    "At most 40 lines in a cell, 80 where it holds a class."
+    long = []
+    for cell in (c for c in cells(paper) if c.kind == "code"):
+        lines = cell.code.count("\n") + 1
+        if lines > (80 if any(isinstance(n, ast.ClassDef) for n in cell.tree.body) else 40):
+            long.append((cell.code.split("\n")[0], lines))
     assert not long
 
 
@@ -213,17 +259,17 @@ def _undocumented(d: site.Definition, where: str = "") -> list[str]:
     return wrong + [w for m in d.members for w in _undocumented(m, f"{name}.")]
 
 
-@lesson
-def test_exports_are_documented(paper) -> None:
-    "Each parameter, field and return value of every public export has its comment."
-    file = ROOT / Path(*paper.module.split(".")).with_suffix(".py")
+def _documented(module: str) -> None:
+    file = ROOT / Path(*module.split(".")).with_suffix(".py")
     _, definitions = site.read_api(file.read_text(encoding="utf-8"))
     wrong = [w for d in definitions for w in _undocumented(d)]
     assert not wrong, "\n".join(wrong)
 
 
-# The experiment is used by `launch` at the top of the page, and its claims table is its check.
-EXPERIMENT = {"Config", "SMALL", "FULL", "experiment"}
+@lesson
+def test_exports_are_documented(paper) -> None:
+    "Each parameter, field and return value of every public export has its comment."
+    _documented(paper.module)
 
 
 def _defined(cell: Cell) -> list[ast.AST]:
@@ -244,38 +290,52 @@ def test_exports_are_used_at_once(paper) -> None:
     """Within the next two code cells, a public definition is used by a cell that checks something.
 
     Cells that export only private helpers don't count. A record (fields, no methods) need only be
-    used. What stands in "Does it hold?" is part of the experiment and need only be used there.
+    used.
     """
     code = [c for c in cells(paper) if c.kind == "code"]
     wrong = []
     for i, cell in enumerate(code):
         for node in _defined(cell):
-            if node.name in EXPERIMENT:
-                continue
-            if cell.section == "Does it hold?":
-                others = [c for c in code if c is not cell]
-                used = any(node.name in c.names() for c in others) or cell.text.count(node.name) > 1
-            else:
-                later = [c for c in code[i + 1 :] if not c.exported or _defined(c)][:2]
-                window = [*later, cell] if _is_record(node) else later
-                used = any(
-                    node.name in c.names() and (_is_record(node) or c.checks()) for c in window
-                )
+            later = [c for c in code[i + 1 :] if not c.exported or _defined(c)][:2]
+            window = [*later, cell] if _is_record(node) else later
+            used = any(node.name in c.names() and (_is_record(node) or c.checks()) for c in window)
             if not used:
                 wrong.append(f"{node.name} ({cell.section})")
     assert not wrong, f"not used and checked within two cells: {wrong}"
 
 
+# ------------------------------------------------------------------ experiments
+
+
 @lesson
-def test_module_has_the_experiment(paper) -> None:
+def test_every_lesson_has_its_experiment(paper) -> None:
+    assert paper in EXPERIMENTS
+
+
+@experiment
+def test_experiment_exports_its_four_names(paper) -> None:
     "`Config`, `SMALL`, `FULL` and `experiment(cfg, run)`, without a fork on the scale."
-    tree = ast.parse("\n".join(c.code for c in cells(paper) if c.exported))
+    file = ROOT / "adaptlab" / "experiments" / f"{paper.slug}.py"
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     names = {n.name: n for n in tree.body if hasattr(n, "name")}
-    targets = {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets}
-    assert {"Config", "experiment"} <= set(names) and {"SMALL", "FULL"} <= targets
-    assert [a.arg for a in names["experiment"].args.args] == ["cfg", "run"]
-    used = {n.id for n in ast.walk(names["experiment"]) if isinstance(n, ast.Name)}
-    assert not {"SMALL", "FULL", "full"} & used
+    assigned = [n for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign))]
+    for node in assigned:
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            if isinstance(target, ast.Name):
+                names[target.id] = node
+    assert {"Config", "SMALL", "FULL", "experiment"} <= set(names)
+    made = names["experiment"]
+    if isinstance(made, ast.FunctionDef):
+        assert [a.arg for a in made.args.args] == ["cfg", "run"]
+    for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
+        used = {n.id for n in ast.walk(function) if isinstance(n, ast.Name)}
+        assert not {"SMALL", "FULL"} & used, f"{function.name} looks at the scale"
+
+
+@experiment
+def test_experiments_are_documented(paper) -> None:
+    "Each setting has its comment, and so have the functions."
+    _documented(f"adaptlab.experiments.{paper.slug}")
 
 
 # ------------------------------------------------------------------ results
@@ -296,23 +356,22 @@ def test_it_was_executed_and_nothing_failed(paper) -> None:
 
 @lesson
 def test_claims_table_is_made_by_code(paper) -> None:
-    "A report in the outputs: this paper's, small scale, below a minute, each verdict with reason."
-    reports = _reports(paper)
-    assert reports, "no claims table: report.claims_table() shows it"
-    for report in reports:
-        assert report["paper"] == paper.slug and report["claims"]
-        assert report["seconds"] is None or report["seconds"] <= 60
-        for claim in report["claims"]:
-            assert claim["text"] and claim["paper"] and claim["measured"]
-            assert claim["holds"] is True or claim["reason"]
+    "A report in *Does it hold?*: this paper's, with verdicts that the rule gives, and reasons."
     outputs = [o for c in _section(paper, "Does it hold?") for o in c.outputs]
-    assert any(REPORT_MIME in o.get("data", {}) for o in outputs)
+    found = [o["data"][reports.REPORT_MIME] for o in outputs
+             if reports.REPORT_MIME in o.get("data", {})]
+    assert found, "no claims table: report.claims_table() shows it"
+    for report in map(reports.check_summary, found):
+        assert report["paper"] == paper.slug and report["claims"]
+        wordless = [c["text"] for c in report["claims"]
+                    if c["verdict"] != reports.HOLDS and not c["why"]]
+        assert not wordless, f"what does not hold needs its likeliest reason: {wordless}"
 
 
 # ------------------------------------------------------------------ numbers in the text
 
 # Where the text speaks of what was measured here. Elsewhere it speaks of the paper.
-OWN = ("The picture", "The problem", "Build it", "Does it hold?")
+OWN = ("The picture", "The problem", "In a few lines", "Build it", "Does it hold?")
 # A number with decimals, or with a unit that only results have.
 RESULT = re.compile(
     r"(?<![\w.,/^_-])(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?)"
@@ -399,13 +458,16 @@ def test_the_heuristic_sees_and_spares() -> None:
     assert _is_known(0.93, 2, False, [0.9284]) and not _is_known(0.93, 2, False, [0.9384])
 
 
-# ------------------------------------------------------------------ the library's notebooks
+# ------------------------------------------------------------------ the other notebooks
+
+OTHERS = [path for room in site.ROOMS for path in site.room_notebooks(ROOT, room)]
+OTHERS += [ROOT / "nbs" / "experiments" / f"{p.slug}.ipynb" for p in EXPERIMENTS]
 
 
-@pytest.mark.parametrize("path", site.core_notebooks(ROOT), ids=lambda p: p.stem)
-def test_core_notebooks(path: Path) -> None:
+@pytest.mark.parametrize("path", OTHERS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_other_notebooks(path: Path) -> None:
     "A title and one line about it; every public name has a docstring; executed without an error."
-    notebook = json.loads(path.read_text(encoding="utf-8"))
+    notebook = site.read_notebook(path)
     first = notebook["cells"][0]
     title, about, _ = site.split_title("".join(first["source"]))
     assert first["cell_type"] == "markdown" and title and about
@@ -414,8 +476,6 @@ def test_core_notebooks(path: Path) -> None:
     places = r"/(?:home|root|Users|work)/\S+"
     found = [m[0] for o in outputs for m in re.finditer(places, _shown(o))]
     assert not found, "an output names a place on somebody's machine"
-    sources = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
-    exports = re.search(r"default_exp (\S+)", "\n".join(sources))
-    module = ROOT / "adaptlab" / f"{exports[1].replace('.', '/')}.py"
+    module = ROOT / "adaptlab" / f"{site.module_name(notebook).replace('.', '/')}.py"
     _, definitions = site.read_api(module.read_text(encoding="utf-8"))
     assert not [d.name for d in definitions if not d.doc]
