@@ -22,7 +22,7 @@ from . import catalog
 
 OK, CLAIM_FAILED, WRONG_USE, RUN_FAILED = 0, 1, 2, 3
 
-# %% ../nbs/doors/00_cli.ipynb #29068d45
+# %% ../nbs/doors/00_cli.ipynb #f62f718b
 def list_papers(args: argparse.Namespace) -> int:
     "Print the course by chapter."
     width = max(len(p.slug) for p in catalog.papers())
@@ -51,6 +51,7 @@ def show_paper(args: argparse.Namespace) -> int:
         "builds on": ", ".join(p.builds_on) or "nothing",
         "module": p.module if p.has_lesson else f"{p.module} (planned: not written yet)",
         "notebook": f"nbs/{p.notebook}" if p.has_lesson else "planned: not written yet",
+        "experiment": f"nbs/{p.experiment_notebook}" if p.has_lesson else "planned",
     }
     for name, value in facts.items():
         print(f"{name:<14} {value}")
@@ -58,7 +59,7 @@ def show_paper(args: argparse.Namespace) -> int:
         _show_settings(p.slug)
     return OK
 
-
+# %% ../nbs/doors/00_cli.ipynb #fc93394e
 def _show_settings(slug: str) -> None:
     "Print the settings of a paper's experiment, small beside full."
     from adaptlab.bench.runs import preset
@@ -122,7 +123,7 @@ def run_paper(args: argparse.Namespace) -> int:
     failed = any(c.verdict == FAILS for c in report.claims)
     return CLAIM_FAILED if args.strict and failed else OK
 
-# %% ../nbs/doors/00_cli.ipynb #d4b9c418
+# %% ../nbs/doors/00_cli.ipynb #8d84bfa5
 def _project() -> Path | None:
     "The course's source tree around the working folder or the package, if there is one."
     from adaptlab.bench.runs import is_source_tree, source_tree
@@ -154,7 +155,7 @@ def show_scoreboard(args: argparse.Namespace) -> int:
     print("\n" + ", ".join(f"{n} {v}" for v, n in board["verdict"].value_counts().items()))
     return OK
 
-
+# %% ../nbs/doors/00_cli.ipynb #e79dd88a
 def fetch(args: argparse.Namespace) -> int:
     "Get base models and bundled data into the cache: afterwards lessons need no network."
     from adaptlab import data, models, sources
@@ -241,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.run_parser = run
     return parser
 
-# %% ../nbs/doors/00_cli.ipynb #d2dec6a2
+# %% ../nbs/doors/00_cli.ipynb #63cffa9a
 def main(
     argv: list[str] | None = None,  # arguments; None: those of the process
 ) -> int:  # the exit code
@@ -276,7 +277,7 @@ def main(
         print(f"\nadaptlab: interrupted{hint}", file=sys.stderr)
         return RUN_FAILED
 
-
+# %% ../nbs/doors/00_cli.ipynb #64a9746b
 def _print_anything() -> None:
     "A terminal or a file that can't show a letter gets a question mark in its place."
     for stream in (sys.stdout, sys.stderr):

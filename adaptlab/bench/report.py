@@ -49,12 +49,12 @@ def verdict(
         return FAILS if below is None else HOLDS
     return OPEN
 
-# %% ../../nbs/bench/01_report.ipynb #854cf522
+# %% ../../nbs/bench/01_report.ipynb #c5c101f3
 def _number(x: float) -> str:
     "A number with three significant figures, without an exponent where one is not needed."
     return f"{x:.3g}" if not math.isfinite(x) or abs(x) < 999.5 else f"{x:,.0f}"
 
-
+# %% ../../nbs/bench/01_report.ipynb #f2b6ed79
 @dataclass(frozen=True)
 class Claim:
     "One statement of a paper, and what became of it here."
@@ -165,7 +165,7 @@ def from_json(x: Any) -> Any:
         return {from_json(k): from_json(v) for k, v in x[_ITEMS]}
     return {k: from_json(v) for k, v in x.items()}
 
-# %% ../../nbs/bench/01_report.ipynb #7eca5392
+# %% ../../nbs/bench/01_report.ipynb #50f3a2c6
 _AS_JSON = b"adaptlab.json"  # the columns that are kept as JSON, in the file's metadata
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 
@@ -196,7 +196,7 @@ def write_frame(
     notes = {**(table.schema.metadata or {}), _AS_JSON: json.dumps(nested).encode()}
     pyarrow.parquet.write_table(table.replace_schema_metadata(notes), path)
 
-
+# %% ../../nbs/bench/01_report.ipynb #1ad6dbae
 def read_frame(path: Path | str | io.BytesIO) -> pd.DataFrame:
     "Read a table that `write_frame` wrote."
     import pyarrow.parquet
@@ -208,7 +208,7 @@ def read_frame(path: Path | str | io.BytesIO) -> pd.DataFrame:
         frame[name] = pd.Series(cells, index=frame.index, dtype=object)
     return frame
 
-# %% ../../nbs/bench/01_report.ipynb #72e82eed
+# %% ../../nbs/bench/01_report.ipynb #f03e1a78
 REPORT_MIME = "application/vnd.adaptlab.report+json"
 
 
@@ -218,6 +218,28 @@ def _check_file_name(what: str, name: str) -> None:
         raise ValueError(f"{what} {name!r}: its name must be a file name, so without a slash")
 
 
+def _flat_frame(name: str, frame: pd.DataFrame) -> pd.DataFrame:
+    "The table with its index as columns, if it can be saved: `TypeError`, `ValueError`."
+    if not isinstance(frame, pd.DataFrame):
+        raise TypeError(f"table {name!r}: a pandas DataFrame is needed, not {type(frame).__name__}")
+    frame = frame if isinstance(frame.index, pd.RangeIndex) else frame.reset_index()
+    try:
+        write_frame(frame, io.BytesIO())
+    except ValueError as error:
+        raise ValueError(f"table {name!r}: {error}") from None
+    return frame
+
+
+def _png(fig: Any, dpi: int) -> bytes:
+    "A matplotlib figure as PNG; it is closed."
+    import matplotlib.pyplot as plt
+
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
+    plt.close(fig)
+    return buffer.getvalue()
+
+# %% ../../nbs/bench/01_report.ipynb #5428310a
 class _Picture:
     "A PNG that a notebook shows."
 
@@ -229,7 +251,7 @@ class _Picture:
         data = {"image/png": base64.b64encode(self.png).decode(), "text/plain": self.caption}
         return data, {}
 
-
+# %% ../../nbs/bench/01_report.ipynb #7d34d51e
 class _ClaimsTable:
     "The claims of a report as a table; in a notebook it also carries the report as data."
 
@@ -261,7 +283,7 @@ class _ClaimsTable:
         data = {"text/html": table, "text/plain": repr(self), REPORT_MIME: self.report.summary()}
         return data, {}
 
-# %% ../../nbs/bench/01_report.ipynb #46d0c316
+# %% ../../nbs/bench/01_report.ipynb #877361f2
 class Report:
     "Claims, tables and figures of one experiment, and what they were made with."
 
@@ -317,28 +339,14 @@ class Report:
 
         Raises `ValueError` if it could not be saved: a column of mixed types, or of objects.
         """
-        if not isinstance(frame, pd.DataFrame):
-            raise TypeError(
-                f"table {name!r}: a pandas DataFrame is needed, not {type(frame).__name__}"
-            )
         _check_file_name("table", name)
-        frame = frame if isinstance(frame.index, pd.RangeIndex) else frame.reset_index()
-        try:
-            write_frame(frame, io.BytesIO())
-        except ValueError as error:
-            raise ValueError(f"table {name!r}: {error}") from None
-        self.tables[name] = frame
-        return frame
+        self.tables[name] = _flat_frame(name, frame)
+        return self.tables[name]
 
     def figure(self, name: str, fig: Any, caption: str = "", dpi: int = 130) -> None:
         "Keep a matplotlib figure as a PNG under `name`, and close it. The lesson's own is `main`."
-        import matplotlib.pyplot as plt
-
         _check_file_name("figure", name)
-        buffer = io.BytesIO()
-        fig.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
-        plt.close(fig)
-        self.figures[name] = _Picture(buffer.getvalue(), caption)
+        self.figures[name] = _Picture(_png(fig, dpi), caption)
 
     def show(self, name: str) -> _Picture:
         "The figure `name`, for a notebook to display."
@@ -358,7 +366,7 @@ class Report:
 
 _SUMMARY = ("paper", "scale", "config", "timings", "environment", "created", "seconds")
 
-# %% ../../nbs/bench/01_report.ipynb #83f38c9b
+# %% ../../nbs/bench/01_report.ipynb #89d67aa1
 def save_report(
     report: Report,  # what to write
     folder: Path | str,  # the folder to make; it must not exist yet
@@ -383,7 +391,7 @@ def save_report(
         (temporary / "report.json").write_text(text, encoding="utf-8")
     return folder
 
-
+# %% ../../nbs/bench/01_report.ipynb #1c686d71
 def check_summary(
     data: Any,  # what was read: of `report.json`, or of a notebook's output
 ) -> dict[str, Any]:  # the same

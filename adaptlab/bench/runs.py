@@ -46,7 +46,7 @@ from adaptlab.bench.report import (
 from ..cache import atomic_path, atomic_write_text
 from ..processes import join, rank, together, world_size
 
-# %% ../../nbs/bench/00_runs.ipynb #8316cfe2
+# %% ../../nbs/bench/00_runs.ipynb #fa00bf1b
 def bounded(
     default: Any,  # default value of the field
     low: float | None = None,  # smallest allowed value, included
@@ -62,7 +62,7 @@ def bounded(
               "nonempty": nonempty, "unique": unique}
     return field(default=default, metadata={k: v for k, v in limits.items() if v is not None})
 
-
+# %% ../../nbs/bench/00_runs.ipynb #24db0cef
 _CHECKS = {
     "low": (lambda v, b: v >= b, ">="),
     "high": (lambda v, b: v <= b, "<="),
@@ -100,7 +100,7 @@ def _named_twice(values: tuple) -> list:
     "The entries that an earlier one equals."
     return [v for i, v in enumerate(values) if v in values[:i]]
 
-# %% ../../nbs/bench/00_runs.ipynb #e05d3064
+# %% ../../nbs/bench/00_runs.ipynb #27a44d5b
 def _matches(value: Any, hint: Any) -> bool:
     "Whether `value` is of type `hint`; hints that we don't know are taken on trust."
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -130,7 +130,7 @@ def _any_length(hint: Any) -> bool:
         return any(map(_any_length, typing.get_args(hint)))
     return typing.get_origin(hint) is tuple and typing.get_args(hint)[-1] is Ellipsis
 
-
+# %% ../../nbs/bench/00_runs.ipynb #9d1b82d1
 def _type_name(hint: Any) -> str:
     "A type hint as a person would write it."
     if typing.get_origin(hint) is Literal:
@@ -153,7 +153,7 @@ def _check_settings(settings: Any, prefix: str = "") -> None:
         if isinstance(value, tuple) and _any_length(hint):
             _check_entries(name, value, f)
 
-# %% ../../nbs/bench/00_runs.ipynb #0e7db3c9
+# %% ../../nbs/bench/00_runs.ipynb #956e924d
 _OPTIONS = {"scale", "resume", "strict", "root", "help"}  # of `adaptlab run` itself
 
 
@@ -198,7 +198,7 @@ class BaseConfig:
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-
+# %% ../../nbs/bench/00_runs.ipynb #3932da7f
 def _replaced(settings: Any, changes: dict[str, Any], prefix: str = "") -> Any:
     "A copy of a dataclass with some fields changed; dictionaries change nested dataclasses."
     known = [f.name for f in dataclasses.fields(settings)]
@@ -248,7 +248,7 @@ def runs_root(
         raise OSError(f"the folder of runs {str(asked)!r} can't be told ({error}): give a path "
                       "without ~ as root=... (--root, or $ADAPTLAB_RUNS)") from None
 
-# %% ../../nbs/bench/00_runs.ipynb #b98334f9
+# %% ../../nbs/bench/00_runs.ipynb #faaf9acf
 _SUFFIXES = (".parquet", ".safetensors", ".json")
 
 
@@ -262,7 +262,7 @@ def _separate(tensors: dict[str, Any]) -> dict[str, Any]:
         seen.add(place)
     return found
 
-
+# %% ../../nbs/bench/00_runs.ipynb #0d9675f6
 def _are_tensors(result: Any) -> bool:
     "Whether a stage's result is a dictionary of tensors."
     torch = sys.modules.get("torch")  # who has made a tensor has imported it
@@ -297,7 +297,7 @@ def _write_stage(stem: Path, result: Any) -> None:
             ) from None
         atomic_write_text(stem.with_name(stem.name + ".json"), text)
 
-
+# %% ../../nbs/bench/00_runs.ipynb #dc4c3704
 def _read_tensors(path: Path) -> dict[str, Any]:
     "Tensors in the order in which they were given."
     from safetensors import safe_open
@@ -326,7 +326,7 @@ def _read_stage(stem: Path) -> tuple[bool, Any]:
             path.replace(path.with_name(path.name + ".damaged"))
     return False, None
 
-# %% ../../nbs/bench/00_runs.ipynb #9fda1ae1
+# %% ../../nbs/bench/00_runs.ipynb #6edc9587
 class _NotebookFile:
     "A file for tqdm: one line of a notebook's output, which is empty once all is done."
 
@@ -347,7 +347,7 @@ class _NotebookFile:
     def flush(self) -> None:
         "Every write is shown at once."
 
-
+# %% ../../nbs/bench/00_runs.ipynb #62f9ebd8
 class _Progress:
     "One line that names the stage, how many are done, and the seconds; it vanishes at the end."
 
@@ -377,7 +377,7 @@ class _Progress:
         if self.bar is not None:
             self.bar.close()
 
-# %% ../../nbs/bench/00_runs.ipynb #5384bf20
+# %% ../../nbs/bench/00_runs.ipynb #5d44345d
 class Run:
     "The folder of one run: `config.json`, `stages/`, checkpoints, and at the end `report/`."
 
@@ -391,8 +391,7 @@ class Run:
         self.folder, self.paper, self.scale = Path(folder).expanduser(), paper, scale
         self.rank, self.world_size = rank(), world_size()
         self._progress, self._start = _Progress(progress and self.is_main), time.perf_counter()
-        kept = _read_times(self.folder / "seconds.json")
-        self._earlier, self.stages = kept["total"], kept["stages"]  # seconds, name -> seconds
+        self._earlier, self.stages = _read_times(self.folder)  # seconds, {stage: seconds}
 
     @property
     def is_main(self) -> bool:
@@ -428,26 +427,13 @@ class Run:
         found, result = together(lambda: _read_stage(stem))
         if not found:
             self._progress.tell(name)
-            together(lambda: self._keep(name, stem))  # a full disk is noticed before the work
+            together(lambda: _keep(self, name, stem))  # a full disk is noticed before the work
             start = time.perf_counter()
             result = work()
             seconds = round(time.perf_counter() - start, 3)
-            result = together(lambda: self._keep(name, stem, result, seconds))
+            result = together(lambda: _keep(self, name, stem, result, seconds))
         self._progress.tell(name, done=True)
         return result
-
-    def _keep(self, name: str, stem: Path, result: Any = None, seconds: float | None = None) -> Any:
-        "Write the seconds so far, and, after the work, its result; returns what is read back."
-        try:
-            stem.parent.mkdir(parents=True, exist_ok=True)
-            if seconds is not None:
-                self.stages[name] = seconds
-                _write_stage(stem, result)
-            self.note_seconds()
-        except OSError as error:
-            raise OSError(f"stage {name!r} can't be kept in {stem.parent}: {_cause(error, stem)}. "
-                          "After a repair, go on with resume=True (--resume)") from error
-        return _read_stage(stem)[1] if seconds is not None else None
 
     def note_seconds(self) -> None:
         "Keep the seconds so far on disk, for a run that goes on later."
@@ -470,6 +456,22 @@ class Run:
         state = "finished" if self.finished else "unfinished"
         return f"Run({self.paper}, {self.scale}, {state}, {self.folder})"
 
+# %% ../../nbs/bench/00_runs.ipynb #54500fec
+def _keep(
+    run: Run, name: str, stem: Path, result: Any = None, seconds: float | None = None
+) -> Any:
+    "Write the seconds so far, and, after the work, its result; returns what is read back."
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        if seconds is not None:
+            run.stages[name] = seconds
+            _write_stage(stem, result)
+        run.note_seconds()
+    except OSError as error:
+        raise OSError(f"stage {name!r} can't be kept in {stem.parent}: {_cause(error, stem)}. "
+                      "After a repair, go on with resume=True (--resume)") from error
+    return _read_stage(stem)[1] if seconds is not None else None
+
 
 def _stem(folder: Path, name: str) -> Path:
     "The path of a stage's file, without its suffix. `ValueError` for a name that leads elsewhere."
@@ -480,16 +482,16 @@ def _stem(folder: Path, name: str) -> Path:
     return folder.joinpath("stages", *parts)
 
 
-def _read_times(path: Path) -> dict[str, Any]:
-    "The seconds of a run's earlier parts; none where they are missing or unreadable."
+def _read_times(folder: Path) -> tuple[float, dict[str, float]]:
+    "The seconds of a run's earlier parts, and of its stages; none where they are unreadable."
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))
         stages = {name: float(seconds) for name, seconds in kept["stages"].items()}
         if all(map(math.isfinite, (kept["total"], *stages.values()))):
-            return {"total": kept["total"], "stages": stages}
+            return kept["total"], stages
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    return {"total": 0.0, "stages": {}}
+    return 0.0, {}
 
 # %% ../../nbs/bench/00_runs.ipynb #597ed890
 def environment() -> dict[str, Any]:  # versions, machine and commit, JSON-able
@@ -528,7 +530,7 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
 
-# %% ../../nbs/bench/00_runs.ipynb #0176d153
+# %% ../../nbs/bench/00_runs.ipynb #4037b00d
 def _head(folder: Path) -> dict[str, Any] | None:
     "A run's `config.json`; None when this is none, but of something else, such as a model."
     try:
@@ -559,7 +561,7 @@ def _age(name: str) -> tuple[str, int]:
     stamp, _, number = name.partition("_")
     return stamp, int(number) if number.isdigit() else 0
 
-
+# %% ../../nbs/bench/00_runs.ipynb #95da0e32
 def _new_run(paper: str, config: BaseConfig, scale: str, root: Path) -> Path:
     "Make the folder of a new run, with its `config.json`."
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -590,7 +592,7 @@ def _cause(error: OSError, path: Path) -> str:
             return f"{p} is a link to {os.readlink(p)}, which is not there"
     return error.strerror or str(error)
 
-
+# %% ../../nbs/bench/00_runs.ipynb #ddd48e7f
 def _unfinished(paper: str, config: BaseConfig, scale: str, root: Path) -> Path:
     "The newest unfinished run with the same settings; `ValueError` when there is none."
     settings = config.to_dict()
@@ -601,7 +603,7 @@ def _unfinished(paper: str, config: BaseConfig, scale: str, root: Path) -> Path:
     raise ValueError(f"no unfinished run of {paper} with these settings in {root}; "
                      "start one without resume")
 
-# %% ../../nbs/bench/00_runs.ipynb #6446a2d9
+# %% ../../nbs/bench/00_runs.ipynb #641fb096
 _LOCKS: dict[Path, Any] = {}  # the runs that this process works on
 
 
@@ -632,7 +634,7 @@ def _unlock(folder: Path) -> None:
         (folder / ".owner").unlink(missing_ok=True)
         lock.release()
 
-
+# %% ../../nbs/bench/00_runs.ipynb #ed8fcf55
 def start_run(
     paper: str,  # slug of the paper
     config: BaseConfig,  # the settings
@@ -656,7 +658,7 @@ def start_run(
     join(config.device)
     return Run(together(folder), paper, scale, progress)
 
-# %% ../../nbs/bench/00_runs.ipynb #ebfcd157
+# %% ../../nbs/bench/00_runs.ipynb #2b477828
 def tracks(
     **parts: Callable[[Any, Run, Report], None],  # name -> (cfg, run, report): claims, tables...
 ) -> Callable[[Any, Run], Report]:  # experiment(cfg, run)
@@ -681,7 +683,7 @@ def tracks(
     experiment.check = chosen
     return experiment
 
-
+# %% ../../nbs/bench/00_runs.ipynb #b59a85f7
 def _import(name: str, what: str) -> types.ModuleType:
     "Import a module of the course; `ValueError` when it is not written yet."
     try:
@@ -710,7 +712,7 @@ def preset(paper: str, scale: str = "small") -> BaseConfig:
         raise ValueError(f"scale = {scale!r}: choose 'small' or 'full'")
     return getattr(experiment_module(paper), scale.upper())
 
-# %% ../../nbs/bench/00_runs.ipynb #f5f13828
+# %% ../../nbs/bench/00_runs.ipynb #bd8f609d
 def launch(
     paper: str,  # slug of the paper
     config: BaseConfig | None = None,  # settings; None: the preset of `scale`
@@ -743,7 +745,7 @@ def launch(
         together(lambda: _put_report(report))
     return report
 
-
+# %% ../../nbs/bench/00_runs.ipynb #3a475cf1
 @contextmanager
 def _at_work(run: Run) -> Iterator[None]:
     "Mark errors with the run; at the end keep its seconds, and give it free."
@@ -767,7 +769,7 @@ def _put_report(report: Report) -> None:
         warnings.warn(f"the damaged report is kept in {aside}", stacklevel=2)
     save_report(report, folder)
 
-# %% ../../nbs/bench/00_runs.ipynb #201c2a22
+# %% ../../nbs/bench/00_runs.ipynb #3a21f4e7
 _NO_LESSONS = {"core", "bench", "doors", "experiments", ".ipynb_checkpoints"}  # toy claims only
 
 
@@ -800,7 +802,7 @@ def _run_reports(root: Path | str | None) -> list[dict[str, Any]]:
             warnings.warn(f"{error}. This run counts as unfinished", stacklevel=3)
     return found
 
-
+# %% ../../nbs/bench/00_runs.ipynb #44e1ccf0
 _COLUMNS = ["paper", "claim", "paper's figure", "source", "here", "verdict", "reason", "seconds",
             "scale", "anchor"]
 

@@ -5,10 +5,12 @@ import math
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
 import types
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -623,6 +625,23 @@ def test_a_notebook_shows_a_line_and_keeps_nothing_of_it(invented):
     for output in book.cells[0].outputs:
         shown = output.get("data", {}).values()
         assert not any("stage" in str(text) for text in shown), output
+
+
+def test_a_terminal_shows_a_line_and_keeps_nothing_of_it(invented):
+    fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
+    child, terminal = pty.fork()
+    if child == 0:
+        fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+        os.execvp(sys.executable, [sys.executable, "-m", "adaptlab", "run", "lame"])
+    said = b""
+    with suppress(OSError):  # its end
+        while part := os.read(terminal, 4096):
+            said += part
+    assert os.waitpid(child, 0)[1] == 0
+    lines = said.decode().replace("\r\n", "\n").split("\n")
+    (line,) = (x for x in lines if "stage" in x)
+    assert "stage one (0 done" in line and "stage two (2 done" in line
+    assert "stage" not in line.split("\r")[-1] and set(line.split("\r")[-2]) == {" "}
 
 
 def test_no_line_without_a_terminal(tmp_path, invented, capfd):
