@@ -5,7 +5,6 @@ import warnings
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -13,16 +12,15 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 from torch import nn
 
-from adaptlab import evaluate, models
-from adaptlab.evaluate import Estimate
+from adaptlab import evaluate, recipes, stats
 
-TOKENIZER = models.byte_tokenizer()
+TOKENIZER = recipes.byte_tokenizer()
 
 
 def make_llama(seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return models.tiny_llama(hidden_size=32, layers=2)
+        return recipes.tiny_llama(hidden_size=32, layers=2)
 
 
 def make_gpt2(seed=0):
@@ -69,69 +67,6 @@ def random_logits(n=300, classes=7, seed=0, scale=2.0):
     return logits, labels
 
 
-# --- estimates ------------------------------------------------------------------------------------
-
-def test_estimate_prints_and_scales():
-    e = Estimate(0.9123, 0.88, 0.94, 10)
-    assert f"{e}" == str(e) == repr(e) == "0.912 [0.880, 0.940]"
-    assert f"{100 * e:.1f}" == "91.2 [88.0, 94.0]" and str(100 * e) == "91.2 [88.0, 94.0]"
-    flipped = -1 * e
-    assert flipped.low == -0.94 < flipped.value < flipped.high == -0.88 and float(e) == 0.9123
-
-
-def test_bootstrap_agrees_with_scipy():
-    values = np.random.default_rng(0).exponential(size=200)
-    for statistic in (np.mean, np.median, np.std):
-        ours = evaluate.bootstrap(values, statistic, n_resamples=4000)
-        theirs = scipy.stats.bootstrap((values,), statistic, n_resamples=4000, method="percentile",
-                                       rng=np.random.default_rng(1)).confidence_interval
-        assert ours.value == pytest.approx(statistic(values)) and ours.n == 200
-        assert ours.low == pytest.approx(theirs.low, abs=0.02)
-        assert ours.high == pytest.approx(theirs.high, abs=0.02)
-
-
-def test_bootstrap_of_rows_large_input_and_seed():
-    ratio = lambda pairs, axis: pairs.sum(axis)[..., 0] / pairs.sum(axis)[..., 1]  # noqa: E731
-    pairs = np.stack([np.full(50, 3.0), np.full(50, 2.0)], 1)
-    assert vars(evaluate.bootstrap(pairs, ratio)) == dict(value=1.5, low=1.5, high=1.5, n=50)
-    big = torch.arange(300_000) % 2  # chunks of a few resamples
-    estimate = evaluate.bootstrap(big, n_resamples=50)
-    assert estimate.low < 0.5 < estimate.high and estimate.high - estimate.low < 0.01
-    a, b, c = (evaluate.bootstrap(np.arange(9), seed=s) for s in (0, 0, 1))
-    assert a == b != c
-    one = evaluate.bootstrap([4.0])
-    assert one.low == one.value == one.high == 4.0
-
-
-def test_over_seeds_is_the_t_interval():
-    values = [0.7, 0.8, 0.75, 0.71]
-    low, high = scipy.stats.t.interval(0.95, 3, np.mean(values), scipy.stats.sem(values))
-    estimate = evaluate.over_seeds(values)
-    assert (estimate.low, estimate.high) == pytest.approx((low, high)) and estimate.n == 4
-
-
-def test_paired_difference_is_tighter_than_two_intervals():
-    rng = np.random.default_rng(0)
-    common = rng.normal(size=300)
-    a, b = common + 0.2 + 0.1 * rng.normal(size=300), common
-    difference = evaluate.paired_difference(torch.tensor(a), b)
-    assert difference.low > 0.15 and difference.high < 0.25
-    assert evaluate.bootstrap(a).low < evaluate.bootstrap(b).high
-    assert evaluate.paired_difference([True, False], [True, False]).value == 0.0
-
-
-@pytest.mark.parametrize("call", [
-    lambda: evaluate.bootstrap([]), lambda: evaluate.bootstrap(3.0),
-    lambda: evaluate.bootstrap([1.0, np.inf]), lambda: evaluate.bootstrap([1.0], n_resamples=0),
-    lambda: evaluate.paired_difference([1.0, 2.0], [1.0]),
-    lambda: evaluate.paired_difference([[1.0]], [[1.0]]),
-    lambda: evaluate.over_seeds([1.0]), lambda: evaluate.over_seeds([1.0, np.nan]),
-])
-def test_bad_values(call):
-    with pytest.raises(ValueError):
-        call()
-
-
 # --- classification -------------------------------------------------------------------------------
 
 @settings(max_examples=60, deadline=None)
@@ -141,7 +76,7 @@ def test_f1_and_accuracy_agree_with_sklearn(pairs):
     expected = f1_score(labels, preds, average="macro", zero_division=0)
     found = evaluate.macro_f1(preds, labels, n_resamples=20)
     assert found.value == pytest.approx(expected)
-    assert evaluate.accuracy(preds, labels, n_resamples=20).value == pytest.approx(
+    assert evaluate.accuracy(preds, labels).value == pytest.approx(
         (preds == labels).double().mean().item())
 
 
@@ -155,48 +90,30 @@ def test_f1_interval_is_that_of_a_plain_loop():
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(loop, [0.025, 0.975])))
 
 
-@pytest.mark.parametrize("n_bins", [1, 10, 15])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_ece_is_that_of_a_plain_loop(n_bins, temperature):
-    logits, labels = random_logits()
-    confidence, preds = (logits.double() / temperature).softmax(1).max(1)
-    expected = 0.0
-    for i in range(n_bins):
-        inside = (confidence > i / n_bins) & (confidence <= (i + 1) / n_bins)
-        if inside.any():
-            gap = (preds == labels)[inside].double().mean() - confidence[inside].mean()
-            expected += inside.double().mean().item() * abs(gap.item())
-    found = evaluate.expected_calibration_error(logits, labels, n_bins, temperature)
-    assert found.value == pytest.approx(expected) and 0 <= found.low <= found.value <= found.high
-    table = evaluate.reliability(logits, labels, n_bins, temperature)
-    assert table["n"].sum() == 300 and (table["confidence"] <= table["high"] + 1e-12).all()
-    assert (table["confidence"] >= table["low"]).all()
-
-
-def test_ece_interval_is_honest_for_a_calibrated_model():
-    "True labels are drawn from the stated probabilities: the error is noise, the interval near 0."
-    probs = torch.rand(2000, 1, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.5
-    labels = (torch.rand(2000, generator=torch.Generator().manual_seed(1)) > probs[:, 0]).long()
-    logits = torch.cat([probs, 1 - probs], 1).log()
-    assert evaluate.expected_calibration_error(logits, labels, 10).low < 0.01
-
-
-def test_nll_and_temperature():
+def test_nll_and_its_items():
     logits, labels = random_logits(2000)
-    assert evaluate.nll(logits, labels, 2.0).value == pytest.approx(
-        F.cross_entropy(logits.double() / 2, labels).item())
-    best = evaluate.fit_temperature(logits, labels)
-    assert best == pytest.approx(2.0, rel=0.1)  # the labels were drawn at temperature 2
-    below, at, above = (evaluate.nll(logits, labels, best * f).value for f in (0.99, 1.0, 1.01))
-    assert at < min(below, above)
-    assert evaluate.fit_temperature(logits.bfloat16(), labels) == pytest.approx(best, rel=0.01)
-    with pytest.warns(UserWarning, match="no finite temperature"):
-        assert evaluate.fit_temperature(10 * torch.eye(3), torch.arange(3)) == pytest.approx(0.001)
+    found = evaluate.nll(logits, labels)
+    assert found.value == pytest.approx(F.cross_entropy(logits.double(), labels).item())
+    np.testing.assert_allclose(
+        found.items, F.cross_entropy(logits.double(), labels, reduction="none"))
+    assert evaluate.nll(logits.bfloat16(), labels).value == pytest.approx(found.value, rel=0.01)
+
+
+def test_scores_come_with_their_items():
+    "Accuracy per sample, so that two models are compared pair by pair."
+    logits, labels = random_logits()
+    found = evaluate.accuracy(logits, labels)
+    assert found.items.tolist() == (logits.argmax(1) == labels).tolist()
+    assert found == stats.wilson(found.items)
+    worse = evaluate.accuracy(torch.zeros_like(labels), labels)
+    gap = stats.paired_difference(found.items, worse.items)
+    assert gap.value == pytest.approx(found.value - worse.value) and gap.low > 0
+    perfect = evaluate.accuracy(labels, labels)
+    assert perfect.value == perfect.high == 1 and 0.95 < perfect.low < 1
 
 
 @pytest.mark.parametrize("function", [
-    evaluate.accuracy, evaluate.macro_f1, evaluate.nll, evaluate.expected_calibration_error,
-    evaluate.fit_temperature, evaluate.reliability])
+    evaluate.accuracy, evaluate.macro_f1, evaluate.nll])
 @pytest.mark.parametrize("logits, labels, error", [
     (torch.randn(4, 3), [0, 1, 2], ValueError), (torch.randn(4, 3), [0, 1, 2, 3], ValueError),
     (torch.randn(4, 3), [0, 1, -1, 2], ValueError),
@@ -208,15 +125,6 @@ def test_nll_and_temperature():
 def test_bad_predictions(function, logits, labels, error):
     with pytest.raises(error):
         function(logits, labels)
-
-
-def test_bad_temperature_and_bins():
-    logits, labels = random_logits()
-    for t in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="temperature"):
-            evaluate.nll(logits, labels, t)
-    with pytest.raises(ValueError, match="n_bins"):
-        evaluate.reliability(logits, labels, 0)
 
 
 # --- predict --------------------------------------------------------------------------------------
@@ -236,7 +144,7 @@ def test_predict_batches_and_restores_modes():
 
 
 def test_predict_with_a_dict_and_bf16():
-    bert = models.tiny_bert(n_classes=3).to(torch.bfloat16)
+    bert = recipes.tiny_bert(n_classes=3).to(torch.bfloat16)
     ids = torch.randint(4, 260, (9, 12))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     out = evaluate.predict(bert, batch, batch_size=4)
@@ -252,17 +160,6 @@ def test_predict_bad_input(x, kwargs):
 
 
 # --- perplexity -----------------------------------------------------------------------------------
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(2, 200), st.integers(2, 50), st.data())
-def test_windows_score_each_token_once(length, window, data):
-    stride = data.draw(st.integers(1, window - 1))
-    spans = evaluate.windows(length, window, stride)
-    scored = [t for _, end, n in spans for t in range(end - n, end)]
-    assert scored == list(range(1, length))
-    assert all(0 <= start and 0 < n < end - start <= window for start, end, n in spans)
-    assert all(end - n - start >= window - stride for start, end, n in spans[1:])  # context
-
 
 def test_perplexity_is_that_of_a_plain_loop(lm):
     ids = torch.randint(0, 260, (101,), generator=torch.Generator().manual_seed(0))
@@ -408,19 +305,217 @@ def test_generation_in_batches_is_generation_alone(make):
 
 
 def test_exact_match(monkeypatch):
-    said = ["\n Paris.\nAnd so on", "the Hague", "lima", "no"]
+    said = ["\n Paris.\nAnd so on", "the Hague", "lima", "no", "75 %"]
     monkeypatch.setattr(evaluate, "generate", lambda *args: said)
-    answers = ["paris", ["Den Haag", "The Hague!"], "Quito", ["No", "never"]]
-    estimate = evaluate.exact_match(None, None, list("abcd"), answers)
-    assert estimate.value == 0.75 and estimate.n == 4
+    answers = ["paris", ["Den Haag", "The Hague!"], "Quito", ["No", "never"], "3/4"]
+    estimate = evaluate.exact_match(None, None, list("abcde"), answers)
+    assert estimate.value == 0.8 and estimate.n == 5
+    assert estimate.items.tolist() == [1, 1, 0, 1, 1]
     with pytest.raises(ValueError, match="one answer per prompt"):
         evaluate.exact_match(None, None, ["a"], [])
+
+
+SAME = [
+    ("75%", "0.75"), ("75 \\%", "3/4"), (r"\frac{3}{4}", "0.75"), (r"\dfrac{-3}{4}", "-0.75"),
+    ("1,000", "1000.0"), ("$1,234.50.", "1234.5"), (r"\$18", "18"), ("1e3", "1000"), ("−5", "-5"),
+    (" Paris", "paris"), ("the Hague!", "Hague"), ("No.", "no"), ("A", "a."), ("x ^ 2", "x^2"),
+    (r"\left(1, 2\right)", "(1,2)"), ("", ""), ("New York, NY", "new york NY"),
+]
+DIFFERENT = [
+    ("x", "y"), ("1.5 m", "15 m"), ("-x", "x"), ("1,2", "12"), ("the", "a"), ("", "Rome"),
+    ("75", "75%"), ("0.1", "0.10001"), ("x - y", "xy"), ("1/0", "0"), ("(1,2)", "(12)"),
+]
+
+
+@pytest.mark.parametrize("said, right", SAME)
+def test_same_answer(said, right):
+    assert evaluate.same_answer(said, right) is True
+    assert evaluate.same_answer(right, said) is True
+
+
+@pytest.mark.parametrize("said, right", DIFFERENT)
+def test_not_the_same_answer(said, right):
+    assert evaluate.same_answer(said, right) is False
+    assert evaluate.same_answer(right, said) is False
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_same_answer_is_reflexive_and_symmetric(a, b):
+    assert evaluate.same_answer(a, a)
+    assert evaluate.same_answer(a, b) == evaluate.same_answer(b, a)
+
+
+@pytest.mark.parametrize("text, after, number", [
+    ("so 3 + 4. The answer is: 7", "The answer is:", 7),
+    ("The answer is: 1. No: The answer is: -1,234.50 dollars", "The answer is:", -1234.5),
+    ("7", "The answer is:", None), ("The answer is: seven", "The answer is:", None),
+    ("12 - 4 = 8, and 8*2 = 16 in all", None, 16), ("10-4", None, 4), ("#### 1,000", "####", 1000),
+    ("a .5 share", None, 0.5), ("−3", None, -3), ("none", None, None), ("in v2.1: 5.", None, 5)])
+def test_final_number(text, after, number):
+    assert evaluate.final_number(text, after) == number
+
+
+def test_greedy_is_greedy_whatever_the_model_brings_along():
+    "Penalties, bans, forced tokens and sampling of the model's own settings change nothing."
+    lm, prompts = make_llama(), ["a prompt", "another, longer one"]
+    plain = evaluate.generate(lm, TOKENIZER, prompts, 12)
+    ids = torch.tensor([TOKENIZER(prompts[0])["input_ids"]])
+    start = ids.shape[1]
+    for _ in range(12):
+        with torch.no_grad():
+            ids = torch.cat([ids, lm(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    assert plain[0] == TOKENIZER.decode(ids[0, start:], skip_special_tokens=True)
+    said = ids[0, start:].tolist()
+    for own in (dict(repetition_penalty=1.5), dict(no_repeat_ngram_size=1), dict(min_new_tokens=3),
+                dict(suppress_tokens=said), dict(bad_words_ids=[[said[0]]]), dict(num_beams=3),
+                dict(begin_suppress_tokens=[said[0]]), dict(forced_eos_token_id=5),
+                dict(do_sample=True, temperature=5.0), dict(guidance_scale=3.0), dict(max_length=2),
+                dict(exponential_decay_length_penalty=(1, 9.0)),
+                dict(encoder_repetition_penalty=2.0), dict(sequence_bias=[[[said[0]], -50.0]])):
+        for name, value in own.items():
+            setattr(lm.generation_config, name, value)
+        config = lm.generation_config
+        assert evaluate.generate(lm, TOKENIZER, prompts, 12) == plain, own
+        assert lm.generation_config is config
+        lm.generation_config = type(config)(eos_token_id=config.eos_token_id)
+
+
+def test_greedy_settings_come_back_after_an_error(monkeypatch):
+    lm = make_llama()
+    lm.generation_config.repetition_penalty, config = 1.5, lm.generation_config
+    monkeypatch.setattr(lm, "generate", lambda **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate.generate(lm, TOKENIZER, ["a"])
+    assert lm.generation_config is config
+
+
+def test_answers_end_at_the_models_own_ends():
+    "A model may know several tokens that end an answer: they come along."
+    lm = make_llama()
+    text = evaluate.generate(lm, TOKENIZER, ["a prompt"], 8)[0]
+    ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    lm.generation_config.eos_token_id = [TOKENIZER.eos_token_id, ids[2]]
+    assert len(evaluate.generate(lm, TOKENIZER, ["a prompt"], 8)[0]) < len(text)
+
+
+def test_greedy_through_peft():
+    peft = pytest.importorskip("peft")
+    lm = make_llama()
+    plain = evaluate.generate(lm, TOKENIZER, ["a prompt"], 8)
+    lm.generation_config.repetition_penalty, config = 1.8, lm.generation_config
+    wrapped = peft.get_peft_model(lm, peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    assert evaluate.generate(wrapped, TOKENIZER, ["a prompt"], 8) == plain
+    assert lm.generation_config is config and config.repetition_penalty == 1.8
 
 
 def test_generate_bad_input():
     for prompts in ([], ["a", ""]):
         with pytest.raises(ValueError):
             evaluate.generate(make_llama(), TOKENIZER, prompts)
+
+
+# --- what is no causal language model, padding, and other people's formats ------------------------
+
+def other_models():
+    import transformers as T
+
+    small = dict(vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                 intermediate_size=16)
+    t5 = dict(vocab_size=260, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return {
+        "masked": lambda: T.BertForMaskedLM(T.BertConfig(**small)),
+        "bert that is not told to decode": lambda: T.BertLMHeadModel(T.BertConfig(**small)),
+        "roberta": lambda: T.RobertaForCausalLM(T.RobertaConfig(**small)),
+        "seq2seq": lambda: T.T5ForConditionalGeneration(T.T5Config(**t5)),
+        "no head": lambda: T.LlamaModel(T.LlamaConfig(**small)),
+        "classifier": lambda: T.LlamaForSequenceClassification(T.LlamaConfig(**small)),
+    }
+
+
+@pytest.mark.parametrize("kind", other_models())
+def test_only_causal_language_models_are_scored(kind):
+    model = other_models()[kind]().eval()
+    items = [{"context": "a", "choices": ["b", "c"], "answer": 0}]
+    for call in (lambda: evaluate.perplexity(model, "some text", TOKENIZER),
+                 lambda: evaluate.multiple_choice(model, TOKENIZER, items),
+                 lambda: evaluate.continuation_log_probs(model, TOKENIZER, ["a"], ["b"]),
+                 lambda: evaluate.generate(model, TOKENIZER, ["a"])):
+        with pytest.raises(ValueError, match="causal language model is needed"):
+            call()
+
+
+def test_bert_as_a_decoder_is_scored():
+    import transformers as T
+
+    config = T.BertConfig(vocab_size=260, hidden_size=16, num_hidden_layers=1,
+                          num_attention_heads=2, intermediate_size=16, is_decoder=True)
+    ids = torch.randint(3, 260, (12,))
+    model = T.BertLMHeadModel(config).eval()
+    (found,) = evaluate.token_losses(model, ids)
+    torch.testing.assert_close(found, -token_log_probs(model, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_without_logits_is_said():
+    class Silent(nn.Module):
+        def forward(self, input_ids, attention_mask=None):
+            return {"hidden": input_ids}
+
+    with pytest.raises(TypeError, match="without logits"):
+        evaluate.perplexity(Silent(), torch.arange(9))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_is_never_scored(lm, side):
+    "A tokenizer's output is scored by its mask; padded ids without one are refused."
+    texts = ["short", "a text of some more words", "x y"]
+    alone = evaluate.token_losses(lm, texts, TOKENIZER)
+    tokenizer = recipes.byte_tokenizer()
+    tokenizer.padding_side = side
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    for form in (batch, dict(batch), {k: v.tolist() for k, v in batch.items()}):
+        for a, b in zip(evaluate.token_losses(lm, form), alone, strict=True):
+            torch.testing.assert_close(a, b)
+    for form in (batch["input_ids"], batch["input_ids"].numpy()):
+        with pytest.raises(ValueError, match="padding"):
+            evaluate.perplexity(lm, form)
+
+
+def test_what_only_looks_like_padding_is_text(lm):
+    "Rows that all end alike, tokens that stand elsewhere too, one row, a list of rows."
+    for ids in ([[5, 6, 7, 7], [8, 9, 7, 7]], [[5, 6, 7, 7], [7, 9, 8, 6]], [[5, 6, 7, 7]],
+                [[3, 3, 3], [3, 3, 3]], [[5, 6, 2], [7, 8, 9]]):
+        assert len(evaluate.token_losses(lm, torch.tensor(ids))) == len(ids)
+    rows = [torch.tensor([5, 6, 8, 9]), torch.tensor([5, 7, 7, 7])]
+    assert sum(len(x) for x in evaluate.token_losses(lm, rows)) == 6
+
+
+@pytest.mark.parametrize("ids, match", [
+    ({"input_ids": torch.ones(2, 3, dtype=torch.long)}, "attention_mask"),
+    (torch.tensor([[1, 2, -100]]), "labels")])
+def test_ids_that_are_none(ids, match):
+    with pytest.raises(ValueError, match=match):
+        evaluate.perplexity(make_llama(), ids)
+
+
+@pytest.mark.parametrize("item, match", [
+    ({"context": "a", "choices": {"text": ["b", "c"], "label": ["A", "B"]}, "answer": 0}, "dict"),
+    ({"context": "a", "choices": "bc", "answer": 0}, "list of at least two"),
+    ({"context": "a", "choices": ["b", 7], "answer": 0}, "must be texts"),
+    ({"context": ["a"], "choices": ["b", "c"], "answer": 0}, "must be texts"),
+    ("a text", "needs a 'context'")])
+def test_choices_in_other_formats_are_refused(item, match):
+    for call in (evaluate.choice_scores, evaluate.multiple_choice):
+        with pytest.raises(ValueError, match=match):
+            call(make_llama(), TOKENIZER, [item])
+
+
+@pytest.mark.parametrize("answer", ["A", "0", True, -1, 2, 0.0, None])
+def test_answers_are_numbers_of_choices(answer):
+    item = {"context": "a", "choices": ["b", "c"], "answer": answer}
+    with pytest.raises(ValueError, match="number of the right choice"):
+        evaluate.multiple_choice(make_llama(), TOKENIZER, [item])
 
 
 # --- cost -----------------------------------------------------------------------------------------
@@ -432,6 +527,36 @@ def test_flops_of_a_transformer():
     attention = 2 * (2 * 2 * 4 * 16 * 16 * 8) * 2  # scores, values; batch, heads, T, T, d; layers
     rotary = evaluate.count_flops(lambda: lm(input_ids=ids)) - linear - attention
     assert 0 <= rotary < 0.01 * linear  # a small product of positions and frequencies
+
+
+@pytest.mark.parametrize("heads, shared", [(4, 4), (4, 2), (4, 1)])
+def test_flops_of_grouped_queries(heads, shared):
+    "Keys that several heads share cost as much: forward 2, backward 5 products of each head."
+    q = torch.randn(2, heads, 16, 8, requires_grad=True)
+    k, v = (torch.randn(2, shared, 24, 8, requires_grad=True) for _ in "kv")
+
+    def attend():
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    product = 2 * 2 * heads * 16 * 24 * 8
+    assert evaluate.count_flops(attend) == 2 * product
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert evaluate.count_flops(attend) == 2 * product
+    both = evaluate.count_flops(lambda: attend().sum().backward())
+    assert both == 7 * product  # 5 backward: the scores again, and four gradients
+
+
+def test_flops_of_fused_attention_do_not_depend_on_the_torch_release():
+    "Our formulas are used for every fused kernel there is, those of GPUs as well."
+    formulas = {str(op): formula for op, formula in evaluate._attention().items()}
+    query, key = torch.Size([2, 4, 16, 8]), torch.Size([2, 1, 24, 8])
+    product = 2 * 2 * 4 * 16 * 24 * 8
+    assert len(formulas) >= 6
+    for name, formula in formulas.items():
+        shapes = [query, key, key]
+        wanted = 5 if "backward" in name else 2
+        found = formula(*([query] if "backward" in name else []), *shapes)
+        assert found == wanted * product, name
 
 
 def test_peak_memory():
@@ -470,7 +595,6 @@ def test_nothing_warns():
         warnings.simplefilter("error")
         logits, labels = random_logits()
         evaluate.accuracy(logits, labels), evaluate.macro_f1(logits, labels)
-        evaluate.expected_calibration_error(logits, labels)
         evaluate.perplexity(make_llama(), torch.randint(0, 260, (60,)), window=20)
 
 
@@ -527,7 +651,7 @@ def test_text_beyond_absolute_positions_is_said():
 def test_special_tokens_at_the_end_are_not_scored():
     from tokenizers import processors
 
-    tokenizer = models.byte_tokenizer()
+    tokenizer = recipes.byte_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <eos>", special_tokens=[("<eos>", 2)])
     items = [{"context": "one", "choices": [" two", " three"]}]
