@@ -193,10 +193,25 @@ class BaseConfig:
         "The settings as JSON-able data; nested dataclasses are nested dictionaries."
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
+    def changes(self, other: "BaseConfig") -> pd.DataFrame:
+        "The settings that differ from those of `other`, such as `FULL.changes(SMALL)`."
+        mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
+        rows = {k: (str(theirs.get(k)), str(v)) for k, v in mine.items() if v != theirs.get(k)}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["there", "here"])
+
     def digest(self) -> str:
         "Twelve hex digits that identify these settings."
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:
+    "Nested settings by their dotted names."
+    found = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {
+            prefix + name: value}
+    return found
 
 # %% ../../nbs/bench/00_runs.ipynb #3932da7f
 def _replaced(settings: Any, changes: dict[str, Any], prefix: str = "") -> Any:
