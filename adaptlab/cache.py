@@ -53,7 +53,7 @@ def cache_dir() -> Path:  # an existing folder
         ) from error
     return folder
 
-# %% ../nbs/core/01_cache.ipynb #a40ec2a3
+# %% ../nbs/core/01_cache.ipynb #40576c1f
 def _remove(path: Path) -> None:
     "Remove a file or a folder, if it is there."
     if path.is_dir() and not path.is_symlink():
@@ -62,16 +62,27 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _behind(path: Path) -> Path:
+    "Where a link points, so that what is written lands there and the link stays; else the path."
+    if not path.is_symlink():
+        return path
+    real = Path(os.path.realpath(path))
+    if not real.parent.is_dir():
+        raise FileNotFoundError(
+            f"{path} is a link to {real}, and there is no {real.parent}: is a disk not mounted?")
+    return real
+
+
 @contextmanager
 def atomic_path(
     path: Path | str,  # where the finished file or folder shall be; its parents are made
 ) -> Iterator[Path]:  # a name beside it that does not exist yet: write there
-    """Write a file or a folder all or nothing, replacing what was there.
+    """Write a file or a folder all or nothing, replacing what was there (behind a link: there).
 
     Raises `FileNotFoundError` if the block writes nothing, `IsADirectoryError` rather than put a
-    file in the place of a folder.
+    file in the place of a folder, and `NotADirectoryError` for the opposite.
     """
-    path = Path(path)
+    path = _behind(Path(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
@@ -80,7 +91,9 @@ def atomic_path(
             raise FileNotFoundError(f"nothing was written for {path}: write to the path you get")
         if path.is_dir() and not temporary.is_dir():
             raise IsADirectoryError(f"{path} is a folder: give the name of a file")
-        if path.is_dir() and not path.is_symlink():  # a folder can't be renamed onto a full one
+        if path.is_file() and temporary.is_dir():
+            raise NotADirectoryError(f"{path} is a file: give the name of a folder")
+        if path.is_dir():  # a folder can't be renamed onto a full one
             old = temporary.with_suffix(".old")
             os.replace(path, old)
             os.replace(temporary, path)
@@ -196,7 +209,7 @@ def _damage(folder: Path) -> str:
         _write_manifest(folder, {name: digest for name, (_, digest) in noted.items()})
     return ""
 
-# %% ../nbs/core/01_cache.ipynb #49ae90e2
+# %% ../nbs/core/01_cache.ipynb #bca13403
 def build_once(
     folder: Path | str,  # where the result lives
     build: Callable[[Path], None],  # writes the result into the empty folder that it is given
@@ -205,24 +218,24 @@ def build_once(
 
     What `build` raises is passed on, and nothing is kept.
     """
-    folder = Path(folder)
-    if folder.is_dir() and not _damage(folder):
-        return folder
+    folder, named = _behind(Path(folder)), Path(folder)
+    if not _damage(folder):
+        return named
     with file_lock(folder):
-        damage = _damage(folder) if os.path.lexists(folder) else ""
-        if folder.is_dir() and not damage:
-            return folder  # another process built it while we waited
-        if damage:
+        damage = _damage(folder)
+        if not damage:
+            return named  # another process built it while we waited
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             warnings.warn(f"{folder} is corrupt: {damage}. It is made again.", stacklevel=3)
-        if not folder.is_dir():
-            _remove(folder)  # a file, or a link to nowhere
+        if folder.is_file():
+            _remove(folder)
         for stump in folder.parent.glob(f".{glob.escape(folder.name)}.????????.*"):
             _remove(stump)  # of a process that was killed: we hold the lock, so nobody writes it
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             build(temporary)
             _seal(temporary)
-    return folder
+    return named
 
 # %% ../nbs/core/01_cache.ipynb #77b9a927
 class FetchError(OSError):

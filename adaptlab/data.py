@@ -204,7 +204,7 @@ def load(
         check_columns(rows, columns, source)
     return found.select_columns(columns)
 
-# %% ../nbs/core/06_data.ipynb #6721c1c3
+# %% ../nbs/core/06_data.ipynb #c9ee468e
 def pixels(
     picture: Any,  # a PIL image
     mode: str | None = None,  # "L" or "RGB": make it so; None: as it is
@@ -229,7 +229,7 @@ def pixels(
     values = values[..., None] if values.ndim == 2 else values
     return np.repeat(values, 3, axis=2) if wide and mode == "RGB" else values
 
-
+# %% ../nbs/core/06_data.ipynb #52f2dbd2
 def _column(ds: Any, kind: type, given: str | None) -> str:
     "The name of the only column of a kind."
     names = [n for n, f in ds.features.items() if isinstance(f, kind)]
@@ -241,7 +241,7 @@ def _column(ds: Any, kind: type, given: str | None) -> str:
         raise ValueError(f"{many}: say which of {ds.column_names}")
     return names[0]
 
-# %% ../nbs/core/06_data.ipynb #80ec86ab
+
 def as_tensors(
     ds: Any,  # a datasets.Dataset with an image column and a label column
     image: str | None = None,  # name of the image column; found by its type

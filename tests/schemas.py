@@ -302,12 +302,13 @@ class Recorded:
 
         "ETTh1.csv" (any ETT name): 17,420 hours, seven channels. "LLM-Adapters": the folder with
         `ft-training_set/*.json` and `dataset/<task>/test.json`. "imagenetv2": a folder of images
-        per class number.
+        per class number. "imagenet": the folders `train`, `val` and `imagenet-sketch`, with images
+        per WordNet id, as model soups read them.
         """
         if name.startswith("ETT"):
             return _ett(Path(folder) / name)
-        return {"LLM-Adapters": _llm_adapters, "imagenetv2": _imagenet_v2}[name](
-            Path(folder) / name, self.most)
+        makers = {"LLM-Adapters": _llm_adapters, "imagenetv2": _imagenet_v2, "imagenet": _imagenet}
+        return makers[name](Path(folder) / name, self.most)
 
 
 def _ett(path: Path) -> Path:
@@ -349,6 +350,15 @@ def _imagenet_v2(folder: Path, most: int) -> Path:
         place = folder / str(i * 37 % 1000)
         place.mkdir(parents=True, exist_ok=True)
         (place / f"{i}.png").write_bytes(_image(i)["image"]["bytes"])
+    return folder
+
+
+def _imagenet(folder: Path, most: int) -> Path:
+    for part in ("train", "val", "imagenet-sketch"):
+        for i in range(most):
+            place = folder / part / ("n01440764", "n01443537", "n01484850")[i % 3]
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{i}.png").write_bytes(_image(i)["image"]["bytes"])
     return folder
 
 

@@ -140,13 +140,51 @@ def test_a_damaged_manifest_is_noticed(tmp_path, manifest):
     assert (made / "a").read_text() == "a"
 
 
-@pytest.mark.parametrize("what", ["file", "link"])
-def test_something_else_in_the_place_of_a_folder(tmp_path, what):
+def test_a_file_in_the_place_of_a_folder(tmp_path):
     made = tmp_path / "made"
-    made.write_text("x") if what == "file" else made.symlink_to(tmp_path / "nowhere")
+    made.write_text("x")
     with pytest.warns(UserWarning, match="it is no folder"):
         cache.build_once(made, lambda folder: (folder / "a").write_text("a"))
-    assert (made / "a").read_text() == "a" and not made.is_symlink()
+    assert (made / "a").read_text() == "a"
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="file is a file: give the name of a folder"):
+        with cache.atomic_path(tmp_path / "file") as path:
+            path.mkdir()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_links_stay_and_what_is_behind_them_is_written(tmp_path, there, recwarn):
+    "One entry of the cache, or a folder of checkpoints, was moved to a bigger disk."
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    for name in ("entry", "out", "note.txt"):
+        (tmp_path / name).symlink_to(disk / name)
+    if there:
+        (disk / "entry").mkdir()
+        (disk / "out").mkdir()
+        (disk / "out" / "old").write_text("old")
+        (disk / "note.txt").write_text("old")
+    made = cache.build_once(tmp_path / "entry", lambda folder: (folder / "a").write_text("a"))
+    assert made == tmp_path / "entry" and (disk / "entry" / "a").read_text() == "a"
+    assert cache.build_once(made, None) == made
+    with cache.atomic_path(tmp_path / "out") as path:
+        path.mkdir()
+        (path / "new").write_text("new")
+    assert names(disk / "out") == ["new"]
+    cache.atomic_write_text(tmp_path / "note.txt", "new")
+    assert (disk / "note.txt").read_text() == "new"
+    assert all((tmp_path / name).is_symlink() for name in ("entry", "out", "note.txt"))
+    assert names(disk) == ["entry", "note.txt", "out"] and not recwarn.list
+
+
+def test_a_link_to_a_disk_that_is_not_mounted(tmp_path):
+    (tmp_path / "entry").symlink_to(tmp_path / "nowhere" / "entry")
+    for call in (lambda: cache.build_once(tmp_path / "entry", None),
+                 lambda: cache.atomic_write_text(tmp_path / "entry", "x")):
+        with pytest.raises(FileNotFoundError, match="is a link to .*not mounted"):
+            call()
+    assert names(tmp_path) == ["entry"]
 
 
 def test_a_build_that_writes_nothing_is_an_error(tmp_path):

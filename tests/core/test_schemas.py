@@ -98,6 +98,8 @@ def test_files_of_presets(recorded, tmp_path):
         assert data.load(folder / file, ["instruction", "input", "output", "answer"])
     pictures = data.load(recorded.write("imagenetv2", tmp_path))
     assert data.as_tensors(pictures)[0].shape[1:] == (3, 64, 48)
+    parts = recorded.write("imagenet", tmp_path)
+    assert {p.name for p in parts.iterdir()} == {"train", "val", "imagenet-sketch"}
 
 
 def test_bundled_data_is_real(recorded):
