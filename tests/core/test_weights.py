@@ -1,6 +1,7 @@
 """Arithmetic on states: properties, agreement with torch, what is refused and warned about."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from adaptlab.weights import (
     as_state,
     average,
     cosine,
+    factor_pairs,
     interpolate,
     linear_combination,
     align,
@@ -399,6 +401,158 @@ def test_overflow_is_named(dtype):
 def test_wrong_input(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+# ------------------------------------------------------------------ names and configs
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ("x.lora_A.weight", "x.lora_B.weight"), ("x.lora_A", "x.lora_B"),
+        ("x.lora_A.default.weight", "x.lora_B.default.weight"),
+        ("x.lora_embedding_A", "x.lora_embedding_B"),
+        ("x.lora_embedding_A.default", "x.lora_embedding_B.default"),
+        ("layers.0.wq.lora_a.weight", "layers.0.wq.lora_b.weight"),
+        ("x.lora_down.weight", "x.lora_up.weight"),
+        ("lora_unet_down_blocks_0.lora_down.weight", "lora_unet_down_blocks_0.lora_up.weight"),
+        ("attn.processor.to_q_lora.down.weight", "attn.processor.to_q_lora.up.weight"),
+        ("attn.to_q.lora.down.weight", "attn.to_q.lora.up.weight"),
+        ("attn.to_q.lora_linear_layer.down.weight", "attn.to_q.lora_linear_layer.up.weight"),
+        ("q.hada_w1_a", "q.hada_w1_b"), ("q.lokr_w2_a", "q.lokr_w2_b"), ("q.lokr_w1", "q.lokr_w2"),
+        ("q.vera_lambda_d.default", "q.vera_lambda_b.default"),
+        ("attn.lora_kqv_adapter.linear_in.weight", "attn.lora_kqv_adapter.linear_out.weight"),
+        ("layers.0.q_proj.adapter.A", "layers.0.q_proj.adapter.B"),
+    ],
+)
+def test_factors_are_known_by_their_names(first, second):
+    state = {first: torch.ones(2, 3), second: torch.ones(3, 2), "norm.weight": torch.ones(3)}
+    assert factor_pairs(state) == [(first, second)]
+    with pytest.warns(UserWarning, match="factors of a low-rank change"):
+        average([state, state])
+    with pytest.warns(UserWarning, match="factors of a low-rank change"):
+        interpolate(state, state, 0.5)
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ("ssm.A", "ssm.B"), ("A", "B"), ("mlp.down.weight", "mlp.up.weight"),
+        ("model.adapter.layers.0.conv.weight", "model.adapter.proj.bias"),
+        ("unet.down_blocks.0.weight", "unet.up_blocks.0.weight"),
+        ("adapter.down.weight", "adapter.up.weight"), ("explora.A", "explora.B"),
+        ("layer.adapter.weight", "layer.adapter.bias"),
+    ],
+)
+def test_plain_weights_are_no_factors(first, second):
+    state = {first: torch.ones(2, 3), second: torch.ones(3, 2)}
+    assert factor_pairs(state) == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        average([state, state])
+
+
+def llama(**changes):
+    settings = {"vocab_size": 260, "hidden_size": 32, "layers": 1, "heads": 4, "kv_heads": 4}
+    return recipes.tiny_llama(**{**settings, **changes})
+
+
+def test_models_of_the_same_shapes_that_differ_are_warned_about():
+    a, b = llama(), llama(heads=8, kv_heads=8)
+    for call in (lambda: average([a, b]), lambda: interpolate(a, b, 0.5),
+                 lambda: task_vector(a, b), lambda: cosine(a, b)):
+        with pytest.warns(UserWarning, match=r"num_attention_heads \(4 and 8\)"):
+            call()
+    p, q = recipes.tiny_bert(n_classes=2), recipes.tiny_bert(n_classes=2)
+    p.config.id2label, q.config.id2label = {0: "neg", 1: "pos"}, {0: "pos", 1: "neg"}
+    with pytest.warns(UserWarning, match="id2label"):
+        average([p, q])
+
+
+def test_models_that_differ_harmlessly_are_not_warned_about():
+    a, b = llama(), llama()
+    b.config.attention_dropout, b.config.pad_token_id, b.config.use_cache = 0.5, 3, False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        average([a, b])
+
+
+@pytest.mark.parametrize("scale_name", ["l.weight_scale_inv", "l.weight_scale", "l.scale_weight"])
+def test_scaled_float8_is_refused(scale_name):
+    state = {"l.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), scale_name: torch.ones(1)}
+    for call in (lambda: average([state, state]), lambda: task_vector(state, state),
+                 lambda: scale(state, 2)):
+        with pytest.raises(ValueError, match=f"l.weight is quantised.*{scale_name}"):
+            call()
+
+
+# ------------------------------------------------------------------ other devices
+
+
+def elsewhere(state):
+    "A state whose specs say that it is on a GPU: the path that tensors there take, on a CPU."
+    state = as_state(state)
+    for name, spec in state.specs.items():
+        state.specs[name] = spec._replace(device=torch.device("cuda", 0))
+    return state
+
+
+@fast
+@given(layouts(), st.integers(1, 4), st.integers(0, 99))
+def test_on_another_device_the_results_are_the_same(layout, k, seed):
+    states = [make(layout, seed + i) for i in range(k)]
+    assert near(average([elsewhere(s) for s in states]), average(states))
+    assert math.isclose(norm(elsewhere(states[0])), norm(states[0]), rel_tol=1e-5, abs_tol=1e-30)
+    if norm(states[0]):
+        got = cosine(*map(elsewhere, (states[0], states[-1])))
+        assert math.isclose(got, cosine(states[0], states[-1]), rel_tol=1e-9, abs_tol=1e-12)
+
+
+def test_another_device_is_waited_for_once(monkeypatch):
+    waits = []
+
+    def counted(old):
+        def run(self, *args):
+            waits.append(1)
+            return old(self, *args)
+
+        return run
+
+    for name in ("tolist", "item", "__bool__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
+    states = [{f"w{i}": torch.randn(4, 4) for i in range(30)} for _ in range(3)]
+    for call in (lambda: average([elsewhere(s) for s in states]),
+                 lambda: add(elsewhere(states[0]), elsewhere(states[1])),
+                 lambda: task_vector(elsewhere(states[0]), elsewhere(states[1])),
+                 lambda: norm(elsewhere(states[0])),
+                 lambda: cosine(elsewhere(states[0]), elsewhere(states[1]))):
+        waits.clear()
+        call()
+        assert len(waits) == 1
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_nan_on_another_device_is_named(where):
+    states = [{"v": torch.ones(3), "w": torch.ones(20)} for _ in range(2)]
+    states[where]["w"][17] = math.nan
+    for call in (lambda: average([elsewhere(s) for s in states]),
+                 lambda: norm(elsewhere(states[where])), lambda: cosine(*map(elsewhere, states))):
+        with pytest.raises(ValueError, match="1 entries of w in state"):
+            call()
+
+
+def test_norm_of_tiny_and_huge_entries_elsewhere():
+    for value in (1e-30, 1e30):
+        state = elsewhere({"w": torch.full((100,), value)})
+        assert norm(state) == pytest.approx(10 * value, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (3, 4, 5), (1, 7), (7, 1)])
+def test_pieces_of_tensors_that_are_not_contiguous(shape):
+    x = torch.arange(float(math.prod(shape))).reshape(shape)
+    for t in (x.transpose(0, -1), x.expand(2, *shape), x[..., ::2], x.flatten()[::3]):
+        pieces = list(as_state({"w": t}).pieces("w", 4))
+        assert torch.equal(torch.cat(pieces), t.reshape(-1))
 
 
 # ------------------------------------------------------------------ changes of a few entries
