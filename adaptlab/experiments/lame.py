@@ -589,7 +589,7 @@ def _ablation_figure(table: pd.DataFrame) -> plt.Figure:
                            title="LAME against itself without one ingredient")
     return ax.figure
 
-# %% ../../nbs/experiments/lame.ipynb #2e396718
+# %% ../../nbs/experiments/lame.ipynb #fac2abee
 def _claims_on_streams(report: Report, tested: pd.DataFrame, rivals: Sequence[str]) -> None:
     "What the test streams say."
     grouped = tested[~tested["stream"].str.contains("iid|[+]")]
@@ -627,7 +627,7 @@ def _claims_on_tuning(report: Report, cross: pd.DataFrame, rivals: Sequence[str]
         report.claim(
             f"{name} is fragile: tuned in one scenario, it loses more than 30 points in another",
             measured=float(worst[name]), below=-30, paper=paper[name], source="validation grid",
-            why="a stream is only a few batches long here, so damage has little time to add up",
+            why="a class is shorter than a batch here, so batches mix classes (tested in the lesson)",
             unit="points")
 
 # %% ../../nbs/experiments/lame.ipynb #2439a774
