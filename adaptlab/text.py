@@ -89,15 +89,14 @@ def token_ids(
         rows.append(TokenRow(head + ids + tail, spans))
     return rows
 
-# %% ../nbs/core/10_text.ipynb #eb333980
+# %% ../nbs/core/10_text.ipynb #f24aab71
 def _chat(messages: Sequence[Mapping], tokenizer: Any) -> tuple[str, list[int]]:
     "A conversation as text, and where each of the assistant's answers begins and ends."
     def render(count: int, ask: bool) -> str:
         return tokenizer.apply_chat_template(
             messages[:count], tokenize=False, add_generation_prompt=ask)
 
-    needed = {"role", "content"}
-    wrong = [m for m in messages if not (isinstance(m, Mapping) and needed <= m.keys())]
+    wrong = [m for m in messages if not (isinstance(m, Mapping) and "role" in m)]
     if wrong or not messages:
         raise ValueError("messages must be a list of dicts with 'role' and 'content', got "
                          f"{(wrong or messages)!r:.100}")

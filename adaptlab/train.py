@@ -142,7 +142,7 @@ class IndexStream:
             start, missing = start + len(parts[-1]), missing - len(parts[-1])
         return torch.cat(parts)
 
-# %% ../nbs/core/09_train.ipynb #74fefdc8
+# %% ../nbs/core/09_train.ipynb #85700d82
 def _columns(data: Any) -> Any:
     "The tensors of column-wise data (Tensor, tuple or dict of tensors, TensorDataset), else None."
     if isinstance(data, TensorDataset):
@@ -172,7 +172,7 @@ def _tensors(columns: Any) -> list[Tensor]:
 def _take(columns: Any, rows: Tensor) -> Any:
     "Rows of column-wise data: one `index_select` per tensor instead of one call per sample."
     if isinstance(columns, Tensor):
-        return columns.index_select(0, rows.to(columns.device, non_blocking=True))
+        return columns.index_select(0, rows if columns.is_cpu else rows.to(columns.device))
     if isinstance(columns, dict):
         return {k: _take(v, rows) for k, v in columns.items()}
     return tuple([_take(v, rows) for v in columns])
@@ -223,7 +223,7 @@ def _fetcher(
         return len(data), whole
     return len(data), lambda rows: collate([data[i] for i in rows.tolist()])
 
-# %% ../nbs/core/09_train.ipynb #b0399c6b
+# %% ../nbs/core/09_train.ipynb #bdec4614
 def _leaves(value: Any) -> Iterator[Any]:
     "What a nested batch holds: tensors, arrays, numbers and texts."
     if isinstance(value, Mapping):
@@ -236,13 +236,18 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield torch.as_tensor(value) if isinstance(value, np.ndarray | np.generic) else value
 
 
-def _digest(batch: Any) -> str:
-    "Which rows a batch holds: by its whole numbers and texts, as images may be varied at random."
+def _exact(batch: Any) -> list[Any]:
+    "What tells the rows of a batch: whole numbers and texts, as images may be varied at random."
     leaves = list(_leaves(batch))
     exact = [v for v in leaves if isinstance(v, (int, str, bytes))
              or (isinstance(v, Tensor) and not v.is_floating_point())]
+    return exact or leaves
+
+
+def _digest(nested: Any) -> str:
+    "A short text for nested tensors, numbers and texts: equal for equal ones."
     found = hashlib.sha256()
-    for value in exact or leaves:
+    for value in _leaves(nested):
         if isinstance(value, Tensor):
             flat = value.detach().cpu().contiguous().reshape(-1)
             value = flat.view(torch.uint8).numpy().tobytes()
@@ -272,7 +277,7 @@ def _check_alike(what: Any) -> None:
         raise ValueError("the processes were given different data, as if it had been shared out "
                          "before: give every process all of it, fit shares out each batch")
 
-# %% ../nbs/core/09_train.ipynb #3ecf1948
+# %% ../nbs/core/09_train.ipynb #525380fd
 class _Rows:
     "Micro-batches of map-style data: this process's share of the common index stream."
 
@@ -293,6 +298,9 @@ class _Rows:
 
     def micro_batches(self, step: int) -> Iterator[Any]:
         rows = self.stream.step(step)
+        if self.size == self.batch_size:
+            yield self.fetch(rows)
+            return
         for part in self.parts:
             yield self.fetch(rows[part * self.size : (part + 1) * self.size])
 
@@ -375,7 +383,7 @@ def _set_generator(generator: Any, state: Any) -> None:
     else:
         (generator.seed if isinstance(state, int) else generator.set_state)(state)
 
-# %% ../nbs/core/09_train.ipynb #3be2dadf
+# %% ../nbs/core/09_train.ipynb #8deb97e5
 class _Batches:
     "Micro-batches of a DataLoader: each of its batches is one global batch, seeded per epoch."
 
@@ -418,7 +426,7 @@ class _Batches:
         if self.first is None:
             raise ValueError(f"data is empty: the DataLoader yields no batch in epoch {self.epoch}")
         if self.total > 1:
-            _check_alike(_digest(self.first))
+            _check_alike(_digest(_exact(self.first)))
 
     def _next(self) -> Any:
         if self.iterator is None:
@@ -450,7 +458,7 @@ class _Batches:
             while self.next_step < step:
                 self._next()
         if self.next_step > step or (self.last is not None and self.expected is not None
-                                     and _digest(self.last) != self.expected):
+                                     and self.last_digest() != self.expected):
             raise ValueError(
                 "this run can't be resumed: its DataLoader does not give the same batches again. "
                 "Draw its order from `random`, `numpy`, `torch` or a generator that its sampler or "
@@ -465,14 +473,14 @@ class _Batches:
 
     def last_digest(self) -> str:
         "Which rows the last batch held, for a checkpoint."
-        return _digest(self.last)
+        return _digest(_exact(self.last))
 
     def close(self) -> None:
         "Leave the generators as they were found."
         for generator, state in self.found:
             _set_generator(generator, state)
 
-# %% ../nbs/core/09_train.ipynb #b85a708c
+# %% ../nbs/core/09_train.ipynb #a1793d41
 def _default_loss(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
     "The loss of a model of transformers, or cross-entropy of pairs; and the number of labels."
     if not isinstance(batch, Mapping):
@@ -503,7 +511,7 @@ class _LossModule(nn.Module):
                              f"got {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss)}")
         if not loss.requires_grad:
             raise ValueError("the loss does not depend on any trainable parameter")
-        return loss.reshape(()), count
+        return loss.reshape(()) if loss.ndim else loss, count
 
 # %% ../nbs/core/09_train.ipynb #ecdd669f
 _TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # tracker -> the package it needs
@@ -914,7 +922,7 @@ def _move(model: nn.Module, device: torch.device) -> None:
     if places != {device}:  # a quantised model is where it must be, and refuses to be moved
         model.to(device)
 
-# %% ../nbs/core/09_train.ipynb #99b0f961
+# %% ../nbs/core/09_train.ipynb #f6626bd2
 class _Loop:
     "One run of `fit`, split into small steps."
 
@@ -927,8 +935,8 @@ class _Loop:
         self.settings = self._settings(model, optimizer, recipe) if plan.checkpoint_dir else {}
         self.scheduler = recipe.build_schedule(optimizer, plan.steps)
         if self.scheduler is not None and plan.checkpoint_dir:
-            numbers = {k: v for k, v in self.scheduler.state_dict().items() if k[0] != "_"}
-            self.settings["rates"] = _digest(json.dumps(numbers, sort_keys=True, default=str))
+            rates = json.dumps(self.scheduler.state_dict(), default=lambda x: type(x).__name__)
+            self.settings["rates"] = _digest(rates)
         inner = _LossModule(model, loss_fn)
         self.module, prepared = accelerator.prepare(inner, optimizer)
         # hooks of a module's call cost more than a small model's step: not where there are none
@@ -1003,7 +1011,7 @@ def _gradients(loop: _Loop, batches: Iterable[Any]) -> Tensor:
         total = total * scale
     return total
 
-# %% ../nbs/core/09_train.ipynb #d5b6b945
+# %% ../nbs/core/09_train.ipynb #f8af16ae
 _FP16_TRIES = 40  # from 65,536 the scaler halves its number until nothing finite can overflow
 
 
@@ -1011,18 +1019,20 @@ def _update(loop: _Loop, batches: Iterable[Any]) -> bool:
     "Gradients, clipping, callbacks, and the optimiser's step; False where fp16 left it out."
     state = loop.state
     state.loss = _gradients(loop, batches)
-    scaled = loop.accelerator.scaler is not None
+    scaler = loop.accelerator.scaler
+    scale = scaler.get_scale() if scaler is not None else 1.0
+    if scaler is not None:  # clipping and callbacks see gradients of their true size
+        scaler.unscale_(state.optimizer)
     if loop.plan.clip is not None:
-        clip = nn.utils.clip_grad_norm_ if loop.plain else loop.accelerator.clip_grad_norm_
+        ours = loop.plain or scaler is not None  # accelerate's would divide by the scale again
+        clip = nn.utils.clip_grad_norm_ if ours else loop.accelerator.clip_grad_norm_
         loop.norm = clip(loop.params, loop.plan.clip)
-    elif scaled:  # callbacks see gradients of their true size
-        loop.accelerator.unscale_gradients()
     for callback in loop.before:
         callback(state)
     loop.optimizer.step()
     for parameter in loop.with_grad:
         parameter.grad = None
-    return not (scaled and loop.optimizer.step_was_skipped)
+    return scaler is None or scaler.get_scale() >= scale  # a fused optimiser skips in silence
 
 
 def _step(loop: _Loop) -> None:
@@ -1045,7 +1055,7 @@ def _step(loop: _Loop) -> None:
     for callback in loop.after:
         callback(state)
 
-# %% ../nbs/core/09_train.ipynb #9a27d2a6
+# %% ../nbs/core/09_train.ipynb #1a301e2c
 def _drain(loop: _Loop) -> None:
     "Bring the losses since the last look to the host in one copy; stop at one that is not finite."
     if not loop.recent:
@@ -1067,11 +1077,12 @@ def _log(loop: _Loop, extra: Mapping[str, float]) -> None:
     "Add a row to the history and send it to the tracker."
     _drain(loop)
     state = loop.state
-    row = {"step": state.step, "loss": float(np.mean(loop.pending)), "lr": float(state.lr)}
+    loss = math.fsum(loop.pending) / len(loop.pending)
+    row = {"step": state.step, "loss": loss, "lr": float(state.lr)}
     if loop.source.steps_per_epoch:
         row["epoch"] = loop.state.step / loop.source.steps_per_epoch
     if loop.norm is not None:
-        row["grad_norm"] = float(loop.norm)
+        row["grad_norm"] = float(getattr(loop.norm, "full_tensor", lambda: loop.norm)())
     row |= extra
     loop.pending.clear()
     loop.rows.append(row)

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptlab import recipes
-from adaptlab.text import causal_lm_collate, token_chunks, windows
+from adaptlab.text import (
+    causal_lm_collate, pad_batch, special_tokens, token_chunks, token_ids, windows,
+)
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -75,6 +77,80 @@ def test_collate_is_the_same_without_offsets():
     examples = [("a question", "an answer"), ("", "all"), "text", {"messages": chat * 2}]
     fast, slow = (causal_lm_collate(t)(examples) for t in (tokenizer, Slow(tokenizer)))
     assert all(torch.equal(fast[k], slow[k]) for k in fast)
+
+
+# --- special tokens -------------------------------------------------------------------------------
+
+def words(template, **kwargs):
+    "A tokenizer of four words and a template of special tokens."
+    import tokenizers
+    import transformers
+
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+        {"<s>": 0, "</s>": 1, "hi": 2, "yes": 3}, unk_token="hi"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", **kwargs)
+
+
+@pytest.mark.parametrize("template, before, after", [
+    ("$A", [], []), ("<s> $A", [0], []), ("$A </s>", [], [1]), ("<s> $A </s>", [0], [1]),
+])
+def test_every_special_token_once(template, before, after):
+    tokenizer = words(template)
+    assert special_tokens(tokenizer) == (before, after)
+    for text in ("hi yes", "<s> hi yes", "hi yes </s>", "<s> hi yes </s>"):
+        head, tail = text.startswith("<s>"), text.endswith("</s>")
+        for prompt in (False, True):
+            (row,) = token_ids(tokenizer, [text], prompt=prompt)
+            begins = [0] if before or head else []
+            ends = [1] if tail or (after and not prompt) else []  # what was written stays
+            assert row.ids == begins + [2, 3] + ends
+            assert len(row.spans) == len(row.ids)
+        assert token_ids(tokenizer, [text], special=False)[0].ids == (
+            [0] * head + [2, 3] + [1] * tail)
+    assert token_ids(tokenizer, [""])[0].ids == before + after
+    with pytest.raises(TypeError, match=r"give \[text\]"):
+        token_ids(tokenizer, "hi")
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
+def test_collate_of_a_templated_prompt(template):
+    begins = [0] if "<s>" in template else []
+    for prompt, first in (("<s> hi", [0]), ("hi", begins)):
+        batch = causal_lm_collate(words(template))([(prompt, " yes")])
+        assert batch["input_ids"].tolist() == [first + [2, 3, 1]]  # one start, one end
+        assert batch["labels"].tolist() == [[-100] * len(first) + [-100, 3, 1]]
+        ended = causal_lm_collate(words(template))([(prompt, " yes </s>")])
+        assert torch.equal(ended["input_ids"], batch["input_ids"])
+        assert torch.equal(ended["labels"], batch["labels"])
+        open_end = causal_lm_collate(words(template), add_eos=False)([(prompt, " yes")])
+        assert open_end["input_ids"].tolist() == [first + [2, 3]]
+
+
+def test_messages_name_what_is_missing():
+    tokenizer = recipes.byte_tokenizer()
+    collate = causal_lm_collate(tokenizer)
+    with pytest.raises(ValueError, match=r"a dict with \['answer', 'question'\]"):
+        collate([{"question": "?", "answer": "!"}])
+    with pytest.raises(ValueError, match="'role' and 'content'"):
+        collate([{"messages": [{"from": "user", "value": "hi"}]}])
+    for wrong in ((1, 2), [["a"], "b"], 5):
+        with pytest.raises(ValueError, match="an example must be"):
+            collate([wrong])
+
+
+def test_pad_batch_says_which_row():
+    good = {"input_ids": [1, 2], "labels": [1, 2]}
+    for wrong, said in (({"labels": [1]}, "row 1 has the columns"),
+                        ({"input_ids": [1]}, "row 1 has the columns"),
+                        ({"input_ids": [1, 2], "labels": [1]}, "row 1 differ in length")):
+        with pytest.raises(ValueError, match=said):
+            pad_batch([good, wrong], 0)
+    with pytest.raises(ValueError, match="at least one row"):
+        pad_batch([], 0)
 
 
 # --- streams and windows --------------------------------------------------------------------------

@@ -253,6 +253,194 @@ def test_stateful_callback_is_resumed(tmp_path):
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
+# --- loaders with chance of their own -------------------------------------------------------------
+
+class Shuffled(torch.utils.data.Sampler):
+    "A sampler that draws its order from a generator of its own, of whatever kind."
+
+    def __init__(self, n, rng):
+        self.n, self.rng = n, rng
+
+    def __len__(self):
+        return self.n
+
+    def __iter__(self):
+        order = list(range(self.n))
+        self.rng.shuffle(order)
+        yield from order
+
+
+class Lazy(Shuffled):
+    "Draws row by row from the global generators."
+
+    def __iter__(self):
+        for _ in range(self.n):
+            row = random.randrange(self.n) + np.random.randint(3) + int(torch.randint(3, ()))
+            yield row % self.n
+
+
+class Counting(Shuffled):
+    "Another order in each epoch, by counting them."
+
+    def __iter__(self):
+        self.rng = random.Random(getattr(self, "count", 0))
+        self.count = getattr(self, "count", 0) + 1
+        yield from super().__iter__()
+
+
+class Unsteady(Shuffled):
+    "An order that nobody can know."
+
+    def __iter__(self):
+        self.rng = random.Random(os.urandom(8))
+        self.__dict__.pop("rng").shuffle(order := list(range(self.n)))
+        yield from order
+
+
+class Noisy(TensorDataset):
+    "Adds noise from a generator of its own and from torch's."
+
+    def __init__(self, *tensors):
+        super().__init__(*tensors)
+        self.rng = np.random.default_rng(1)
+
+    def __getitem__(self, i):
+        (x,) = super().__getitem__(i)
+        return (x + int(self.rng.integers(100)) * 1000 + torch.randint(9, ()) * 100,)
+
+
+def ordered(kind):
+    "A loader of the numbers 0 to 11, in batches of 4."
+    from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler
+
+    rows = TensorDataset(torch.arange(12.0)[:, None])
+    seeded = torch.Generator().manual_seed(7)
+    if kind == "generator":
+        return DataLoader(rows, 4, shuffle=True, generator=seeded)
+    if kind == "batch sampler":
+        batches = BatchSampler(RandomSampler(rows, generator=seeded), 4, False)
+        return DataLoader(rows, batch_sampler=batches)
+    if kind == "replacement":
+        return DataLoader(rows, 4, sampler=RandomSampler(rows, True, 12, generator=seeded))
+    if kind == "set_epoch":
+        return DataLoader(rows, 4, sampler=DistributedSampler(rows, 1, 0))
+    if kind == "noisy dataset":
+        return DataLoader(Noisy(rows.tensors[0]), 4, shuffle=True)
+    if kind == "workers":
+        return DataLoader(rows, 4, shuffle=True, generator=seeded, num_workers=1)
+    samplers = {
+        "random": lambda: Shuffled(12, random.Random(3)),
+        "numpy": lambda: Shuffled(12, np.random.default_rng(3)),
+        "old numpy": lambda: Shuffled(12, np.random.RandomState(3)),
+        "lazy": lambda: Lazy(12, None), "counting": lambda: Counting(12, None),
+        "unsteady": lambda: Unsteady(12, None),
+    }
+    return DataLoader(rows, 4, sampler=samplers[kind]())
+
+
+def rows_seen(loader, folder=None, end=None, epochs=3):
+    "The rows of every step of a run that may be ended in the middle."
+    seen, model = [], nn.Linear(1, 1)
+
+    def loss(model, batch):
+        seen.append(batch[0].flatten().int().tolist())
+        torch.rand(3), random.random()  # the model's own chance
+        return model(batch[0]).square().mean() * 1e-9
+
+    try:
+        fit(model, loader, loss, epochs=epochs, checkpoint_dir=folder, device="cpu",
+            checkpoint_every=1 if folder else None, callbacks=[die_at(end)], progress=False)
+    except Dead:
+        pass
+    return seen
+
+
+KINDS = ["generator", "batch sampler", "replacement", "set_epoch", "noisy dataset", "random",
+         "numpy", "old numpy", "lazy", "counting"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "workers"])
+@pytest.mark.parametrize("end", [2, 4, 8])  # in epoch 0, at the start of epoch 1, at its end
+def test_a_loader_gives_the_same_rows_after_resume(tmp_path, kind, end):
+    if kind == "workers" and end != 4:
+        pytest.skip("slow to start")
+    straight = rows_seen(ordered(kind))
+    assert rows_seen(ordered(kind), tmp_path, end) == straight[:end]
+    assert rows_seen(ordered(kind), tmp_path) == straight[end - 1 :]
+    epochs = [sum(straight[i : i + 3], []) for i in (0, 3, 6)]
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_loader_is_left_as_it_was_found():
+    for kind in ("generator", "random", "numpy", "old numpy"):
+        loader = ordered(kind)
+        assert rows_seen(loader) == rows_seen(loader)  # nothing is left of the first run
+    loader = ordered("generator")
+    rows_seen(loader)
+    expected = torch.rand(3, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(torch.rand(3, generator=loader.generator), expected)
+
+
+def test_the_seed_of_a_generator_counts():
+    rows = TensorDataset(torch.arange(12.0)[:, None])
+    first, second = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+    assert (rows_seen(DataLoader(rows, 4, shuffle=True, generator=first))
+            != rows_seen(DataLoader(rows, 4, shuffle=True, generator=second)))
+
+
+def test_a_loader_that_does_not_repeat_itself_is_refused_on_resume(tmp_path):
+    rows_seen(ordered("unsteady"), tmp_path, 3)  # the checkpoint is in the middle of an epoch
+    with pytest.raises(ValueError, match="does not give the same batches"):
+        rows_seen(ordered("unsteady"), tmp_path)
+    other = DataLoader(TensorDataset(torch.arange(12.0, 24)[:, None]), 4, shuffle=True)
+    rows_seen(ordered("generator"), tmp_path / "b", 3)
+    with pytest.raises(ValueError, match="does not give the same batches"):
+        rows_seen(other, tmp_path / "b")
+
+
+def test_other_data_of_the_same_length_is_refused_on_resume(tmp_path):
+    x, y = jobs.digits_like()
+    quick(data=(x, y), checkpoint_dir=tmp_path)
+    for other in ((x + 1, y), [(x[i] + 1, y[i]) for i in range(len(x))]):
+        with pytest.raises(ValueError, match="data: "):
+            quick(data=other, checkpoint_dir=tmp_path)
+
+
+@pytest.mark.parametrize("change", [dict(max_lr=0.2), dict(pct_start=0.5)])
+def test_another_schedule_of_the_same_name_is_refused(tmp_path, change):
+    def one_cycle(**kwargs):
+        return partial(torch.optim.lr_scheduler.OneCycleLR,
+                       **(dict(max_lr=0.1, total_steps=9) | kwargs))
+
+    quick(schedule=one_cycle(), checkpoint_dir=tmp_path)
+    quick(schedule=one_cycle(), checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="rates"):
+        quick(schedule=one_cycle(**change), checkpoint_dir=tmp_path)
+
+
+def test_every_group_of_the_optimiser_is_compared(tmp_path):
+    def groups(second):
+        return lambda params: torch.optim.SGD([
+            {"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": second}])
+
+    quick(optimizer=groups(0.1), checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"lr: '\[0.1, 0.1\]' there, '\[0.1, 0.2\]' now"):
+        quick(optimizer=groups(0.2), checkpoint_dir=tmp_path)
+
+
+def test_a_loader_that_is_shared_out_already_is_refused():
+    import datasets
+    from datasets.distributed import split_dataset_by_node
+    from torch.utils.data import DistributedSampler
+
+    rows = TensorDataset(torch.arange(16.0)[:, None])
+    stream = datasets.Dataset.from_dict({"x": list(range(16))}).to_iterable_dataset(2)
+    for loader in (DataLoader(rows, 4, sampler=DistributedSampler(rows, 2, 0)),
+                   DataLoader(split_dataset_by_node(stream, 0, 2), 4)):
+        with pytest.raises(ValueError, match="gives each process a part"):
+            rows_seen(loader, epochs=1)
+
+
 # --- two processes --------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -277,6 +465,17 @@ def test_two_processes_match_one(two_processes, name):
 
 def test_two_processes_resume_bit_for_bit(two_processes):
     assert two_processes["resume"] == (True, 14)
+
+
+@pytest.mark.parametrize("kind", ["sampler", "own sampler", "tensors", "list", "table"])
+def test_data_that_was_shared_out_before_is_refused(two_processes, kind):
+    for error in two_processes["shared out"][kind]:  # in both processes
+        assert "gives each process a part" in error or "given different data" in error
+
+
+def test_a_generator_of_each_process_gives_all_the_same_rows(two_processes):
+    first, second = two_processes["generators"]
+    assert sorted(first + second) == list(range(16)) and not set(first) & set(second)
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -464,6 +663,251 @@ def test_quiet(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+# --- precision, devices, FSDP ---------------------------------------------------------------------
+
+def scaled(monkeypatch, overflows=()):
+    "fp16's scaler, which accelerate knows on GPUs only; the loss overflows at these calls."
+    make = train._new_accelerator
+
+    def with_scaler(*args, **kwargs):
+        accelerator = make(*args, **kwargs)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        return accelerator
+
+    calls = []
+
+    def loss_fn(model, batch):
+        calls.append(batch[1].tolist())
+        loss = jobs.cross_entropy(model, batch)
+        if len(calls) in overflows:
+            loss = loss + (model[0].bias * math.inf).sum().nan_to_num(0.0, 0.0, 0.0)
+        return loss
+
+    monkeypatch.setattr(train, "_new_accelerator", with_scaler)
+    return loss_fn, calls
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_updates_that_fp16_leaves_out_do_not_count(monkeypatch, clip):
+    settings = dict(steps=9, log_every=1, schedule="linear", clip=clip)
+    plain, first = quick(**settings)
+    overflows = (1, 2, 3, 8)
+    loss_fn, calls = scaled(monkeypatch, overflows)
+    seen = []
+
+    class Watch(train.Callback):
+        def before_step(self, state):
+            seen.append([state.model[0].bias.grad.isfinite().all().item(), state.step])
+
+        def after_step(self, state):
+            seen.append(state.step)
+
+    model, second = quick(loss_fn=loss_fn, callbacks=[Watch()], **settings)
+    assert second.steps == 9 and len(calls) == 9 + len(overflows)
+    assert calls[0] == calls[1] == calls[2] == calls[3] != calls[4]  # the same rows again
+    assert [s for s in seen if isinstance(s, int)] == list(range(1, 10))
+    assert second.history["lr"].tolist() == first.history["lr"].tolist()
+    np.testing.assert_allclose(second.history["loss"], first.history["loss"], rtol=1e-5)
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_that_no_scale_makes_finite_are_said(monkeypatch):
+    loss_fn, _ = scaled(monkeypatch, range(1, 999))
+    with pytest.raises(FloatingPointError, match="at step 1, however small"):
+        quick(loss_fn=loss_fn)
+
+
+def test_callbacks_see_gradients_of_their_true_size(monkeypatch):
+    sizes = []
+
+    class Watch(train.Callback):
+        def before_step(self, state):
+            sizes.append(state.model[4].weight.grad.norm().item())
+
+    quick(steps=1, callbacks=[Watch()])
+    loss_fn, _ = scaled(monkeypatch)
+    quick(steps=1, callbacks=[Watch()], loss_fn=loss_fn)
+    assert sizes[1] == pytest.approx(sizes[0], rel=1e-5)
+
+
+def test_a_gpu_is_chosen_by_its_number(monkeypatch):
+    chosen = []
+
+    class Current:
+        def __init__(self, device):
+            chosen.append(device)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            chosen.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    with train._this_gpu(torch.device("cuda:1")):
+        assert chosen == [torch.device("cuda:1")]
+    assert chosen[1:] == ["left"]
+    for other in ("cpu", "cuda"):
+        with train._this_gpu(torch.device(other)):
+            assert len(chosen) == 2
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="each of several processes"), \
+            train._this_gpu(torch.device("cuda:1")):
+        pass
+
+
+def test_fsdp_1_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for version in (None, "1"):
+        if version:
+            monkeypatch.setenv("FSDP_VERSION", version)
+        with pytest.raises(ValueError, match="use FSDP 2"):
+            quick()
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    train._check_fsdp()
+
+
+def test_fsdp_2_does_not_round_the_loss(tmp_path):
+    from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16
+    train._keep_loss_exact(plugin)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        module = train._LossModule(jobs.mlp(), lambda m, b: F.cross_entropy(m(b[0]).float(), b[1]))
+        fully_shard(module, mesh=DeviceMesh("cpu", [0]), mp_policy=plugin.mixed_precision_policy)
+        loss, _ = module(jobs.digits_like())
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert loss.item() != loss.bfloat16().item()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_offloaded_weights_are_refused():
+    model = jobs.mlp()
+    model[0].to("meta")
+    with pytest.raises(ValueError, match="offloaded"):
+        quick(model)
+
+
+def test_no_cache_of_keys_and_values_is_kept():
+    model, seen = recipes.tiny_llama(hidden_size=16, layers=1), []
+    forward = model.forward
+
+    def watched(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        seen.append(out.past_key_values)
+        return out
+
+    model.forward = watched
+    ids = torch.arange(64).reshape(8, 8)
+    fit(model, {"input_ids": ids, "labels": ids}, steps=2, batch_size=4, progress=False)
+    assert seen == [None, None] and model.config.use_cache
+
+
+# --- settings and the best weights ----------------------------------------------------------------
+
+def test_training_is_fit_with_its_settings():
+    settings = dict(steps=12, batch_size=8, lr=3e-3, schedule="cosine", warmup=0.2, clip=1.0,
+                    weight_decay=0.1, accumulate=2)
+    direct, first = quick(**settings, seed=3)
+    training, model = train.Training(**settings), jobs.mlp()
+    second = training.fit(model, jobs.digits_like(), jobs.cross_entropy, seed=3, progress=False)
+    assert same(direct, model) and first.history.equals(second.history)
+
+
+def test_what_is_given_to_training_goes_first():
+    training, data = train.Training(epochs=9, lr=0.5, weight_decay=0.1), jobs.digits_like()
+    model = jobs.mlp()
+    result = training.fit(model, data, jobs.cross_entropy, steps=3, lr=1e-3, progress=False)
+    assert result.steps == 3 and result.history["lr"].iloc[-1] == 1e-3
+    made = []
+
+    class Momentum(torch.optim.SGD):
+        def __init__(self, params, **kwargs):
+            made.append(kwargs)
+            super().__init__(params, **kwargs)
+
+    training.fit(model, data, jobs.cross_entropy, steps=1, progress=False,
+                 optimizer=partial(Momentum, momentum=0.9))
+    assert made == [dict(momentum=0.9, lr=0.5, weight_decay=0.1)]
+    with pytest.raises(ValueError, match="default optimiser"):
+        training.fit(model, data, jobs.cross_entropy, steps=1, progress=False,
+                     optimizer=lambda params: torch.optim.SGD(params))
+
+
+@pytest.mark.parametrize("change", [
+    dict(steps=0), dict(steps=True), dict(epochs=1), dict(steps=None), dict(lr=0),
+    dict(lr=math.nan), dict(lr=math.inf), dict(warmup=-0.1), dict(warmup=0.1), dict(clip=0),
+    dict(weight_decay=-1), dict(accumulate=0), dict(batch_size=1.5), dict(precision="int4"),
+])
+def test_settings_that_no_run_can_have(change):
+    with pytest.raises(ValueError):
+        train.Training(**({"steps": 5} | change))
+
+
+def test_best_weights_come_back(tmp_path):
+    "The score is the largest at step 6; everything that moves is as it was then."
+    def wanted(model):
+        assert not model.training and not torch.is_grad_enabled()
+        torch.rand(5)
+        return -abs(int(model[1].num_batches_tracked) - 6)
+
+    until, _ = quick(jobs.mlp(norm=True), steps=6)
+    for every, lower, score in ((3, False, wanted), (2, True, lambda m: -wanted(m))):
+        best, model = train.KeepBest(score, every, lower=lower), jobs.mlp(norm=True)
+        _, result = quick(model, steps=13, callbacks=[best])
+        assert result.steps == 13 and best.step == 6 and best.scored == 13
+        assert same(model, until)
+
+
+def test_best_weights_survive_a_kill(tmp_path):
+    def wanted(model):
+        return -abs(int(model[1].num_batches_tracked) - 4)
+
+    def run(folder, end=None):
+        model = jobs.mlp(norm=True)
+        try:
+            quick(model, steps=10, checkpoint_dir=folder, checkpoint_every=3 if folder else None,
+                  callbacks=[train.KeepBest(wanted, 2), die_at(end)])
+        except Dead:
+            return None
+        return model
+
+    run(tmp_path, 8)
+    resumed = run(tmp_path)
+    assert same(resumed, run(None)) and same(run(tmp_path), resumed)  # finished: the best again
+    assert int(resumed[1].num_batches_tracked) == 4
+
+
+def test_patience_ends_a_run():
+    best = train.KeepBest(lambda m: -float(m[4].weight.norm() * 0 + 1), 2, patience=3)
+    _, result = quick(steps=50, callbacks=[best])
+    assert result.steps == 2 + 3 * 2 and best.step == 2
+    with pytest.raises(ValueError, match="NaN at step 2"):
+        quick(callbacks=[train.KeepBest(lambda m: math.nan, 2)])
+    with pytest.raises(ValueError, match="every must be"):
+        train.KeepBest(wrong := len, 0) and wrong
+
+
+def test_pandas_is_loaded_for_the_history_alone():
+    code = ("import sys; from adaptlab import train, text, modules, processes; import torch; "
+            "r = train.fit(torch.nn.Linear(2, 1), torch.randn(9, 2), lambda m, b: m(b).mean(), "
+            "steps=2, progress=False); before = 'pandas' in sys.modules; r.rows; "
+            "print(before, 'matplotlib' in sys.modules, len(r.history))")
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True,
+                          text=True)
+    assert done.stdout.split() == ["False", "False", "1"], done.stdout + done.stderr
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 def test_not_finite_loss_names_the_step_and_keeps_the_checkpoint(tmp_path):
@@ -546,6 +990,65 @@ def test_all_kinds_of_data_give_the_same_run():
     runs += [quick(data=d, loss_fn=named)[0] for d in ({"x": x, "y": y}, table, arrays)]
     runs.append(quick(data=(x.numpy(), y.numpy()))[0])
     assert all(same(runs[0], run) for run in runs[1:])
+
+
+def test_a_dataset_that_makes_whole_batches():
+    x, y = jobs.digits_like()
+    expected, _ = quick(data=(x, y))
+    calls = []
+
+    class Whole:
+        def __len__(self):
+            return len(x)
+
+        def __getitem__(self, i):
+            raise AssertionError("never sample by sample")
+
+        def __getitems__(self, rows):
+            calls.append(len(rows))
+            return x[rows], y[rows]
+
+    class OnDevice(Whole):
+        __getitems__ = None
+
+        def fetch_batch(self, rows, device):
+            calls.append(torch.device(device).type)
+            return x[rows], y[rows]
+
+    assert same(quick(data=Whole())[0], expected) and calls == [8] * 6
+    calls.clear()
+    assert same(quick(data=OnDevice(), accumulate=2)[0], quick(accumulate=2)[0])
+    assert calls == [train.resolve_device("auto").type] * 12
+    with pytest.raises(ValueError, match="leave it out"):
+        quick(data=OnDevice(), collate_fn=list)
+    samples = [(x[i], y[i]) for i in range(len(x))]
+
+    class Samples(Whole):
+        def __getitems__(self, rows):
+            return [samples[i] for i in rows]
+
+    assert same(quick(data=Samples())[0], expected)
+
+
+def test_messages_name_the_column():
+    import datasets
+
+    x, y = jobs.digits_like(9)
+    with pytest.raises(ValueError, match="'x': 9, 'y': 8"):
+        quick(data={"x": x, "y": y[:8]})
+    table = datasets.Dataset.from_dict({"x": x.tolist(), "name": ["a"] * 9})
+    with pytest.raises(TypeError, match="column 'name'"):
+        quick(data=table)
+    ragged = datasets.Dataset.from_dict({"ids": [[1] * (i + 1) for i in range(9)]})
+    with pytest.raises(TypeError, match="column 'ids'"):
+        quick(data=ragged)
+
+
+def test_pairs_need_no_loss_function():
+    expected, _ = quick()
+    model, _ = quick(loss_fn=None)
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
 def test_order_does_not_depend_on_the_split():

@@ -176,8 +176,62 @@ def pair(out):
     same = all(torch.equal(a, b) for a, b in zip(
         whole.state_dict().values(), resumed.state_dict().values(), strict=True))
     results["resume"] = (same, result.resumed_from)
+    results["shared out"] = shared_out()
+    results["generators"] = generators()
     if int(os.environ["RANK"]) == 0:
         torch.save(results, out)
+
+
+def shared_out():
+    "What `fit` says to data of which every process holds a part: kind -> both processes' errors."
+    import datasets
+    from torch.utils.data import DistributedSampler, SequentialSampler
+
+    from adaptlab import processes
+
+    rank, rows = processes.rank(), torch.arange(16.0)[:, None]
+    mine, data = rows[rank::2], TensorDataset(rows)
+
+    class Own(SequentialSampler):
+        def __len__(self):
+            return 8
+
+        def __iter__(self):
+            yield from range(rank, 16, 2)
+
+    kinds = {
+        "sampler": DataLoader(data, 4, sampler=DistributedSampler(data)),
+        "own sampler": DataLoader(data, 4, sampler=Own(data)),
+        "tensors": (mine,), "list": [(row,) for row in mine],
+        "table": datasets.Dataset.from_dict({"x": mine.flatten().tolist()}),
+    }
+    said = {}
+    for kind, given in kinds.items():
+        size = None if isinstance(given, DataLoader) else 4
+        try:
+            train.fit(nn.Linear(1, 1), given, lambda m, b: m(torch.ones(1, 1)).mean(), steps=3,
+                      batch_size=size, device="cpu", progress=False)
+            error = "none"
+        except ValueError as problem:
+            error = str(problem)
+        said[kind] = processes.gather([error])
+    return said
+
+
+def generators():
+    "Rows of each process, from a loader whose generator was seeded by the process's number."
+    from adaptlab import processes
+
+    data, seen = TensorDataset(torch.arange(16.0)[:, None]), []
+    own = torch.Generator().manual_seed(processes.rank())
+
+    def loss_fn(model, batch):
+        seen.extend(batch[0].flatten().int().tolist())
+        return model(batch[0]).square().mean()
+
+    train.fit(nn.Linear(1, 1), DataLoader(data, 4, shuffle=True, generator=own), loss_fn, epochs=1,
+              device="cpu", progress=False)
+    return processes.gather([seen])
 
 
 def talk(out):
