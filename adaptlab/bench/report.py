@@ -6,12 +6,13 @@
 __all__ = ['HOLDS', 'FAILS', 'OPEN', 'VERDICTS', 'REPORT_MIME', 'verdict', 'Claim', 'to_json', 'from_json', 'write_frame',
            'read_frame', 'Report', 'save_report', 'check_summary', 'read_summary', 'load_report']
 
-# %% ../../nbs/bench/01_report.ipynb #2986159d
+# %% ../../nbs/bench/01_report.ipynb #3996b158
 import base64
 import dataclasses
 import io
 import json
 import math
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -251,7 +252,17 @@ class _Picture:
         data = {"image/png": base64.b64encode(self.png).decode(), "text/plain": self.caption}
         return data, {}
 
-# %% ../../nbs/bench/01_report.ipynb #7d34d51e
+# %% ../../nbs/bench/01_report.ipynb #e3a86192
+def _in_words(row: dict[str, str]) -> str:
+    "One row of the claims table for a terminal, at most 100 columns wide."
+    lines = [textwrap.fill(row["claim"], 100)]
+    for name in ("paper", "here", "verdict"):
+        if row[name]:
+            text = f"    {name:<8} {row[name]}"
+            lines.append(textwrap.fill(text, 100, subsequent_indent=" " * 13))
+    return "\n".join(lines)
+
+# %% ../../nbs/bench/01_report.ipynb #36ebda2f
 class _ClaimsTable:
     "The claims of a report as a table; in a notebook it also carries the report as data."
 
@@ -273,8 +284,7 @@ class _ClaimsTable:
         return pd.DataFrame(rows, columns=["claim", "paper", "here", "verdict"])
 
     def __repr__(self):
-        with pd.option_context("display.max_colwidth", None, "display.width", 200):
-            return self.frame.to_string(index=False)
+        return "\n".join(_in_words(row) for row in self.frame.to_dict("records"))
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         "HTML for people, text for terminals, JSON for the scoreboard."
