@@ -72,14 +72,17 @@ class Cell:
 
 @lru_cache
 def cells(paper: catalog.Paper) -> list[Cell]:
-    "The cells of a lesson."
-    notebook = json.loads((ROOT / "nbs" / paper.notebook).read_text(encoding="utf-8"))
+    "The cells of a lesson; a cell of text that runs over several sections is taken apart."
     found, section = [], ""
-    for raw in notebook["cells"]:
+    for raw in site.read_notebook(ROOT / "nbs" / paper.notebook)["cells"]:
+        parts = ["".join(raw["source"])]
         if raw["cell_type"] == "markdown":
-            titles = re.findall(r"^## (.+)$", _prose("".join(raw["source"])), re.M)
-            section = titles[0].strip() if titles else section
-        found.append(Cell(raw, section))
+            parts = [p for p in re.split(r"^(?=## )", parts[0], flags=re.M) if p.strip()]
+        for part in parts:
+            if raw["cell_type"] == "markdown":
+                title = re.match(r"## (.+)", part)
+                section = title[1].strip() if title else section
+            found.append(Cell({**raw, "source": part}, section))
     return found
 
 
