@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import types
 
 import pytest
@@ -37,9 +36,6 @@ def save(model, folder):
 
 def test_smollm2():
     model, tokenizer = models.load("smollm2", device="cpu")
-    start = time.perf_counter()
-    models.load("smollm2", device="cpu")
-    assert time.perf_counter() - start < 3
     assert model.dtype == torch.float32 and not model.training
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not hasattr(model.config, "quantization_config")
@@ -143,7 +139,7 @@ def test_wrong_arguments(tmp_path):
         models.load(tmp_path)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="0 cuda devices"):
-            models.resolve_device("cuda")
+            models.load("minilm", device="cuda")
 
 
 @pytest.mark.parametrize("call, match", [
