@@ -484,7 +484,7 @@ def cross_scenarios(
             rows += [(name, tuned_on, scenario, value) for scenario, value in row.items()]
     return pd.DataFrame(rows, columns=["method", "tuned_on", "scenario", "change"])
 
-# %% ../../nbs/experiments/lame.ipynb #5be0e66d
+# %% ../../nbs/experiments/lame.ipynb #319b473a
 def random_neighbors(
     x: Tensor,  # features [N, d]; only their number counts
     k: int,  # neighbours per sample
@@ -495,7 +495,7 @@ def random_neighbors(
 
 
 class AveragingOnly(nn.Module):
-    "LAME without its reward for certainty: the graph Laplacian alone, minimised exactly."
+    "LAME without its reward for certainty: the graph Laplacian alone, minimised."
 
     def __init__(
         self,
@@ -513,7 +513,7 @@ class AveragingOnly(nn.Module):
         w = method.knn_affinity(features, min(self.k, max(1, len(x) - 1)), symmetric=True)
         d = w.sum(1, keepdim=True)
         step = 1 / (1 + 2 * float(d.max()))
-        for _ in range(200):
+        for _ in range(100):
             goal = log_q + w @ log_z.exp() - d * log_z.exp()
             log_z = ((1 - step) * log_z + step * goal).log_softmax(1)
         return log_z.exp()
@@ -589,7 +589,7 @@ def _ablation_figure(table: pd.DataFrame) -> plt.Figure:
                            title="LAME against itself without one ingredient")
     return ax.figure
 
-# %% ../../nbs/experiments/lame.ipynb #fac2abee
+# %% ../../nbs/experiments/lame.ipynb #9e242b19
 def _claims_on_streams(report: Report, tested: pd.DataFrame, rivals: Sequence[str]) -> None:
     "What the test streams say."
     grouped = tested[~tested["stream"].str.contains("iid|[+]")]
@@ -627,7 +627,7 @@ def _claims_on_tuning(report: Report, cross: pd.DataFrame, rivals: Sequence[str]
         report.claim(
             f"{name} is fragile: tuned in one scenario, it loses more than 30 points in another",
             measured=float(worst[name]), below=-30, paper=paper[name], source="validation grid",
-            why="a class is shorter than a batch here, so batches mix classes (tested in the lesson)",
+            why="a class is shorter than a batch here, so batches mix classes (see the test below)",
             unit="points")
 
 # %% ../../nbs/experiments/lame.ipynb #2439a774

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..modules import logits_of, modes_kept
 
-# %% ../../nbs/testtime/01_lame.ipynb #e334b78f
+# %% ../../nbs/testtime/01_lame.ipynb #a109bb24
 def _checked(
     x: Tensor,  # features or logits
     what: str,  # which of them, for the message
@@ -32,10 +32,8 @@ def _checked(
     if not torch.is_tensor(x):
         raise TypeError(f"{what} are {type(x).__name__}: give a torch tensor [N, d or K]")
     if x.ndim != 2 or 0 in x.shape:
-        raise ValueError(
-            f"{what} have shape {tuple(x.shape)}: features must be [N, d], logits [N, K], one row "
-            "per sample, with N >= 1"
-        )
+        raise ValueError(f"{what} have shape {tuple(x.shape)}: features must be [N, d], logits "
+                         "[N, K], one row per sample, with N >= 1")
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
     if not (finite := torch.isfinite(x).all(1)).all():
         bad = int((~finite).sum())
@@ -106,7 +104,7 @@ def knn_affinity(
     w = x.new_zeros(len(x), len(x)).scatter_(1, nearest_neighbors(x, k), 1.0)
     return (w + w.T) / 2 if symmetric else w
 
-# %% ../../nbs/testtime/01_lame.ipynb #06b17f59
+# %% ../../nbs/testtime/01_lame.ipynb #e6eea147
 def _log_probabilities(
     logits: Tensor,  # logits or log-probabilities [N, K]
 ) -> Tensor:  # log q [N, K], float32 or float64
@@ -115,11 +113,8 @@ def _log_probabilities(
     if x.shape[1] < 2:
         raise ValueError(f"logits have shape {tuple(x.shape)}: K >= 2 classes are needed")
     if (x.detach().sum(1) - 1).abs().max() < 1e-4 and x.detach().min() >= 0:
-        warnings.warn(
-            "every row of the logits is non-negative and sums to 1: these look like "
-            "probabilities; pass logits or log-probabilities",
-            stacklevel=3,
-        )
+        warnings.warn("every row of the logits is non-negative and sums to 1: these look like "
+                      "probabilities; pass logits or log-probabilities", stacklevel=3)
     return x.log_softmax(1)
 
 
@@ -135,7 +130,7 @@ def _aggregate(
         return torch.zeros_like(z)
     return F.embedding_bag(affinity, z, mode="sum")
 
-# %% ../../nbs/testtime/01_lame.ipynb #1f734829
+# %% ../../nbs/testtime/01_lame.ipynb #90a119dd
 def _check_affinity(
     affinity: Tensor,  # W [N, N], or neighbour lists int64 [N, k]
     log_q: Tensor,  # [N, K]
@@ -147,13 +142,9 @@ def _check_affinity(
     if affinity.device != log_q.device:
         raise ValueError(f"affinity is on {affinity.device}, the logits are on {log_q.device}")
     if affinity.is_floating_point():
-        if affinity.shape != (n, n):
-            raise ValueError(
-                f"affinity has shape {tuple(affinity.shape)} but there are {n} samples in the "
-                f"logits: it must be [{n}, {n}]"
-            )
-        if not torch.isfinite(affinity).all():
-            raise ValueError("affinity contains NaN or infinity")
+        if affinity.shape != (n, n) or not torch.isfinite(affinity).all():
+            raise ValueError(f"affinity of shape {tuple(affinity.shape)}: for {n} samples it must "
+                             f"be [{n}, {n}], without NaN or infinity")
         return affinity.to(log_q.dtype)
     if affinity.dtype != torch.int64:
         raise TypeError(f"affinity is {affinity.dtype}: give float weights or int64 neighbours")
@@ -220,7 +211,7 @@ def laplacian_optimization(
             break
     return (z, LameInfo(step, converged, energies)) if return_info else z
 
-# %% ../../nbs/testtime/01_lame.ipynb #5e01a982
+# %% ../../nbs/testtime/01_lame.ipynb #4401782d
 def rbf_affinity(
     x: Tensor,  # features [N, d]
     k: int = 5,  # the k-th smallest distance, self counted as the first, sets the width
@@ -232,10 +223,8 @@ def rbf_affinity(
     """
     unit = F.normalize(_checked(x, "features"), dim=1)
     if k == 1:
-        raise ValueError(
-            "k = 1: the rbf width counts the sample itself as its first neighbour, so it would "
-            "be zero; use k >= 2"
-        )
+        raise ValueError("k = 1: the rbf width counts the sample itself as its first neighbour, "
+                         "so it would be zero; use k >= 2")
     k = _check_k(k, max(len(unit), 2))
     d2 = _squared_distances(unit, unit).fill_diagonal_(0)
     kth = d2.kthvalue(min(k, len(unit)), dim=1).values.sqrt()
@@ -251,7 +240,7 @@ def linear_affinity(
     with _full_precision(unit):
         return unit @ unit.T
 
-# %% ../../nbs/testtime/01_lame.ipynb #6ba3fda0
+# %% ../../nbs/testtime/01_lame.ipynb #df308ef8
 def _batch_affinity(
     features: Tensor,  # [N, d]
     affinity: str | Callable[[Tensor], Tensor],  # name, or x -> W
@@ -293,14 +282,12 @@ def lame(
     if not (torch.is_tensor(logits) and torch.is_tensor(features)):
         raise TypeError("lame(logits, features): both must be torch tensors")
     if logits.shape[:1] != features.shape[:1]:
-        raise ValueError(
-            f"logits of shape {tuple(logits.shape)} and features of shape "
-            f"{tuple(features.shape)}: both need one row per sample of the same batch"
-        )
+        raise ValueError(f"logits {tuple(logits.shape)} and features {tuple(features.shape)}: both "
+                         "need one row per sample of the same batch")
     w = _batch_affinity(features, affinity, k, symmetric)
     return laplacian_optimization(logits, w, weight, max_steps, tol)
 
-# %% ../../nbs/testtime/01_lame.ipynb #66a9143e
+# %% ../../nbs/testtime/01_lame.ipynb #4eef6ba3
 def _head_name(
     model: nn.Module,  # a classifier
     layer: str | nn.Module | None,  # name, module, or None for the last `nn.Linear`
@@ -310,10 +297,8 @@ def _head_name(
     linears = [n for n, m in modules.items() if isinstance(m, nn.Linear)]
     if layer is None:
         if not linears:
-            raise ValueError(
-                "the model has no nn.Linear: name the layer whose input are the features with "
-                f"feature_layer=...; its last layers are {[n for n in modules if n][-20:]}"
-            )
+            raise ValueError("the model has no nn.Linear: name the layer whose input are the "
+                             f"features with feature_layer=...: {[n for n in modules if n][-20:]}")
         return linears[-1]
     if isinstance(layer, nn.Module):
         names = [n for n, m in modules.items() if m is layer]
@@ -325,7 +310,7 @@ def _head_name(
         raise ValueError(f"feature_layer {layer!r} {problem}; its linear layers are {linears}")
     return names[0]
 
-# %% ../../nbs/testtime/01_lame.ipynb #963231bf
+# %% ../../nbs/testtime/01_lame.ipynb #12326ca9
 def logits_and_features(
     model: nn.Module,  # a classifier
     feature_layer: str | nn.Module | None,  # its head; None: the last `nn.Linear`
@@ -346,21 +331,17 @@ def logits_and_features(
     finally:
         hook.remove()
     if not seen:
-        raise ValueError(
-            f"layer {name!r} was not run (or the model is compiled, and ignores hooks): choose "
-            "another one with feature_layer=..., or give the model as it was before compiling"
-        )
+        raise ValueError(f"layer {name!r} was not run (or the model is compiled, and ignores "
+                         "hooks): name another feature_layer, or give the model before compiling")
     taken, given = seen[-1]
     features = taken.flatten(1) if taken.shape[2:].numel() == 1 else taken
     guessed_wrong = feature_layer is None and (
         given.shape != logits.shape or not torch.equal(given.argmax(-1), logits.argmax(-1))
     )
     if features.ndim != 2 or len(features) != len(logits) or guessed_wrong:
-        raise ValueError(
-            f"layer {name!r} maps {tuple(taken.shape)} to {tuple(given.shape)}, but the logits "
-            f"are {tuple(logits.shape)}, and perhaps others: give the layer that maps [N, d] to "
-            "the logits with feature_layer=..."
-        )
+        raise ValueError(f"layer {name!r} maps {tuple(taken.shape)} to {tuple(given.shape)}, which "
+                         f"are not the logits {tuple(logits.shape)}: give the layer that maps "
+                         "[N, d] to them with feature_layer=...")
     return logits, features
 
 # %% ../../nbs/testtime/01_lame.ipynb #44c72e39
@@ -449,7 +430,7 @@ def _usable(value: Any) -> Any:
         return type(value)(map(_usable, value))
     return {k: _usable(v) for k, v in value.items()} if type(value) is dict else value
 
-# %% ../../nbs/testtime/01_lame.ipynb #6b912bcc
+# %% ../../nbs/testtime/01_lame.ipynb #ea1a8074
 class OnlineAdaptation(nn.Module):
     """Base of the methods that adapt a network on its test batches: adapt, then predict.
 
@@ -475,10 +456,8 @@ class OnlineAdaptation(nn.Module):
         self.norms = [m for name, m in named.items() if re.search(layers, name)]
         if not self.norms:
             wanted = " or ".join(kind.__name__.strip("_") for kind in self.adapts)
-            raise ValueError(
-                f"no {wanted} layer with {layers!r} in its name: nothing to adapt; the model's "
-                f"layers of this kind: {list(named) or 'none'}"
-            )
+            raise ValueError(f"no {wanted} layer with {layers!r} in its name: nothing to adapt; "
+                             f"the model's layers of this kind: {list(named) or 'none'}")
         for m in self.norms:
             m.momentum = bn_momentum  # only BatchNorm reads it
         self.optimizer: torch.optim.Optimizer | None = None
@@ -597,7 +576,7 @@ class Tent(OnlineAdaptation):
             loss.backward()
             self.optimizer.step()
 
-# %% ../../nbs/testtime/01_lame.ipynb #8a421e86
+# %% ../../nbs/testtime/01_lame.ipynb #2832cbcc
 class ShotIM(Tent):
     "SHOT's information maximisation: sure of each sample, spread over classes (Liang et al. 2020)."
 
@@ -616,13 +595,11 @@ class PseudoLabel(Tent):
     def __init__(
         self,
         model: nn.Module,  # classifier with normalisation layers
-        lr: float = 1e-2,  # step size of SGD
-        bn_momentum: float = 0.0,  # share of each new batch in the stored BatchNorm statistics
+        *,
         threshold: float = 0.9,  # predictions count above this probability
-        momentum: float = 0.0,  # momentum of SGD
-        layers: str = "",  # regular expression searched in the names of the layers to adapt
+        **settings: Any,  # of `Tent`
     ):
-        super().__init__(model, lr, bn_momentum, momentum, layers)
+        super().__init__(model, **settings)
         if not 0 < threshold < 1:
             raise ValueError(f"threshold = {threshold}: a probability between 0 and 1 is needed")
         self.threshold = threshold
