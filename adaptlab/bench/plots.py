@@ -424,7 +424,7 @@ def differences(
     ax.set_title(title)
     return ax
 
-# %% ../../nbs/bench/02_plots.ipynb #eed96565
+# %% ../../nbs/bench/02_plots.ipynb #2edc1e9d
 _SLIDER_STYLE = """
 .al-slider{max-width:46rem;margin:0 0 1rem}
 .al-slider .al-bar{display:flex;flex-wrap:wrap;align-items:center;gap:.2rem .8rem}
@@ -436,7 +436,7 @@ _SLIDER_STYLE = """
 .al-slider.al-ready summary{display:none}
 .al-slider img{display:block;width:auto;max-width:100%;height:auto;background:#fff}
 @media print{.al-slider .al-bar,.al-slider details,.al-slider details[hidden]{display:none}
-.al-slider details.al-middle,.al-slider.al-ready .al-middle summary{display:block}}
+.al-slider .al-middle,.al-slider.al-ready .al-middle summary{display:block!important}}
 """
 # The script may run where the output is shown twice, so it looks for all that are not ready yet.
 _SLIDER_SCRIPT = """
@@ -475,7 +475,7 @@ def _png(figure: Figure | Axes, dpi: int) -> bytes:
     image.quantize(64, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     return small.getvalue()
 
-# %% ../../nbs/bench/02_plots.ipynb #a02b7a73
+# %% ../../nbs/bench/02_plots.ipynb #72f29feb
 @dataclass(frozen=True)
 class Slider:
     "Figures behind a slider, for a notebook's output. Made by `slider`."
@@ -502,7 +502,8 @@ class Slider:
             )
         bar = (
             f'<label class="al-bar" hidden><span>{label}: <output></output></span>'
-            f'<input type="range" min="0" max="{len(parts) - 1}" value="{self.middle}"></label>'
+            f'<input type="range" aria-label="{label}" min="0" max="{len(parts) - 1}" '
+            f'value="{self.middle}"></label>'
         )
         body = "\n".join([f"<style>{_SLIDER_STYLE}</style>", bar, *parts])
         script = f"<script>{_SLIDER_SCRIPT.replace('%s', ident)}</script>"
