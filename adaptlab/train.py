@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['set_seed', 'IndexStream', 'Training', 'TrainState', 'Callback', 'FitResult', 'KeepBest', 'fit']
 
-# %% ../nbs/core/09_train.ipynb #473419f7
+# %% ../nbs/core/09_train.ipynb #bfebabb4
 import contextlib
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -676,7 +677,20 @@ class Training:
             settings["optimizer"] = partial(kind, **rates)
         return fit(model, data, loss_fn, **settings)
 
-# %% ../nbs/core/09_train.ipynb #cd669ec3
+# %% ../nbs/core/09_train.ipynb #00f12ab7
+def _named_schedule(name: str, optimizer: Any, warmup: int, steps: int) -> Any:
+    "A schedule of transformers, or ValueError that tells what else to do."
+    from transformers import SchedulerType, get_scheduler
+
+    try:
+        return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    except (TypeError, ValueError) as error:
+        known = ", ".join(kind.value for kind in SchedulerType)
+        raise ValueError(
+            f"schedule={name!r} can't be made ({error}): it must be one of {known}; give one that "
+            "has settings of its own as a function optimizer -> LRScheduler") from error
+
+
 @dataclass(frozen=True)
 class _Recipe:
     "How the weights move: optimiser and schedule."
@@ -713,15 +727,16 @@ class _Recipe:
     def build_schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> Any:
         "A learning-rate schedule, or None for a constant rate."
         schedule, warmup = self.training.schedule, self.training.warmup
-        if callable(schedule):
-            return schedule(optimizer)
         if schedule == "constant":
             return None
-        from transformers import get_scheduler
-
         warmup = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
-        return get_scheduler(schedule, optimizer, num_warmup_steps=warmup,
-                             num_training_steps=steps)
+        made = (schedule(optimizer) if callable(schedule)
+                else _named_schedule(schedule, optimizer, warmup, steps))
+        needed = inspect.signature(made.step).parameters.values()
+        if any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in needed):
+            raise ValueError(f"schedule={schedule!r} follows a measured score, which a run does "
+                             "not hand to it: give a schedule that follows the steps")
+        return made
 
 # %% ../nbs/core/09_train.ipynb #65371de0
 def _fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
