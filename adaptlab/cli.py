@@ -59,30 +59,22 @@ def show_paper(args: argparse.Namespace) -> int:
         _show_settings(p.slug)
     return OK
 
-# %% ../nbs/doors/00_cli.ipynb #fc93394e
+# %% ../nbs/doors/00_cli.ipynb #c964c305
 def _show_settings(slug: str) -> None:
     "Print the settings of a paper's experiment, small beside full."
-    from adaptlab.bench.runs import preset
+    from adaptlab.bench.runs import flat_settings, preset
 
     try:
-        small, full = (_flat(preset(slug, scale).to_dict()) for scale in ("small", "full"))
+        both = [preset(slug, scale).to_dict() for scale in ("small", "full")]
     except ValueError as error:  # the lesson is there, its experiment is not yet
         print(f"\n{error}")
         return
+    small, full = map(flat_settings, both)
     print(f"\n{'setting':<28} {'small':<28} full")
     for name in {**small, **full}:
         texts = (_brief(kept.get(name, ""), n) for kept, n in ((small, 28), (full, 60)))
         print("{:<28} {:<28} {}".format(name, *texts))
     print(f"\n`adaptlab run {slug} --help` explains the settings.")
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    "Nested settings by the names of their options, such as `training.lr`."
-    found = {}
-    for name, value in settings.items():
-        nested = isinstance(value, dict) and value
-        found |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return found
 
 
 def _brief(value: Any, most: int) -> str:

@@ -128,6 +128,13 @@ def test_settings_round_trip_and_digest():
     assert changed.optim == Optim(lr=0.5, name="sgd") and cfg.optim.name is None
 
 
+def test_changes_of_a_preset_as_a_table():
+    table = Config(n=5, optim=Optim(lr=0.5)).changes(Config())
+    assert table.to_dict("index") == {"n": {"there": "3", "here": "5"},
+                                      "optim.lr": {"there": "0.1", "here": "0.5"}}
+    assert Config().changes(Config()).empty
+
+
 def test_a_setting_can_not_have_the_name_of_an_option():
     with pytest.raises(TypeError, match=r"\['resume'\] are options"):
         @dataclass(frozen=True, kw_only=True)
