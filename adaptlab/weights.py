@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'Weights', 'Spec', 'LazyState', 'spans', 'about_model', 'as_state', 'Plan', 'few', 'Digest', 'align',
-           'work_dtype', 'blame', 'finite_number', 'task_vector', 'add', 'factor_pairs', 'as_list',
+           'work_dtype', 'read_out', 'blame', 'finite_number', 'task_vector', 'add', 'factor_pairs', 'as_list',
            'linear_combination', 'scale', 'average', 'interpolate', 'norm', 'cosine', 'SparseDelta', 'pack', 'unpack']
 
 # %% ../nbs/core/13_weights.ipynb #be7a449d
@@ -358,7 +358,7 @@ def align(
     _warn_about_models(states)
     return plan
 
-# %% ../nbs/core/13_weights.ipynb #4571cc81
+# %% ../nbs/core/13_weights.ipynb #debc343f
 _COUNTERS = ("num_batches_tracked",)  # integers that may differ: they only count
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -380,12 +380,28 @@ def _add_to(total: Tensor, x: Tensor, factor: float) -> None:
     total.add_(x, alpha=factor)
 
 
-def _size(total: Tensor) -> Tensor:
-    "Largest absolute entry, [], NaN if any entry is; one pass, no copy, nothing waits."
-    if total.is_cuda:
-        return torch.linalg.vector_norm(total, math.inf).double()
-    low, high = total.aminmax()  # both are NaN if any entry is
-    return torch.maximum(-low, high).double()
+def _rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
+    "The sum in the dtype of the result; float8 would cut off silently what is too large for it."
+    if dtype.itemsize == 1:
+        total = total.where(total.abs() <= torch.finfo(dtype).max, math.nan)
+    return total.to(dtype)
+
+
+def _sign(x: Tensor) -> Tensor:
+    "A number, float64 [], that is finite only if all entries are; one pass, and nothing waits."
+    x = x if x.dtype in _PLAIN else x.float()  # float8
+    return x.sum(dtype=work_dtype(torch.float32, x.dtype)).double()
+
+# %% ../nbs/core/13_weights.ipynb #699384cf
+def read_out(
+    values: Mapping[Any, Tensor],  # tensors of one shape, on any devices
+) -> dict[Any, Any]:  # their numbers
+    "Numbers from any devices, waiting for each device once."
+    out = {}
+    for device in {v.device for v in values.values()}:
+        here = [n for n, v in values.items() if v.device == device]
+        out |= dict(zip(here, torch.stack([values[n] for n in here]).tolist(), strict=True))
+    return {n: out[n] for n in values}
 
 # %% ../nbs/core/13_weights.ipynb #14a93efe
 _SCALES = ("_scale", "_scale_inv", "_scales", ".scale")
@@ -404,7 +420,7 @@ def _refuse_scaled(state: LazyState, plan: Plan) -> None:
                     "codes is no weight. Dequantise first, or name both in skip"
                 )
 
-# %% ../nbs/core/13_weights.ipynb #dc590e99
+# %% ../nbs/core/13_weights.ipynb #931a8f5a
 class _Sum(LazyState):
     "The sum of factors times states, computed when it is read."
 
@@ -437,10 +453,10 @@ class _Sum(LazyState):
             return self.states[0].read(name, start, stop).clone()
         if not self.specs[name].is_float:
             return self._agreed(name, start, stop).clone()
-        total = self._total(name, start, stop)
-        if total.numel():
-            self._check({name: _size(total)})
-        return total.to(self.specs[name].dtype)
+        out = _rounded(self._total(name, start, stop), self.specs[name].dtype)
+        if not math.isfinite(_sign(out)):
+            self._check(name, out)
+        return out
 
     @torch.no_grad()
     def _total(self, name: str, start: int, stop: int) -> Tensor:
@@ -458,31 +474,39 @@ class _Sum(LazyState):
             _add_to(total, state.read(n, start, stop), factor)
         return total
 
-    def __getitem__(self, name: str) -> Tensor:
+    def _whole(self, name: str) -> tuple[Tensor, list[Tensor]]:
+        "A tensor, and signs of its pieces, which are not looked at yet."
         spec = self.specs[name]
+        if not spec.is_float or name in self.plan.skip:
+            return self.read(name).view(spec.shape), []
         if spec.device.type != "cpu":
-            return super().__getitem__(name)
-        whole = torch.empty(spec.numel, dtype=spec.dtype)
+            out = _rounded(self._total(name, 0, spec.numel), spec.dtype)
+            return out.view(spec.shape), [_sign(out)]
+        out, signs = torch.empty(spec.numel, dtype=spec.dtype), []
         for start, stop in spans(spec.numel):
-            whole[start:stop] = self.read(name, start, stop)
-        return whole.view(spec.shape)
+            piece = out[start:stop]
+            piece.copy_(_rounded(self._total(name, start, stop), spec.dtype))
+            signs.append(_sign(piece))
+        return out.view(spec.shape), signs
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read_all([self.aliases.get(name, name)])[self.aliases.get(name, name)]
 
     def load(self) -> dict[str, Tensor]:
-        "All tensors; whether they are finite is asked once for all that are on another device."
-        tensors, sizes = {}, {}
-        for name in self.plan.names:
-            spec = self.specs.get(name)
-            if spec is None:
-                continue
-            waits = spec.device.type != "cpu" and spec.is_float and name not in self.plan.skip
-            if not waits or not spec.numel:
-                tensors[name] = self[name]
-                continue
-            total = self._total(name, 0, spec.numel)
-            sizes[name] = _size(total)
-            tensors[name] = total.to(spec.dtype).view(spec.shape)
-        self._check(sizes)
+        "All tensors; whether they are finite is asked once, at the end."
+        tensors = self._read_all([n for n in self.plan.names if n in self.specs])
         return {n: tensors[self.aliases.get(n, n)] for n in self}
+
+    def _read_all(self, names: Sequence[str]) -> dict[str, Tensor]:
+        "Tensors, checked. Waits once for each device."
+        tensors, signs = {}, {}
+        for name in names:
+            tensors[name], found = self._whole(name)
+            signs |= {(name, i): sign for i, sign in enumerate(found)}
+        for (name, _), sign in read_out(signs).items():
+            if not math.isfinite(sign):
+                self._check(name, tensors[name])
+        return tensors
 
     def check_integers(self) -> None:
         "Read all integer tensors, which must be the same in all states."
@@ -504,15 +528,11 @@ class _Sum(LazyState):
                 )
         return first
 
-    def _check(self, sizes: Mapping[str, Tensor]) -> None:
-        "Raise if a sum is NaN, or too large for its dtype. Waits for each device once."
-        for device in {s.device for s in sizes.values()}:
-            here = {n: s for n, s in sizes.items() if s.device == device}
-            for name, size in zip(here, torch.stack(list(here.values())).tolist(), strict=True):
-                dtype = self.specs[name].dtype
-                if not size <= torch.finfo(dtype).max:
-                    blame(self.states, self.plan.names[name], name)
-                    raise ValueError(f"the result for {name} is too large for {dtype}")
+    def _check(self, name: str, out: Tensor) -> None:
+        "Raise if entries of a result are not finite; that their sum was not may be its size alone."
+        if not out.double().isfinite().all():
+            blame(self.states, self.plan.names[name], name)
+            raise ValueError(f"the result for {name} is too large for {out.dtype}")
 
 
 def blame(
@@ -738,7 +758,7 @@ def interpolate(
     t = finite_number("t", t)
     return _finish(_sum_states([a, b], [1 - t, t], skip, precision), lazy)
 
-# %% ../nbs/core/13_weights.ipynb #f75bdc19
+# %% ../nbs/core/13_weights.ipynb #1c35f2fa
 _UNSAFE = 1e-15  # a float32 norm below this may have lost squares that are too small for float32
 
 
@@ -767,15 +787,6 @@ def _norm_of(state: LazyState, name: str) -> Tensor:
     return torch.linalg.vector_norm(x if x.dtype in _PLAIN else x.float(), dtype=work).double()
 
 
-def _read_out(values: Mapping[str, Tensor]) -> dict[str, Any]:
-    "Numbers from any devices, waiting for each device once."
-    out = {}
-    for device in {v.device for v in values.values()}:
-        here = [n for n, v in values.items() if v.device == device]
-        out |= dict(zip(here, torch.stack([values[n] for n in here]).tolist(), strict=True))
-    return {n: out[n] for n in values}
-
-
 @torch.no_grad()
 def norm(
     delta: Weights,  # a change, or weights
@@ -783,7 +794,7 @@ def norm(
     "Length of a change: how far the model moved. `ValueError` for NaN or infinity."
     state = as_state(delta)
     names = [n for n, s in state.specs.items() if s.is_float and n not in state.aliases]
-    found = _read_out({n: _norm_of(state, n) for n in names})
+    found = read_out({n: _norm_of(state, n) for n in names})
     for name, value in found.items():
         if not math.isfinite(value) or (value < _UNSAFE and state.specs[name].numel):
             found[name] = math.sqrt(sum(float(p.double() @ p.double()) for p in state.pieces(name)))
@@ -805,7 +816,7 @@ def cosine(
     names = [n for n in plan.common if states[0].specs[n].is_float]
     if not names:
         raise ValueError("there are no floating-point tensors to compare")
-    found = _read_out({n: _products(states, n, plan.names[n]) for n in names})
+    found = read_out({n: _products(states, n, plan.names[n]) for n in names})
     for name, products in found.items():
         if not all(map(math.isfinite, products)):
             blame(states, plan.names[name], name)

@@ -1,8 +1,9 @@
-"""Averaging checkpoints on disk: streamed, against loading whole models, in one run."""
+"""Averages on disk and in memory against plain torch: time and memory as ratios in one run."""
 
 import json
 import subprocess
 import sys
+import timeit
 from functools import partial
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import torch
 from clock import seconds
 from safetensors.torch import load_file, save_file
 
-from adaptlab.weights import average_checkpoints, open_state, save_state
+from adaptlab.checkpoints import average_checkpoints, open_state, save_state
+from adaptlab.weights import average, norm
 
-K, TENSORS, ENTRIES = 5, 6, 4_000_000  # 96 MB per float32 checkpoint
+K, TENSORS, ENTRIES = 3, 20, 6_250_000  # 500 MB per float32 checkpoint
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -21,8 +23,9 @@ def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     dtype = getattr(torch, request.param)
     g = torch.Generator().manual_seed(0)
+    n = TENSORS * 4 // dtype.itemsize
     for i in range(K):
-        state = {f"w{j}": torch.randn(ENTRIES, generator=g).to(dtype) for j in range(TENSORS)}
+        state = {f"w{j}": torch.randn(ENTRIES, generator=g).to(dtype) for j in range(n)}
         save_state(state, folder / f"{i}.safetensors")
     return folder
 
@@ -32,19 +35,25 @@ def paths(folder):
 
 
 def streamed(folder):
-    average_checkpoints(paths(folder), folder / "streamed.safetensors", overwrite=True)
+    (folder / "streamed.safetensors").unlink(missing_ok=True)
+    average_checkpoints(paths(folder), folder / "streamed.safetensors")
 
 
-def whole(folder):
-    "All models in memory, then the running float32 sum of each tensor: the fast plain way."
-    states = [load_file(p) for p in paths(folder)]
+def plain_mean(states):
+    "The running float32 sum of each tensor: the fast plain way."
     mean = {}
     for name, first in states[0].items():
-        total = first.float().mul(1 / K)
+        total = first * (1 / K) if first.dtype == torch.float32 else first.float().mul_(1 / K)
         for state in states[1:]:
             total.add_(state[name], alpha=1 / K)
         mean[name] = total.to(first.dtype)
-    save_file(mean, folder / "whole.safetensors")
+    return mean
+
+
+def whole(folder):
+    "All models in memory, then the plain mean."
+    (folder / "whole.safetensors").unlink(missing_ok=True)
+    save_file(plain_mean([load_file(p) for p in paths(folder)]), folder / "whole.safetensors")
 
 
 def stacked(folder):
@@ -53,21 +62,63 @@ def stacked(folder):
     mean = {}
     for name, first in states[0].items():
         mean[name] = torch.stack([s[name].float() for s in states]).mean(0).to(first.dtype)
+    (folder / "whole.safetensors").unlink(missing_ok=True)
     save_file(mean, folder / "whole.safetensors")
 
 
-def test_throughput(benchmark, folder, capsys):
-    plain = {f.__name__: seconds(partial(f, folder), 4) for f in (whole, stacked)}
-    benchmark.pedantic(streamed, (folder,), rounds=4, warmup_rounds=1)
-    ours = seconds(partial(streamed, folder), 4)
+def interleaved(ours, plain, repeats=5):
+    "Seconds of two pieces of work, each the fastest of some calls that take turns."
+    found: tuple[list, list] = ([], [])
+    ours(), plain()  # not counted: caches, files
+    for _ in range(repeats):
+        for times, work in zip(found, (ours, plain), strict=True):
+            times.append(timeit.timeit(work, number=1))
+    return min(found[0]), min(found[1])
+
+
+def test_streamed_against_everything_in_memory(benchmark, folder, capsys):
+    "Bound: no more time than loading everything (at a small part of its memory, see below)."
+    ours, plain = interleaved(partial(streamed, folder), partial(whole, folder))
+    usual = seconds(partial(stacked, folder), 2)
+    benchmark.pedantic(streamed, (folder,), rounds=3)
     a, b = open_state(folder / "streamed.safetensors"), load_file(folder / "whole.safetensors")
-    assert all(torch.allclose(a[n].float(), b[n].float(), atol=1e-2) for n in b)
+    assert all(torch.allclose(a[n].float(), b[n].float(), atol=2e-2) for n in b)
     read = sum(p.stat().st_size for p in paths(folder)) / 1e9
-    benchmark.extra_info["ratio"] = ours / plain["stacked"]
+    benchmark.extra_info |= {"ratio": ours / plain, "ratio to stack": ours / usual}
     with capsys.disabled():
-        ratios = ", ".join(f"{ours / s:.2f}x the time of {n}" for n, s in plain.items())
-        print(f"\n{folder.name[:-1]}: streamed {read / ours:.1f} GB/s read; {ratios}")
-    assert ours <= plain["stacked"]
+        print(f"\n{folder.name[:-1]}: streamed {read / ours:.1f} GB/s read; {ours / plain:.2f}x "
+              f"the time of loading everything, {ours / usual:.2f}x that of stacking (bound 1.0)")
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_memory_against_plain_torch(benchmark, device, dtype, capsys):
+    "Bound: 2x plain torch, for `average` and for `norm`, on a GPU, too."
+    g = torch.Generator().manual_seed(0)
+    entries = ENTRIES if device == "cuda" else ENTRIES // 10
+    states = [{f"w{j}": torch.randn(entries, generator=g).to(device, dtype) for j in range(TENSORS)}
+              for _ in range(K)]
+    wait = torch.cuda.synchronize if device == "cuda" else int
+
+    def plain_norm():
+        norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in states[0].values()]
+        return float(torch.stack(norms).norm())
+
+    pairs = {
+        "average": (lambda: (average(states), wait()), lambda: (plain_mean(states), wait())),
+        "norm": (lambda: norm(states[0]), plain_norm),
+    }
+    assert norm(states[0]) == pytest.approx(plain_norm(), rel=1e-4)
+    for name, (ours, plain) in pairs.items():
+        a, b = interleaved(ours, plain)
+        benchmark.extra_info[name] = a / b
+        with capsys.disabled():
+            print(f"\n{device} {dtype}: {name} {a / b:.2f}x the time of plain torch (bound 2)")
+    benchmark.pedantic(pairs["average"][0], rounds=3)
 
 
 MEMORY = """
@@ -105,7 +156,7 @@ def test_peak_memory(benchmark, folder, capsys):
     with capsys.disabled():
         others = ", ".join(f"{way} {p / largest:.1f}" for way, p in peaks.items())
         print(
-            f"\n{folder.name[:-1]}, {K} checkpoints of {TENSORS} tensors: peak memory in largest "
-            f"tensors: streamed {ours / largest:.2f} (bound {K + 2}), {others}; "
+            f"\n{folder.name[:-1]}, {K} checkpoints: peak memory in largest tensors: streamed "
+            f"{ours / largest:.2f} (bound {K + 2}), {others}; "
             f"{min(peaks.values()) / ours:.0f} times less"
         )
