@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['save', 'load', 'to_peft', 'from_peft']
 
-# %% ../nbs/core/12_adapter_files.ipynb #3d654d69
+# %% ../nbs/core/12_adapter_files.ipynb #d610289e
 import importlib
 import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,28 +35,38 @@ from adaptlab.adapters import (
     copy_of,
     enabled,
     ends_with,
+    gathered,
     layer_names,
+    plain_problem,
     require_adapters,
     starred,
     unwrap,
     write_parameters,
 )
 from .cache import atomic_path, atomic_write_text
+from .processes import is_main
 
-# %% ../nbs/core/12_adapter_files.ipynb #37da3720
-_VERSION = 1  # of the file format
+# %% ../nbs/core/12_adapter_files.ipynb #a1ebacfb
+_VERSION = 2  # of the file format
+_MARKS = {1: ".adapter.", 2: ".adaptlab."}  # between a layer's name and its adapter's
 
 
 def _base_shapes(model: nn.Module) -> dict[str, dict[str, int]]:
     """Shapes of the original parameters: starred name -> {shape: how many}."""
     table: dict[str, dict[str, int]] = {}
-    with enabled(model, False) if adapters(model) else nullcontext():
-        for name, p in base_parameters(model).items():
-            row, shape = table.setdefault(starred(name), {}), "x".join(map(str, p.shape))
-            row[shape] = row.get(shape, 0) + 1
+    layers = base_modules(model)
+    for name, p in base_parameters(model).items():
+        owner, _, leaf = name.rpartition(".")
+        layer, shape = layers.get(owner, model), p.shape
+        if isinstance(layer, nn.Linear) and (plain_problem(layer) or "").find("quantised") >= 0:
+            if leaf not in ("weight", "bias"):
+                continue  # scales of the codes
+            shape = (layer.out_features, layer.in_features)[:1 + (leaf == "weight")]
+        row, shape = table.setdefault(starred(name), {}), "x".join(map(str, shape))
+        row[shape] = row.get(shape, 0) + 1
     return table
 
-# %% ../nbs/core/12_adapter_files.ipynb #1e9cf666
+# %% ../nbs/core/12_adapter_files.ipynb #32a6645c
 def _check_base(model: nn.Module, header: Mapping, path: str | Path) -> None:
     """ValueError with a list if the file's base has other parameters than `model`."""
     there, here = header["base_shapes"], _base_shapes(model)
@@ -83,25 +93,38 @@ def _base_name(model: nn.Module) -> str:
 
 
 def _check_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    absent = [n for n, v in tensors.items() if v.is_meta]
+    if absent:
+        raise ValueError(f"{where}: {collapse(absent)} are on the meta device, offloaded or never "
+                         "loaded: there are no values to save")
     bad = [n for n, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad:
         raise ValueError(f"{where}: NaN or infinity in {collapse(bad)}; the training diverged, "
                          "take an earlier state")
 
-# %% ../nbs/core/12_adapter_files.ipynb #eb7dcdef
+# %% ../nbs/core/12_adapter_files.ipynb #8c717dad
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What to save by its state-dict name; and names that repeat an earlier one (shared)."""
     tensors, aliases, seen = {}, {}, {}
     for name, adapter in adapters(model).items():
         for key, value in adapter.state_dict(keep_vars=True).items():
-            full = f"{name}.adapter.{key}"
+            full = f"{name}{_MARKS[_VERSION]}{key}"
             if id(value) in seen:
                 aliases[full] = seen[id(value)]
             else:
                 tensors[full], seen[id(value)] = copy_of(value), full
     return tensors, aliases
 
-# %% ../nbs/core/12_adapter_files.ipynb #84f5dcf5
+# %% ../nbs/core/12_adapter_files.ipynb #4aa0a360
+def _ties(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """Parameters that have several names -> these names, as far as they are asked for."""
+    params, every = base_parameters(model), {}
+    for name, p in params.items():
+        every.setdefault(id(p), []).append(name)
+    ties = {name: every[id(params[name])] for name in names}
+    return {name: tied for name, tied in ties.items() if len(tied) > 1}
+
+
 def _header(model: nn.Module, aliases: Mapping[str, str]) -> str:
     layers = {}
     for name, adapter in require_adapters(model).items():
@@ -118,29 +141,33 @@ def _header(model: nn.Module, aliases: Mapping[str, str]) -> str:
         "layers": layers,
         "also_train": list(also_trained(model)),
         "aliases": dict(aliases),
+        "ties": _ties(model, also_trained(model)),
     })
 
-# %% ../nbs/core/12_adapter_files.ipynb #355dc5cd
+# %% ../nbs/core/12_adapter_files.ipynb #9a72cd98
 def save(
     model: nn.Module,  # a model with adapters
     path: str | Path,  # the file to write, "....safetensors"
 ) -> Path:  # the file
     """Write the adapters, and the `also_train` parameters, to one safetensors file.
 
+    Of a sharded model (FSDP 2) every process calls it, and the first one writes.
     Raises ValueError if there are no adapters or a value is NaN or infinite, TypeError if a
     configuration can't be written as JSON.
     """
     model = unwrap(model)
+    sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
     with enabled(model, True):
         tensors, aliases = _tensors(model)
         tensors |= {name: copy_of(p) for name, p in also_trained(model).items()}
         header = _header(model, aliases)
     _check_finite(tensors, "the model")
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt", "adaptlab": header})
+    if is_main() or not sharded:
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, {"format": "pt", "adaptlab": header})
     return Path(path)
 
-# %% ../nbs/core/12_adapter_files.ipynb #85b56721
+# %% ../nbs/core/12_adapter_files.ipynb #3962de2e
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a file, checked."""
     if Path(path).is_dir():
@@ -160,7 +187,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     missing |= {*header.get("also_train", ()), *header.get("aliases", {}).values()} - set(tensors)
     if missing:
         raise ValueError(f"{path} is incomplete: it lacks {collapse(sorted(missing))}")
-    if header["version"] > _VERSION:
+    if header["version"] not in _MARKS:
         raise ValueError(f"{path} has format version {header['version']}; this adaptlab reads "
                          f"versions up to {_VERSION}: upgrade it")
     _check_finite(tensors, path)
@@ -187,7 +214,7 @@ def _share(model: nn.Module, aliases: Mapping[str, str]) -> None:
         source, _, name = original.rpartition(".")
         setattr(model.get_submodule(owner), leaf, getattr(model.get_submodule(source), name))
 
-# %% ../nbs/core/12_adapter_files.ipynb #9e5d430a
+# %% ../nbs/core/12_adapter_files.ipynb #9be90ba3
 def load(
     model: nn.Module,  # the base model, changed in place
     path: str | Path,  # a file written by `save`
@@ -207,16 +234,23 @@ def load(
         for name, h in header["layers"].items()
     }
     every = tensors | {alias: tensors[name] for alias, name in header["aliases"].items()}
+    middle = _MARKS[header["version"]]
     groups: dict[str, dict[str, Tensor]] = {name: {} for name in header["layers"]}
     for name, group in groups.items():
-        mark = f"{name}.adapter."
+        mark = f"{name}{middle}"
         group.update({k[len(mark):]: v for k, v in every.items() if k.startswith(mark)})
     values, params = {n: tensors[n] for n in header["also_train"]}, base_parameters(inner)
     bad = [n for n, v in values.items() if n not in params or params[n].shape != v.shape]
     if bad:
         raise ValueError(f"{path}: no parameters of these names and shapes here: {collapse(bad)}")
+    ties = _ties(inner, values)
+    if "ties" in header and ties != header["ties"]:
+        raise ValueError(f"{path}: it trained {header['ties'] or ties} as one parameter where this "
+                         "model has several, or the other way round: load the base with the same "
+                         "tie_word_embeddings")
     attach(model, makers, also_train=_exactly(values), tensors=groups)
-    _share(inner, header["aliases"])
+    _share(inner, {a.replace(middle, _MARKS[_VERSION]): o.replace(middle, _MARKS[_VERSION])
+                   for a, o in header["aliases"].items()})
     write_parameters(inner, values)
     return model
 
@@ -226,13 +260,16 @@ def _exactly(names: Iterable[str]) -> Targets:
     wanted = set(names)
     return (lambda name, _: name in wanted) if wanted else ()
 
-# %% ../nbs/core/12_adapter_files.ipynb #2b4644a4
+# %% ../nbs/core/12_adapter_files.ipynb #75d67b12
 _PEFT = "base_model.model."  # what PEFT puts before each name
 
 
 def _factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
     """Layer -> (A, B, scaling); ValueError if an adapter has none."""
-    found = {n: (a, a.lora_factors()) for n, a in require_adapters(model).items()}
+    found = {}
+    for name, adapter in require_adapters(model).items():
+        with gathered(adapter):
+            found[name] = (adapter, adapter.lora_factors())
     bad = {n: type(a).__name__ for n, (a, factors) in found.items() if factors is None}
     if bad or not found:
         raise ValueError(f"PEFT's LoRA format holds low-rank changes only; no lora_factors() in "
@@ -308,7 +345,7 @@ def _peft_config(model: nn.Module, factors: Mapping[str, tuple]) -> dict[str, An
         "modules_to_save": _whole_modules(model) or None,
     }
 
-# %% ../nbs/core/12_adapter_files.ipynb #5d9582c8
+# %% ../nbs/core/12_adapter_files.ipynb #b4c48796
 def to_peft(
     model: nn.Module,  # a model whose adapters all have `lora_factors`
     folder: str | Path,  # to be written; `peft.PeftModel.from_pretrained` reads it
@@ -320,12 +357,17 @@ def to_peft(
     or a value is NaN or infinite.
     """
     model = unwrap(model)
+    sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
     with enabled(model, True):
         factors, layers = _factors(model), base_modules(model)
         config = _peft_config(model, factors)
         tensors = {}
         for name, (A, B, _) in factors.items():
             tensors |= _peft_tensors(layers[name], name, A, B)
+        both = [n for n in config["modules_to_save"] or () if n in factors]
+        if both:
+            raise ValueError(f"PEFT trains a layer whole or by LoRA, and {collapse(both)} are both "
+                             "here (also through tied weights): use save(model, path)")
         for name in config["modules_to_save"] or ():
             params = base_parameters(layers[name])
             tensors |= {f"{_PEFT}{name}.{key}": p for key, p in params.items()}
@@ -334,6 +376,8 @@ def to_peft(
         config["base_model_name_or_path"] = base_model_name
     _check_finite(tensors, "the model")
     folder = Path(folder)
+    if sharded and not is_main():
+        return folder
     if folder.is_dir():  # what else is in it stays
         _write_peft(folder, tensors, config)
         return folder
@@ -392,7 +436,7 @@ def _peft_groups(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, 
                 whole[key.removeprefix(_PEFT)] = file.get_tensor(key)
     return groups, whole
 
-# %% ../nbs/core/12_adapter_files.ipynb #57a3a502
+# %% ../nbs/core/12_adapter_files.ipynb #61e577b5
 def _check_peft_base(
     folder: Path, params: Mapping[str, nn.Parameter], whole: dict[str, Tensor]
 ) -> None:
@@ -410,12 +454,34 @@ def _check_peft_base(
                              "model's. Load its base model, with the same vocabulary")
 
 
+def _check_ties(
+    folder: Path, model: nn.Module, config: Mapping[str, Any], groups: Iterable[str],
+    whole: Mapping[str, Tensor],
+) -> None:
+    """ValueError where PEFT has untied weights that are tied here, or adapted them together.
+
+    PEFT trains a copy of a module that is saved whole, also where its weight is tied.
+    """
+    adapted = [f"{name}.weight" for name in groups]
+    ties = _ties(model, {n: None for n in [*whole, *adapted] if n in base_parameters(model)})
+    bad = [n for n, names in ties.items() if n in whole and not all(
+        m in whole and torch.equal(whole[m], whole[n]) for m in names)]
+    if bad:
+        raise ValueError(f"{folder} has its own {collapse(bad)}, whose weight is tied here to "
+                         f"{collapse(m for n in bad for m in ties[n] if m != n)}: load the base "
+                         "with tie_word_embeddings=False, then this folder")
+    together = [n for n in adapted if n in ties]
+    if together and config.get("ensure_weight_tying"):
+        raise ValueError(f"{folder} adapts {collapse(together)} and what is tied to it together "
+                         "(ensure_weight_tying): merge it with PEFT")
+
+
 def _pattern_value(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
     """The value of the first pattern that matches the end of `name`, as PEFT does it."""
     hits = (v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", name))
     return next(hits, default)
 
-# %% ../nbs/core/12_adapter_files.ipynb #c9ea3218
+# %% ../nbs/core/12_adapter_files.ipynb #875233a6
 def from_peft(
     model: nn.Module,  # the base model, changed in place
     folder: str | Path,  # written by PEFT's `save_pretrained`, or by `to_peft`
@@ -435,6 +501,7 @@ def from_peft(
     if bad:
         raise ValueError(f"{folder} does not fit the model at {collapse(bad)}; the model's layers "
                          f"are: {layer_names(inner)}")
+    _check_ties(folder, inner, config, groups, whole)
     _check_finite(whole, folder)
     makers = {
         name: partial(

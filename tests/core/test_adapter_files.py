@@ -132,9 +132,9 @@ def test_load_bad_files(tmp_path):
         assert same(model, before) and not adapters(model)
 
     q = "model.layers.0.self_attn.q_proj"
-    bad(lambda t, h: t[f"{q}.adapter.A"].fill_(float("nan")), "NaN or infinity in model.layers")
-    bad(lambda t, h: t.pop(f"{q}.adapter.A"), "Missing key")
-    bad(lambda t, h: t.update({f"{q}.adapter.A": torch.zeros(3, 3)}), "size mismatch")
+    bad(lambda t, h: t[f"{q}.adaptlab.A"].fill_(float("nan")), "NaN or infinity in model.layers")
+    bad(lambda t, h: t.pop(f"{q}.adaptlab.A"), "Missing key")
+    bad(lambda t, h: t.update({f"{q}.adaptlab.A": torch.zeros(3, 3)}), "size mismatch")
     bad(lambda t, h: h.update(version=9), "upgrade")
     bad(lambda t, h: h.pop("layers"), "incomplete: it lacks layers")
     bad(lambda t, h: h["also_train"].append("lm_head.weight"), "incomplete: it lacks lm_head")
@@ -269,7 +269,7 @@ def test_peft_conv(tmp_path):
     back = from_peft(Vision().eval(), tmp_path / "q")
     torch.testing.assert_close(back(x), tuned, rtol=1e-5, atol=1e-5)
     assert {n for n, p in back.named_parameters() if p.requires_grad} == {
-        "conv.adapter.A", "conv.adapter.B", "head.weight", "head.bias"}
+        "conv.adaptlab.A", "conv.adaptlab.B", "head.weight", "head.bias"}
 
 
 @pytest.mark.parametrize("tie", [False, True])

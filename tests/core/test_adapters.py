@@ -9,8 +9,11 @@ import sys
 import weakref
 from functools import partial
 
+import accelerate
 import pytest
 import torch
+import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from adapter_models import (
     IDS,
     METHODS,
@@ -40,6 +43,7 @@ from adaptlab.adapters import (
     count_parameters,
     detach,
     enabled,
+    is_adapter_key,
     match_layers,
     merge,
     merge_and_unload,
@@ -94,7 +98,7 @@ def test_lora_round_trip(net_and_input, make):
     attach(net, make, ["0"])
     assert torch.equal(net(x), plain)
     shake(net)
-    lora = net[0].adapter
+    lora = net[0].adaptlab
     assert lora.A.dtype == lora.B.dtype == torch.promote_types(dtype, torch.float32)
     tuned = net(x)
     assert tuned.dtype == plain.dtype and tuned.shape == plain.shape
@@ -142,10 +146,10 @@ def test_formula_and_gradient():
     torch.manual_seed(0)
     layer, x = nn.Linear(6, 5).double(), torch.randn(2, 3, 6, dtype=torch.float64)
     attach(nn.Sequential(layer), partial(LoraAdapter, rank=2, alpha=3), ["0"])
-    lora = layer.adapter
+    lora = layer.adaptlab
 
     def run(A, B):
-        return torch.func.functional_call(layer, {"adapter.A": A, "adapter.B": B}, (x,))
+        return torch.func.functional_call(layer, {"adaptlab.A": A, "adaptlab.B": B}, (x,))
 
     A, B = torch.randn_like(lora.A), torch.randn_like(lora.B)
     expected = x @ (layer.weight + 1.5 * B @ A).T + layer.bias
@@ -169,7 +173,7 @@ def test_rslora_scaling_and_dropout():
     assert torch.equal(net(x), net(x))
     detach(net)
     attach(net.eval(), partial(LoraAdapter, dropout=0.5), ["0"])
-    assert not net[0].adapter.training  # an evaluating layer gets an evaluating adapter
+    assert not net[0].adaptlab.training  # an evaluating layer gets an evaluating adapter
 
 
 # ---------------------------------------------------------------- attach
@@ -244,7 +248,7 @@ def test_attach_twice_and_to_other_layers():
     attach(model, partial(Bottleneck, width=16), ["self_attn"])  # tuple outputs, keyword input
     assert len(adapters(model)) == 8
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert all(".adapter." in n or n == "model.norm.weight" for n in trained)
+    assert all(".adaptlab." in n or n == "model.norm.weight" for n in trained)
     shake(model)
     assert not torch.allclose(logits(model), plain)
     with enabled(model, False):
@@ -483,21 +487,82 @@ def test_save_pretrained_keeps_the_base_names(tmp_path):
     assert torch.equal(logits(back), plain)
 
 
-def test_forward_set_by_another_library():
-    from accelerate.hooks import ModelHook, add_hook_to_module
+class Double(ModelHook):
+    "A hook of accelerate that changes the output."
 
-    class Double(ModelHook):
-        def post_forward(self, module, output):
-            return 2 * output
+    def post_forward(self, module, output):
+        return 2 * output
 
+
+def shifted(layer):
+    net = nn.Sequential(layer)
+    attach(net, Shift, ["0"])
+    nn.init.ones_(adapters(net)["0"].shift)
+    return net
+
+
+def test_a_hook_before_attach_goes_around_the_adapter():
+    "So that merging, which changes the weight inside the hook, changes no answer."
     layer, x = nn.Linear(3, 3), torch.randn(2, 3)
     add_hook_to_module(layer, Double())
-    net, plain = nn.Sequential(layer), layer(x)
-    attach(net, Shift, ["0"])
-    nn.init.ones_(layer.adapter.shift)
-    assert torch.equal(net(x), plain + 1)
+    plain = layer(x)
+    net = shifted(layer)
+    torch.testing.assert_close(net(x), plain + 2)
+    torch.testing.assert_close(merge(net)(x), plain + 2)
+    unmerge(net)
+    remove_hook_from_module(layer)  # the adapter stays
+    torch.testing.assert_close(net(x), plain / 2 + 1)
     detach(net)
+    assert torch.equal(net(x), plain / 2) and not adapters(net)
+
+
+def test_a_hook_after_attach_does_not_bring_the_adapter_back():
+    layer, x = nn.Linear(3, 3), torch.randn(2, 3)
+    plain = layer(x)
+    net = shifted(layer)
+    add_hook_to_module(layer, Double())
+    torch.testing.assert_close(net(x), 2 * (plain + 1))
+    detach(net)
+    assert torch.equal(net(x), 2 * plain)
+    remove_hook_from_module(layer)
     assert torch.equal(net(x), plain)
+    torch.testing.assert_close(shifted(layer)(x), plain + 1)
+
+
+def test_a_wrapper_around_our_forward_may_outlive_the_adapter():
+    layer, x = nn.Linear(3, 3), torch.randn(2, 3)
+    plain = layer(x)
+    net = shifted(layer)
+    ours = layer.forward
+    layer.forward = lambda *args: 2 * ours(*args)
+    torch.testing.assert_close(net(x), 2 * (plain + 1))
+    detach(net)
+    assert torch.equal(net(x), 2 * plain)
+    again = shifted(layer)
+    torch.testing.assert_close(again(x), 2 * plain + 1)
+    assert torch.equal(detach(again)(x), 2 * plain)
+
+
+@pytest.mark.parametrize("offload", ["disk", "cpu"])
+def test_offloaded_layers_are_refused(tmp_path, offload):
+    model = llama()
+    plain = logits(model)
+    if offload == "disk":
+        accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    else:
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    for also in ((), "norm"):
+        with pytest.raises(ValueError, match="offloaded"):
+            attach(model, {} if also else LoraAdapter, None if also else ["q_proj"], also)
+    assert not adapters(model) and torch.equal(logits(model), plain)
+
+
+def test_a_model_without_weights_can_be_counted_but_not_merged():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 6))
+    assert count_parameters(attach(model, partial(LoraAdapter, rank=2), ["0"])) == (20, 50)
+    with pytest.raises(TypeError, match="meta device"):
+        merge(model)
 
 
 def test_layers_that_are_not_called_are_refused():
@@ -516,6 +581,251 @@ def test_layers_that_are_not_called_are_refused():
             assert not torch.allclose(block(x), plain)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
+
+
+class Reads(nn.Module):
+    """Runs `b`, computes with the weight of `a` (and with what `helper` does)."""
+
+    def __init__(self, read=lambda self, x: x @ self.a.weight.T):
+        super().__init__()
+        self.a, self.b, self.read = nn.Linear(4, 4), nn.Linear(4, 4), read
+
+    def forward(self, x):
+        return self.b(self.read(self, x))
+
+
+class ReadsInSource(nn.Module):
+    "The same, written out."
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        bias = self.a.bias.float() if hasattr(self.a, "bias") else None
+        return self.b(nn.functional.linear(x, self.a.weight.float(), bias))
+
+
+def test_a_weight_that_is_read_is_refused_at_attach():
+    model = ReadsInSource()
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="'a': ReadsInSource reads this weight without calling"):
+        attach(model, LoraAdapter, ["a", "b"])
+    assert same(model, before)
+    assert torch.isfinite(attach(model, LoraAdapter, ["b"])(torch.ones(1, 4))).all()
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_weight_that_is_read_is_refused_at_the_first_pass(train):
+    "Where the source does not tell: by a helper, on another module's layer."
+    model, x = Reads().train(train), torch.randn(2, 4)
+    plain = model(x)
+    attach(model, LoraAdapter, ["a", "b"])
+    with pytest.raises(TypeError, match="layer 'a'.*does nothing"):
+        model(x)
+    with pytest.raises(TypeError, match="layer 'a'.*reads its weight"):
+        merge(model)
+    assert torch.equal(detach(model)(x), plain)
+    attach(model, LoraAdapter, ["b"])
+    shake(model)
+    tuned = model(x)
+    torch.testing.assert_close(merge(model)(x), tuned, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_is_called_and_read_is_not_merged():
+    model = Reads(lambda self, x: self.a(x) @ self.a.weight)
+    attach(model, LoraAdapter, ["a"])
+    shake(model)
+    tuned = model(torch.ones(1, 4))
+    with pytest.raises(TypeError, match="merged model would answer otherwise"):
+        merge(model)
+    assert torch.equal(model(torch.ones(1, 4)), tuned)
+
+
+def test_a_layer_that_is_not_run_is_no_fault():
+    "An expert that is not chosen, a weight of which only the type is asked."
+    model = Reads(lambda self, x: x.to(self.a.weight.dtype))
+    attach(model, LoraAdapter, ["a", "b"])
+    for _ in range(5):
+        model(torch.ones(1, 4))
+    merge(model)
+
+
+def test_the_watch_ends_by_itself():
+    model = attach(llama(), LoraAdapter, ["q_proj"])
+    logits(model)
+    watch = next(iter(model._forward_pre_hooks.values())).__self__
+    assert watch.left == {(False, False): 0}
+    detach(model)
+    assert not model._forward_pre_hooks and not model._forward_hooks
+    assert not model._forward_hooks_always_called
+
+
+def tiny(kind, **sizes):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    return config, lambda head: getattr(transformers, f"{kind}{head}")(config).eval()
+
+
+BART = dict(vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1,
+            encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24,
+            decoder_ffn_dim=24, max_position_embeddings=32)
+T5 = dict(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+BERT = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+            num_attention_heads=2)
+SPEECH = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+              conv_dim=(8,), conv_stride=(2,), conv_kernel=(3,), num_feat_extract_layers=1,
+              num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, vocab_size=40)
+BYPASSED = {
+    "mamba": ("Mamba", dict(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4),
+              "ForCausalLM", "dt_proj"),
+    "wavlm": ("WavLM", SPEECH, "ForCTC", "q_proj"),
+    "t5": ("T5", T5, "ForConditionalGeneration", "shared"),
+    "bart": ("Bart", BART, "ForConditionalGeneration", "shared"),
+    "mobilebert": ("MobileBert", dict(BERT, embedding_size=8, intra_bottleneck_size=8,
+                                      true_hidden_size=8), "ForMaskedLM", "dense.*decoder"),
+    "deberta": ("DebertaV2", dict(BERT, relative_attention=True), "Model", "rel_embeddings"),
+}
+
+
+@pytest.mark.parametrize("case", BYPASSED)
+def test_bypassed_layers_of_transformers(case):
+    kind, sizes, head, target = BYPASSED[case]
+    model = tiny(kind, **sizes)[1](head)
+    names = ["predictions.decoder"] if case == "mobilebert" else [target]
+    make = Bottleneck if target == "shared" else LoraAdapter
+    make = partial(make, width=16) if target == "shared" else make
+    with pytest.raises(TypeError, match="would be ignored"):
+        attach(model, make, names)
+
+
+SEVERAL = {  # models with ties, and whether their settings give up the tie
+    "bart": ("Bart", BART, "ForConditionalGeneration", False),
+    "t5": ("T5", T5, "ForConditionalGeneration", False),
+    "umt5": ("UMT5", dict(T5, tie_word_embeddings=True), "ForConditionalGeneration", True),
+    "bert": ("Bert", BERT, "ForMaskedLM", False),
+    "gpt2": ("GPT2", dict(vocab_size=40, n_embd=16, n_layer=1, n_head=2), "LMHeadModel", False),
+}
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+@pytest.mark.parametrize("also", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_tied_weights_merged_saved_and_loaded(tmp_path, case, also):
+    kind, sizes, head, stays = SEVERAL[case]
+    config, build = tiny(kind, **sizes)
+    model = build(head)
+    ids = dict(input_ids=IDS, decoder_input_ids=IDS) if "For" in head and "Cond" in head else {
+        "input_ids": IDS}
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    assert ends[0].weight is ends[1].weight
+    plain = model(**ids).logits
+    makers = {n: LoraAdapter for n, m in model.named_modules() if m is ends[1]}
+    attach(model, makers, also_train=(lambda n, p: p is ends[0].weight) if also else ())
+    shake(model)
+    tuned = model(**ids).logits
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    close(merge(model)(**ids).logits, tuned)
+    with enabled(model, False):
+        close(model(**ids).logits, plain)
+    close(model(**ids).logits, tuned)
+    unmerge(model)
+    twin = detach(copy.deepcopy(model))
+    close(twin(**ids).logits, plain)
+    merge_and_unload(model)
+    assert model.config.tie_word_embeddings is stays
+    close(model(**ids).logits, tuned)
+    model.save_pretrained(tmp_path)
+    back, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    close(back.eval()(**ids).logits, tuned)
+
+
+@pytest.mark.parametrize("adapted", ["embed_tokens", "lm_head"])
+def test_an_adapter_on_one_end_of_a_trained_tie(adapted):
+    model = llama(tie_word_embeddings=True)
+    plain = logits(model)
+    attach(model, LoraAdapter, [adapted], also_train=["lm_head"])
+    shake(model)
+    tuned = logits(model)
+    merge(model)
+    torch.testing.assert_close(logits(model), tuned, rtol=1e-4, atol=1e-4)
+    with enabled(model, False):
+        assert torch.equal(logits(model), plain)
+    torch.testing.assert_close(logits(merge_and_unload(copy.deepcopy(model))), tuned,
+                               rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(detach(model)), plain)
+
+
+class Rounded(nn.Linear):
+    "Its forward is not linear in the weight."
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.round(decimals=1), self.bias)
+
+
+class Codes(nn.Linear):
+    "A quantised layer: codes and a scale."
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out)
+        codes = (self.weight.data * 200).round().to(torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) / 200, self.bias)
+
+
+@pytest.mark.parametrize("layer", [Rounded, Codes])
+@pytest.mark.parametrize("action", [merge, merge_and_unload])
+def test_a_merge_that_would_change_the_answer_is_refused(layer, action):
+    model, x = nn.Sequential(layer(4, 3)), torch.randn(2, 4)
+    plain, before = model(x), snapshot(model)
+    attach(model, partial(LoraAdapter, dropout=0.5), ["0"]).eval()
+    shake(model)
+    tuned = model(x)
+    with pytest.raises(TypeError, match="layer '0'.*(not linear in its weight|quantised)"):
+        action(model)
+    assert torch.equal(model(x), tuned)
+    assert torch.equal(detach(model.train())(x), plain) and same(model, before)
+
+
+def test_a_method_that_needs_the_weight_says_that_it_is_quantised():
+    with pytest.raises(TypeError, match="layer '0'.*quantised"):
+        attach(nn.Sequential(Codes(4, 3)), Split, ["0"])
+
+
+def test_a_module_called_adapter_is_not_ours():
+    model = nn.ModuleDict({"adapter": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    attach(model, LoraAdapter, ["adapter"])
+    keys = [k for k in model.state_dict() if is_adapter_key(k)]
+    assert keys == ["adapter.adaptlab.A", "adapter.adaptlab.B"]
+    assert not is_adapter_key("wav2vec2.adapter.layers.0.conv.weight")
+
+
+@pytest.mark.parametrize("shape", [(6,), (0, 6), (5, 6), (2, 3, 6), (2, 2, 3, 6), (2, 0, 6)])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_inputs_of_any_shape(shape, kind):
+    net = nn.Sequential(kind(6, 5) if kind is nn.Linear else kind(5, 6))
+    attach(net, partial(LoraAdapter, rank=2, alpha=3), ["0"])
+    shake(net)
+    lora, x = adapters(net)["0"], torch.randn(shape)
+    with enabled(net, False):
+        expected = net(x) + 1.5 * x @ lora.A.T @ lora.B.T
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_fsdp_1_is_refused_in_one_sentence():
+    class FullyShardedDataParallel(nn.Module):  # as torch's, which needs processes
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    model = attach(nn.Sequential(nn.Linear(3, 3)), LoraAdapter, ["0"])
+    with pytest.raises(ValueError, match="use FSDP 2"):
+        merge(FullyShardedDataParallel(model))
+    with pytest.raises(ValueError, match="use FSDP 2"):
+        attach(FullyShardedDataParallel(nn.Sequential(nn.Linear(3, 3))), LoraAdapter, ["0"])
 
 
 DDP = """
