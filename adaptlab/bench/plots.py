@@ -475,7 +475,7 @@ def _png(figure: Figure | Axes, dpi: int) -> bytes:
     image.quantize(64, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     return small.getvalue()
 
-# %% ../../nbs/bench/02_plots.ipynb #72f29feb
+# %% ../../nbs/bench/02_plots.ipynb #112f2573
 @dataclass(frozen=True)
 class Slider:
     "Figures behind a slider, for a notebook's output. Made by `slider`."
@@ -500,9 +500,10 @@ class Slider:
                 f'<details name="{ident}"{state}><summary>{label}: <b>{text}</b></summary>'
                 f'<img alt="{label}: {text}" src="data:image/png;base64,{data}"></details>'
             )
+        keys = 'data-lm-suppress-shortcuts="true"'  # the arrow keys are not for JupyterLab here
         bar = (
-            f'<label class="al-bar" hidden><span>{label}: <output></output></span>'
-            f'<input type="range" aria-label="{label}" min="0" max="{len(parts) - 1}" '
+            f'<label class="al-bar" hidden="hidden"><span>{label}: <output></output></span>'
+            f'<input type="range" {keys} aria-label="{label}" min="0" max="{len(parts) - 1}" '
             f'value="{self.middle}"></label>'
         )
         body = "\n".join([f"<style>{_SLIDER_STYLE}</style>", bar, *parts])
