@@ -240,7 +240,7 @@ def linear_affinity(
     with _full_precision(unit):
         return unit @ unit.T
 
-# %% ../../nbs/testtime/01_lame.ipynb #df308ef8
+# %% ../../nbs/testtime/01_lame.ipynb #07336c90
 def _batch_affinity(
     features: Tensor,  # [N, d]
     affinity: str | Callable[[Tensor], Tensor],  # name, or x -> W
@@ -262,7 +262,7 @@ def _batch_affinity(
     k = min(k, n - 1)
     return knn_affinity(features, k, True) if symmetric else nearest_neighbors(features, k)
 
-
+# %% ../../nbs/testtime/01_lame.ipynb #e96fdac7
 def lame(
     logits: Tensor,  # of the frozen classifier, one test batch [N, K]
     features: Tensor,  # input of its last linear layer [N, d]
@@ -430,13 +430,12 @@ def _usable(value: Any) -> Any:
         return type(value)(map(_usable, value))
     return {k: _usable(v) for k, v in value.items()} if type(value) is dict else value
 
-# %% ../../nbs/testtime/01_lame.ipynb #ea1a8074
+# %% ../../nbs/testtime/01_lame.ipynb #599b63a0
 class OnlineAdaptation(nn.Module):
-    """Base of the methods that adapt a network on its test batches: adapt, then predict.
+    """Base of the methods that adapt a network on its test batches: on a copy, never the original.
 
-    Works on a copy, never on the caller's model; this class itself changes no prediction.
-    Raises `ValueError` when there is nothing to adapt, or a batch leads to NaN or infinity; then
-    nothing is learned from that batch.
+    This class itself changes no prediction. Raises `ValueError` when there is nothing to adapt, or
+    a batch leads to NaN or infinity; then nothing is learned from that batch.
     """
 
     adapts: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._BatchNorm,)  # kinds of layers
