@@ -14,27 +14,26 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adaptlab import adapters, evaluate, models
-from adaptlab.experiment import start_run
+from adaptlab import adapter_files, adapters, evaluate, recipes
+from adaptlab.bench.runs import launch, start_run
+from adaptlab.bench.testbeds import Pairs, questions
+from adaptlab.experiments import neuroada as told
+from adaptlab.experiments.neuroada import FULL, PAPER_RUNS, SMALL, experiment
 from adaptlab.sparse import neuroada
 from adaptlab.sparse.neuroada import (
-    FULL,
-    PAPER_RUNS,
-    SMALL,
     NeuroAda,
     NeuroAdaConfig,
     NeuroAdaLinear,
     Selection,
     choose_positions,
     count_trainable,
-    experiment,
     gradient_scores,
     neuroada_linear,
     select_topk,
-    task_accuracy,
     training_state_bytes,
     wrap_masked,
 )
+from adaptlab.train import Training
 
 RULES = Selection.__args__
 
@@ -68,8 +67,7 @@ def test_topk_has_distinct_largest_columns(d_out, d_in, k, seed):
 
 @pytest.mark.parametrize("impl", ["gather", "materialize"])
 @pytest.mark.parametrize("k", [1, 3, 6])
-def test_gradients_are_the_dense_ones_at_the_positions(impl, k, monkeypatch):
-    monkeypatch.setattr(neuroada, "_TEMPORARY", 10)  # many chunks
+def test_gradients_are_the_dense_ones_at_the_positions(impl, k):
     torch.manual_seed(k)
     w, b = torch.randn(5, 6).double(), torch.randn(5).double()
     x = torch.randn(2, 3, 6).double().requires_grad_()
@@ -88,8 +86,7 @@ def test_gradients_are_the_dense_ones_at_the_positions(impl, k, monkeypatch):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-def test_every_rule_in_both_implementations(rule, kind, monkeypatch):
-    monkeypatch.setattr(neuroada, "_TEMPORARY", 16)
+def test_every_rule_in_both_implementations(rule, kind):
     x, outputs, gradients = torch.randn(7, 12), [], []
     for impl in ("gather", "materialize"):
         model = net()
@@ -154,7 +151,7 @@ def test_gradient_selection_takes_the_largest_gradients():
     scores = gradient_scores(model, {"0": model[0]}, batches, square)
     expected = select_topk(model[0].weight, 2, scores["0"])
     NeuroAda.wrap(model, config(k=2, selection="gradient"), batches, square)
-    assert torch.equal(model[0].adapter.indices.long(), expected)
+    assert torch.equal(adapters.adapters(model)["0"].indices.long(), expected)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -257,10 +254,10 @@ def test_save_and_load(rule, tmp_path):
     NeuroAda.wrap(model, config(k=2, selection=rule))
     for p in adapters.trainable_parameters(model):
         nn.init.normal_(p)
-    file = adapters.save(model, tmp_path / "a.safetensors")
-    fresh = adapters.load(net(), file)
+    file = adapter_files.save(model, tmp_path / "a.safetensors")
+    fresh = adapter_files.load(net(), file)
     assert torch.equal(fresh(x), model(x))
-    assert set(model[0].adapter.state_dict()) <= {"indices", "rows", "delta"}
+    assert set(adapters.adapters(model)["0"].state_dict()) <= {"indices", "rows", "delta"}
     other = net()
     state = {n: t.clone() for n, t in other.state_dict().items()}
     import safetensors.torch as safe
@@ -272,7 +269,7 @@ def test_save_and_load(rule, tmp_path):
     tensors[name] = tensors[name] + 100
     safe.save_file(tensors, tmp_path / "bad.safetensors", header)
     with pytest.raises(ValueError, match="another layer"):
-        adapters.load(other, tmp_path / "bad.safetensors")
+        adapter_files.load(other, tmp_path / "bad.safetensors")
     assert all(torch.equal(v, state[n]) for n, v in other.state_dict().items())
     assert not adapters.adapters(other)
 
@@ -281,14 +278,14 @@ def test_half_precision_models_keep_single_precision_bypasses():
     model = net()
     NeuroAda.wrap(model, config(k=1, impl="gather"))
     model.to(torch.bfloat16)
-    assert model[0].adapter.delta.dtype == torch.float32
+    assert adapters.adapters(model)["0"].delta.dtype == torch.float32
     y = model(torch.randn(3, 12, dtype=torch.bfloat16))
     y.float().square().sum().backward()
-    assert y.dtype == torch.bfloat16 and model[0].adapter.delta.grad.dtype == torch.float32
+    assert y.dtype == torch.bfloat16 and adapters.adapters(model)["0"].delta.grad.dtype == torch.float32
 
 
 def test_a_file_for_gpt2_style_layers_and_skipped_blocks():
-    llama = models.tiny_llama()
+    llama = recipes.tiny_llama()
     NeuroAda.wrap(llama, NeuroAdaConfig(skip_blocks=(0,)))
     assert all(".1." in n for n in adapters.adapters(llama))
     adapters.detach(llama)
@@ -358,12 +355,12 @@ def test_the_same_algebra_as_pefts_sparse_adapter():
         pairs.append((name, make, layer.shira_weight["default"]))
     adapters.attach(ours, {name: make for name, make, _ in pairs})
     for name, _, values in pairs:
-        ours.get_submodule(name).adapter.delta.data.copy_(values.data[:, None])
+        adapters.adapters(ours)[name].delta.data.copy_(values.data[:, None])
     torch.testing.assert_close(ours(x), wrapped(x))
     for model in (ours, wrapped):
         square(model, x).backward()
     for name, _, values in pairs:
-        found = ours.get_submodule(name).adapter.delta.grad[:, 0]
+        found = adapters.adapters(ours)[name].delta.grad[:, 0]
         torch.testing.assert_close(found, values.grad)
     merged = wrapped.merge_and_unload()
     torch.testing.assert_close(adapters.merge_and_unload(ours)(x), merged(x))
@@ -395,10 +392,10 @@ def test_a_classifier_with_its_head_trained_in_full():
 def test_a_tied_head_is_untied_by_merging_and_tied_again():
     "The output layer may share its weight with the embedding, which must not move with it."
     torch.manual_seed(0)
-    llama, ids = models.tiny_llama(), torch.randint(0, 260, (1, 6))
+    llama, ids = recipes.tiny_llama(), torch.randint(0, 260, (1, 6))
     embedding = llama.model.embed_tokens.weight.detach().clone()
     NeuroAda.wrap(llama, NeuroAdaConfig(target_modules=("lm_head",)))
-    torch.nn.init.normal_(llama.lm_head.adapter.delta)
+    torch.nn.init.normal_(adapters.adapters(llama)["lm_head"].delta)
     logits = llama(ids).logits
     adapters.merge(llama)
     torch.testing.assert_close(llama(ids).logits, logits, rtol=1e-4, atol=1e-4)
@@ -407,38 +404,81 @@ def test_a_tied_head_is_untied_by_merging_and_tied_again():
     assert llama.lm_head.weight is llama.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("method", ["NeuroAda", "NeuroAda random", "LoRA", "masked", "full"])
+@pytest.mark.parametrize("impl", ["gather", "materialize"])
+def test_blocks_of_entries_change_nothing(impl, monkeypatch):
+    "Rules that do not go by neurons work in parts; a part is as good as the whole."
+    found = []
+    for parts in (False, True):
+        model, x = net(), torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
+        NeuroAda.wrap(model, config(k=2, selection="global", impl=impl))
+        torch.manual_seed(1)
+        for p in adapters.trainable_parameters(model):
+            nn.init.normal_(p)
+        if parts:
+            monkeypatch.setattr(neuroada, "_blocks", lambda indices, rows, tokens: [
+                slice(r, r + 3) for r in range(0, len(indices), 3)])
+        square(model, x).backward()
+        found.append([p.grad for p in adapters.trainable_parameters(model)])
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_autocast_and_a_frozen_weight():
+    model, x = net(), torch.randn(40, 12)
+    NeuroAda.wrap(model, config(k=2, impl="materialize"))
+    for p in adapters.trainable_parameters(model):
+        nn.init.normal_(p)
+    exact = model(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.1)
+    y.float().square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 for p in adapters.trainable_parameters(model))
+    w = torch.randn(3, 4, requires_grad=True)
+    with pytest.raises(ValueError, match="frozen"):
+        neuroada_linear(torch.randn(2, 4), w, None, torch.zeros(3, 1).long(), torch.zeros(3, 1))
+
+
+def test_auto_takes_the_way_by_the_number_of_tokens(monkeypatch):
+    ways = []
+    monkeypatch.setattr(neuroada, "_folded", lambda w, *rest: ways.append("dense") or w.clone())
+    model = nn.Sequential(nn.Linear(64, 3))
+    NeuroAda.wrap(model, NeuroAdaConfig(target_modules=("0",)))
+    with torch.no_grad():
+        model(torch.randn(7, 64))
+        assert not ways  # 7 x 8 < 64
+        model(torch.randn(8, 64))
+    assert ways == ["dense"]
+
+
+@pytest.mark.parametrize("method", ["NeuroAda", "random", "LoRA", "masked"])
 def test_measured_memory_leaves_the_model_alone(method):
-    llama = models.tiny_llama()
+    llama = recipes.tiny_llama()
     state = {n: p.clone() for n, p in llama.state_dict().items()}
-    ids = torch.randint(0, 260, (2, 9))
-    cfg = SMALL.replace(memory_methods=(method,))
-    row = neuroada._memory(cfg, llama, {"input_ids": ids, "labels": ids}).iloc[0]
-    assert row["step MB"] > 0
-    assert row["together MB"] == pytest.approx(row["weights MB"] + row["step MB"])
+    pairs = Pairs.load("capitals")
+    bed = questions(pairs, pairs, 0, 4, n_train=8, model=(llama, recipes.byte_tokenizer()))
+    cfg = SMALL.replace(memory_methods=(method,), skip_blocks=())
+    assert told._memory(cfg, bed).iloc[0]["step MB"] > 0
     assert all(torch.equal(p, state[n]) for n, p in llama.state_dict().items())
     assert not adapters.adapters(llama) and all(p.grad is None for p in llama.parameters())
     assert not any(p._backward_hooks for p in llama.parameters())
 
 
-def test_answers_are_of_the_kind_of_the_rows_answer(monkeypatch):
+def test_answers_are_of_the_kind_of_the_task():
     "A letter is no answer to a sum, nor a number to a choice."
-    said = {"how many": "A fair guess: 3, no, 1,200. A", "which": "B, since 7 is less. a"}
-    rows = [("how many", "1200.0"), ("which", "B")]
-    table = {"instruction": [r[0] for r in rows], "answer": [r[1] for r in rows]}
-    import datasets
-
-    monkeypatch.setattr(neuroada.data, "load", lambda *a, **k: datasets.Dataset.from_dict(table))
-    monkeypatch.setattr(neuroada.evaluate, "generate",
-                        lambda model, tok, prompts, *a: [said[p] for p in prompts])  # fmt: skip
-    cfg = PAPER_RUNS["math", 1].replace(prompt="{instruction}")
-    assert float(task_accuracy(None, None, cfg, "mixed")) == 1.0
+    cfg, words = PAPER_RUNS["math", 1], Pairs(("q",), ("true",))
+    sums, choices = Pairs(("q",), ("1200.0",)), Pairs(("q", "r"), ("B", "E"))
+    assert told.reader(sums, cfg.read, cfg.read_at)("A fair guess: 3, no, 1,200. A") == "1,200."
+    assert told.reader(choices, cfg.read, cfg.read_at)("It is B, since 7 is less. a") == "B"
+    assert told.reader(words, FULL.read, "first")("the correct answer is True.") == "True"
+    assert told.reader(words, FULL.read, "first")("I do not know") == ""
+    assert evaluate.same_answer("1,200.", "1200.0")
 
 
 def test_the_papers_runs_are_those_of_the_scripts():
-    settings_ = {key: (c.k, c.llm_lrs[0], c.llm_batch, c.warmup, c.weight_decay, len(c.tasks))
-                 for key, c in PAPER_RUNS.items()}  # fmt: skip
-    assert settings_ == {
+    found = {key: (c.k, c.language_lrs[0], c.language.batch_size, c.language.warmup,
+                   c.language.weight_decay, len(c.tasks)) for key, c in PAPER_RUNS.items()}
+    assert found == {
         ("commonsense", 20): (20, 7e-4, 16, 0.06, 0.0, 8),
         ("commonsense", 1): (1, 8e-3, 8, 0.1, 0.0, 8),
         ("math", 20): (20, 3e-3, 8, 0.0, 0.1, 7),
@@ -448,55 +488,66 @@ def test_the_papers_runs_are_those_of_the_scripts():
 
 def tiny_world(folder):
     "FULL in miniature: a random Llama, a byte tokenizer, instruction files and a task."
-    model = models.tiny_llama(vocab_size=260, hidden_size=16, layers=2, heads=2, kv_heads=1)
+    model = recipes.tiny_llama(vocab_size=260, hidden_size=16, layers=2, heads=2, kv_heads=1)
     model.save_pretrained(folder / "model")
-    models.byte_tokenizer().save_pretrained(folder / "model")
+    recipes.byte_tokenizer().save_pretrained(folder / "model")
     rows = [{"instruction": f"is {i} even?", "output": "the correct answer is true",
-             "answer": "true"} for i in range(16)]  # fmt: skip
+             "answer": "true"} for i in range(20)]  # fmt: skip
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "boolq").mkdir()
     (folder / "boolq" / "test.json").write_text(json.dumps(rows[:4]))
     return FULL.replace(
-        model=str(folder / "model"),
-        dtype="float32",
-        dataset=str(folder / "train.jsonl"),
-        llm_test=4,
-        max_length=200,
-        llm_epochs=1,
-        llm_batch=4,
-        k=2,
-        tasks=("boolq",),
-        tasks_root=str(folder),
-        max_new_tokens=4,
-        device="cpu",
-    )
+        model=str(folder / "model"), dtype="float32", source=str(folder / "train.jsonl"),
+        n_choose=4, n_test=4, max_length=200, k=2, tasks=(str(folder / "boolq" / "test.json"),),
+        language=Training(epochs=1, batch_size=4, schedule="linear", warmup=0.06),
+        max_new_tokens=4, device="cpu")
 
 
 def test_full_scale_path_with_a_tiny_model(tmp_path):
     cfg = tiny_world(tmp_path)
     report = experiment(cfg, start_run("neuroada", cfg, "full", root=tmp_path / "runs"))
     assert report.tables["memory"]["method"].tolist() == ["NeuroAda"]
-    row = report.tables["llm"].iloc[0]
-    assert row["trainable"] == 2 * 2 * (16 + 8 + 8 + 16 + 40 + 40 + 16)
-    assert 0 <= row["boolq"] <= 100 and row["merge error"] < 1e-4
-    assert row["loss after"] < row["loss before"]
+    table = report.tables["language"]
+    by = table[table["part"] == "new"].groupby("method")["nats"].mean()
+    assert by["NeuroAda"] < by["before"]
+    assert len(table[table["part"] == cfg.tasks[0]]) == 2 * 4
 
 
 def test_full_scale_path_with_two_processes(tmp_path):
-    cfg = tiny_world(tmp_path)
-    args = []
-    for name in ("model", "dtype", "dataset", "llm_test", "max_length", "llm_epochs", "llm_batch",
-                 "k", "tasks", "tasks_root", "max_new_tokens", "device"):  # fmt: skip
+    cfg, args = tiny_world(tmp_path), []
+    for name in ("model", "dtype", "source", "n_choose", "n_test", "max_length", "k", "tasks",
+                 "max_new_tokens", "device"):  # fmt: skip
         value = getattr(cfg, name)
         value = value[0] if isinstance(value, tuple) else value
         args += [f"--{name.replace('_', '-')}", str(value)]
-    args += ["--root", str(tmp_path / "runs")]
+    args += ["--language.epochs", "1", "--language.batch-size", "4",
+             "--root", str(tmp_path / "runs")]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--standalone", "-m", "adaptlab", "run", "neuroada", "--scale", "full", *args]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
     assert out.returncode == 0, out.stderr[-3000:]
     assert out.stdout.count("report in") == 1
+
+
+def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch):
+    "One seed gives no verdicts and no crash; what is done is not done again."
+    monkeypatch.setattr(told, "PREPARE", {k: told.PREPARE[k] for k in (
+        "NeuroAda k=1", "k=1 random", "k=1 gradient", "global", "NeuroAda k=2", "NeuroAda k=4",
+        "LoRA r=1", "BitFit")})
+    cfg = SMALL.replace(seeds=(0,), tracks=("vision",), lrs=(3e-2,), full_lrs=(3e-3,),
+                        images=(32, 32), vision=Training(steps=2, batch_size=8))
+    monkeypatch.setattr(told, "_state", lambda cfg: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        launch("neuroada", cfg, root=tmp_path)
+    monkeypatch.undo()
+    tuned = []
+    real = told._tune
+    monkeypatch.setattr(told, "_tune", lambda *a, **k: tuned.append(a) or real(*a, **k))
+    report = launch("neuroada", cfg, root=tmp_path, resume=True)
+    assert len(tuned) == 1  # "full" was not there the first time
+    decided = [c.verdict for c in report.claims if c.unit == "points"]
+    assert decided == ["not decided at this scale"] * 7
 
 
 def test_small_settings_compare_equal_counts():
