@@ -321,7 +321,7 @@ def check_compatible(
     """
     return arithmetic.align([open_state(s) for s in sources], skip).common
 
-# %% ../nbs/core/14_checkpoints.ipynb #beb77ab2
+# %% ../nbs/core/14_checkpoints.ipynb #fa6378b9
 class _Item(NamedTuple):
     "One tensor to be written."
 
@@ -360,7 +360,7 @@ def _write_file(path: Path, state: LazyState, items: Sequence[_Item]) -> None:
 
 def _item_spans(spec: Spec) -> list[tuple[int, int]]:
     "Pieces that are written: small ones on a CPU, larger ones where each is a copy to it."
-    return spans(spec.numel, None if spec.device.type == "cpu" else 1 << 23)
+    return spans(spec.numel, 2 * arithmetic.PIECE if spec.device.type == "cpu" else 1 << 23)
 
 
 def _write_piece(
@@ -636,7 +636,7 @@ def _new_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-# %% ../nbs/core/14_checkpoints.ipynb #f037bd71
+# %% ../nbs/core/14_checkpoints.ipynb #3cc78993
 def average_checkpoints(
     paths: Iterable[str | os.PathLike],  # checkpoint folders or safetensors files
     out: str | os.PathLike,  # where the average goes: a folder, or name.safetensors
@@ -650,7 +650,7 @@ def average_checkpoints(
     """`average` from disk to disk; config and tokenizer are those of the first.
 
     Needs a few MB of memory, whatever the number and the size of checkpoints: per thread the sum
-    and one operand of one piece (half a MB each). Raises like `average` and `save_state`, and
+    and one operand of one piece (one MB each). Raises like `average` and `save_state`, and
     warns about configs and tokenizers that differ.
     """
     paths = [Path(p).expanduser() for p in as_list(paths, "paths")]
