@@ -7,7 +7,7 @@ __all__ = ['accuracy', 'macro_f1', 'nll', 'predict', 'token_losses', 'perplexity
            'multiple_choice', 'generate', 'normalize_answer', 'final_number', 'same_answer', 'exact_match',
            'count_flops', 'peak_memory', 'throughput']
 
-# %% ../nbs/core/15_evaluate.ipynb #0b8e15f7
+# %% ../nbs/core/15_evaluate.ipynb #28644d54
 import contextlib
 import inspect
 import math
@@ -15,7 +15,7 @@ import os
 import re
 import string
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -223,19 +223,21 @@ def _score(
                     results[i] = -losses.cpu()
     return [r.clone() for r in results]  # clone: ordinary tensors, not inference ones
 
-# %% ../nbs/core/15_evaluate.ipynb #dd29cc45
-def _refuse_padding(rows: Sequence[Tensor]) -> None:
-    "Refuse equally long rows of which some, not all, end or begin in a run of a filling token."
-    ends = [torch.stack(list(rows)), torch.stack(list(rows)).flip(1)]
-    for ids in ends if len(rows) > 1 else ():
+# %% ../nbs/core/15_evaluate.ipynb #d8f52a50
+def _refuse_padding(rows: Sequence[Tensor], pads: Collection[int]) -> None:
+    "Refuse equally long rows of which some end or begin in a run of what fills the others up."
+    whole = torch.stack(list(rows))
+    for ids in (whole, whole.flip(1)) if len(rows) > 1 else ():
         for token in ids[:, -1].unique().tolist():
             filled = ids.eq(token).flip(1).cumprod(1).sum(1)  # per row, how long its run is
-            elsewhere = int(ids.eq(token).sum() - filled.sum())
-            if filled.max() > 1 and filled.min() == 0 and not elsewhere:
+            most, least = int(filled.max()), int(filled.min())
+            only_there = not least and ids.eq(token).sum() == filled.sum()
+            long = most > 2 and 3 * most >= ids.shape[1]
+            if most > max(1, least) and (token in pads or only_there or long):
                 raise ValueError(
-                    f"document {int(filled.argmax())} is filled up with {int(filled.max())} times "
-                    f"token {token}: if that is padding, give the tokenizer's whole output (with "
-                    "its attention_mask) or texts; if it is text, give a list of rows")
+                    f"document {int(filled.argmax())} is filled up with {most} times token "
+                    f"{token}: if that is padding, give the tokenizer's whole output (with its "
+                    "attention_mask) or texts; if it is text, give a list of rows")
 
 
 def _unpadded(encoded: Mapping[str, Any]) -> list[Tensor]:
@@ -249,7 +251,7 @@ def _unpadded(encoded: Mapping[str, Any]) -> list[Tensor]:
     return [torch.as_tensor(i)[torch.as_tensor(m).bool()] for i, m in pairs]
 
 
-def _documents(ids: Any, tokenizer: Any) -> list[Tensor]:
+def _documents(ids: Any, tokenizer: Any, pads: Collection[int] = ()) -> list[Tensor]:
     "Token ids [length] per document, from ids (one row or many), a tokenizer's output, or texts."
     if isinstance(ids, Mapping):
         ids = _unpadded(ids)
@@ -271,10 +273,10 @@ def _documents(ids: Any, tokenizer: Any) -> list[Tensor]:
     if any((row < 0).any() for row in rows):
         raise ValueError("token ids are negative: -100 marks labels, give the 'input_ids'")
     if matrix:
-        _refuse_padding(rows)
+        _refuse_padding(rows, pads)
     return rows
 
-# %% ../nbs/core/15_evaluate.ipynb #7003243f
+# %% ../nbs/core/15_evaluate.ipynb #8df48233
 def token_losses(
     model: nn.Module,  # causal language model
     ids: Any,  # token ids [L], [N, L], a list of rows or a tokenizer's output; or text(s)
@@ -288,7 +290,8 @@ def token_losses(
 
     Windows come in the order of the text and never span two documents. Raises as `perplexity`.
     """
-    documents = _documents(ids, tokenizer)
+    owners = (tokenizer, getattr(model, "config", None))
+    documents = _documents(ids, tokenizer, {getattr(o, "pad_token_id", None) for o in owners})
     if window is None:
         window = min(1024, getattr(getattr(model, "config", None), "max_position_embeddings", 1024))
     stride = window // 2 if stride is None else stride

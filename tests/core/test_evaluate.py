@@ -482,6 +482,19 @@ def test_padding_is_never_scored(lm, side):
             evaluate.perplexity(lm, form)
 
 
+def test_padding_is_seen_where_its_token_stands_in_the_text_too():
+    "The model's own padding token, and a run that takes a third of a row."
+    lm = make_llama()
+    for pad, ids in ((9, [[9, 5, 6, 9, 8, 7], [5, 6, 7, 8, 9, 9]]),
+                     (None, [[5, 6, 0, 8, 0], [5, 6, 0, 0, 0]]),
+                     (None, [[0, 8, 0, 5, 6], [0, 0, 0, 5, 6]])):
+        lm.config.pad_token_id = pad
+        with pytest.raises(ValueError, match="padding"):
+            evaluate.token_losses(lm, torch.tensor(ids))
+    ids = [[9, 5, 6, 9, 8, 7], [5, 6, 7, 8, 9, 9]]  # no padding token is known any more
+    assert len(evaluate.token_losses(lm, torch.tensor(ids))) == 2
+
+
 def test_what_only_looks_like_padding_is_text(lm):
     "Rows that all end alike, tokens that stand elsewhere too, one row, a list of rows."
     for ids in ([[5, 6, 7, 7], [8, 9, 7, 7]], [[5, 6, 7, 7], [7, 9, 8, 6]], [[5, 6, 7, 7]],
