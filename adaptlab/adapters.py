@@ -876,7 +876,7 @@ def _hooks(module: nn.Module | None) -> list[Any]:
     hook = getattr(module, "_hf_hook", None)
     return [h for h in (hook, *getattr(hook, "hooks", ())) if h is not None]
 
-# %% ../nbs/core/11_adapters.ipynb #af6f99aa
+# %% ../nbs/core/11_adapters.ipynb #70001c97
 def _build(name: str, layer: nn.Module, make: Callable[[nn.Module], Adapter]) -> Adapter:
     """Make one adapter; errors say for which layer."""
     if _NAME in layer._modules:
@@ -888,6 +888,8 @@ def _build(name: str, layer: nn.Module, make: Callable[[nn.Module], Adapter]) ->
     if not isinstance(adapter, Adapter) or adapter.layer is not layer:
         raise TypeError(f"layer {name!r}: make(layer) must return an Adapter of that layer, "
                         f"got {type(adapter).__name__}")
+    for parameter in adapter.parameters():  # a slice of a decomposition; FSDP needs rows
+        parameter.data = parameter.data.contiguous()
     return adapter
 
 # %% ../nbs/core/11_adapters.ipynb #d3020d7a
@@ -1133,7 +1135,7 @@ def _swap(module: nn.Module, before: _Before) -> None:
             before.values[name], params[name].data = params[name].data, value.to(params[name])
     before.swapped = not before.swapped
 
-# %% ../nbs/core/11_adapters.ipynb #4d5f5cf6
+# %% ../nbs/core/11_adapters.ipynb #8033e438
 @contextmanager
 def enabled(
     model: nn.Module,  # a model with adapters
@@ -1154,6 +1156,7 @@ def enabled(
             adapter.use_weights()
         yield model
     finally:
+        _settle(model)
         for adapter, was in states.items():
             if adapter.layer._modules.get(_NAME) is adapter:
                 adapter.enabled = was

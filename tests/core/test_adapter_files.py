@@ -2,8 +2,11 @@
 
 import copy
 import json
+import subprocess
+import sys
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +38,7 @@ from adaptlab.adapters import (
     detach,
     merge,
     merge_and_unload,
+    trainable_parameters,
 )
 
 
@@ -80,7 +84,7 @@ def test_header(tmp_path):
     attach(model, partial(LoraAdapter, rank=3), ["q_proj"])
     with safe_open(save(model, tmp_path / "x.safetensors"), "pt") as file:
         header = json.loads(file.metadata()["adaptlab"])
-    assert header["base_model"] == "someone/base" and header["version"] == 1
+    assert header["base_model"] == "someone/base" and header["version"] == 2
     assert header["base_shapes"]["model.layers.*.mlp.up_proj.weight"] == {"24x16": 2}
     first = header["layers"]["model.layers.0.self_attn.q_proj"]
     assert first["method"] == "LoraAdapter" and first["config"]["rank"] == 3
@@ -205,6 +209,160 @@ def test_a_lesson_method_is_found_by_its_module(tmp_path):
                                 for v in h["layers"].values()])
     with pytest.raises(ValueError, match="unknown method"):
         load(llama(), path)
+
+
+def test_files_of_version_1_are_read(tmp_path):
+    model = attach(llama(), LoraAdapter, ["q_proj"])
+    shake(model)
+    path = save(model, tmp_path / "x.safetensors")
+
+    def old(tensors, header):
+        header.update(version=1)
+        header.pop("ties")
+        for key in list(tensors):
+            tensors[key.replace(".adaptlab.", ".adapter.")] = tensors.pop(key)
+
+    rewrite(path, old)
+    assert torch.equal(logits(load(llama(), path)), logits(model))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_trained_tie_is_loaded_on_the_same_tie_only(tmp_path, tied):
+    model = attach(llama(tie_word_embeddings=tied), LoraAdapter, ["q_proj"],
+                   also_train=["embed_tokens"])
+    shake(model)
+    path = save(model, tmp_path / "x.safetensors")
+    other = llama(tie_word_embeddings=not tied)
+    before = snapshot(other)
+    with pytest.raises(ValueError, match="same tie_word_embeddings"):
+        load(other, path)
+    assert same(other, before)
+    assert torch.equal(logits(load(llama(tie_word_embeddings=tied), path)), logits(model))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_adapters_trained_beside_codes_load_on_the_full_base(tmp_path, packed):
+    class Codes(nn.Linear):
+        "A quantised layer, of one or two codes a byte."
+
+        def __init__(self, n_in, n_out):
+            super().__init__(n_in, n_out)
+            shape = (n_in * n_out // 2, 1) if packed else (n_out, n_in)
+            codes = torch.randint(0, 99, shape, dtype=torch.uint8)
+            self.weight = nn.Parameter(codes, requires_grad=False)
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return x @ torch.zeros(self.in_features, self.out_features)
+
+    quantised, full = nn.Sequential(Codes(4, 6)), nn.Sequential(nn.Linear(4, 6))
+    attach(quantised, LoraAdapter, ["0"])
+    shake(quantised)
+    x, plain = torch.randn(2, 4), full(torch.zeros(2, 4))
+    path = save(quantised, tmp_path / "x.safetensors")
+    load(full, path)
+    torch.testing.assert_close(full(x) - full[0].bias, quantised(x) + x @ full[0].weight.T)
+    with pytest.raises(ValueError, match="differ"):
+        load(nn.Sequential(nn.Linear(4, 7)), path)
+    assert torch.equal(detach(full)(torch.zeros(2, 4)), plain)
+
+
+@pytest.mark.parametrize("kind", ["Linear8bitLt", "Linear4bit"])
+def test_bitsandbytes(tmp_path, kind):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    full, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(2, 64)
+    options = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {
+        "compute_dtype": torch.float32}
+    quantised = nn.Sequential(getattr(bnb.nn, kind)(64, 64, **options))
+    quantised.load_state_dict(full.state_dict())
+    plain = quantised.to("cpu")(x)
+    attach(quantised, LoraAdapter, ["0"])
+    shake(quantised)
+    tuned = quantised(x)
+    with pytest.raises(TypeError, match="quantised"):
+        merge_and_unload(quantised)
+    torch.testing.assert_close(quantised(x), tuned)
+    base = full(x)
+    load(full, save(quantised, tmp_path / "x.safetensors"))
+    torch.testing.assert_close(full(x) - base, tuned - plain, rtol=1e-4, atol=1e-3)
+
+
+FSDP = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+sys.path.insert(0, sys.argv[1])
+from adapter_models import IDS, Scale, Split, llama, logits
+from functools import partial
+from adaptlab.adapter_files import from_peft, load, save, to_peft
+from adaptlab.adapters import *
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+for number, make in enumerate((partial(LoraAdapter, rank=3), Scale, Split)):
+    def adapted():
+        model = llama().train()
+        torch.manual_seed(0)
+        attach(model, make, ["q_proj", "down_proj"], also_train=["norm"])
+        return model
+    def step(model):
+        optimizer = torch.optim.SGD(trainable_parameters(model), lr=0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+        return model.eval()
+    alone, model, base = adapted(), adapted(), logits(llama())
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    step(alone), step(model)
+    tuned = logits(alone)
+    close(logits(model), tuned)
+    file = save(model, f"{sys.argv[2]}/{number}.safetensors")
+    dist.barrier()
+    close(logits(load(llama(), file)), tuned)
+    if number == 0:
+        folder = to_peft(model, f"{sys.argv[2]}/peft")
+        dist.barrier()
+        close(logits(from_peft(llama(), folder)), tuned)
+    merge(model)
+    close(logits(model), tuned)
+    with enabled(model, False):
+        close(logits(model), base)
+    close(logits(model), tuned)
+    unmerge(model)
+    close(logits(model), tuned)
+    merge_and_unload(model)
+    close(logits(model), tuned)
+    assert not adapters(model)
+    again = adapted()
+    for block in again.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(again, mesh=mesh)
+    logits(again)
+    detach(again)
+    close(logits(again.eval()), base)
+try:
+    attach(again, LoraAdapter, ["q_proj"])
+except ValueError as error:
+    assert "before the model is sharded" in str(error)
+else:
+    raise AssertionError
+dist.destroy_process_group()
+"""
+
+
+def test_fsdp_2(tmp_path):
+    "Two processes agree with one; save, to_peft, merge, unmerge, detach work on sharded models."
+    script = tmp_path / "job.py"
+    script.write_text(FSDP)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+               "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
+               str(script), str(Path(__file__).parent), str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
 
 
 # ---------------------------------------------------------------- PEFT
@@ -429,3 +587,38 @@ def test_from_peft_with_the_base_that_peft_saves_beside_an_embedding(tmp_path, t
     with pytest.raises(ValueError, match="other base weights"):
         from_peft(model, tmp_path)
     assert same(model, before)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_from_peft_of_a_head_that_peft_has_untied(tmp_path, tie):
+    "PEFT trains a copy of the tied head: right on an untied base, refused on a tied one."
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    theirs = peft.get_peft_model(llama(tie_word_embeddings=True), config).eval()
+    with torch.no_grad():
+        for p in trainable_parameters(theirs):
+            p.add_(0.1 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path)
+    base = llama(tie_word_embeddings=True)
+    if not tie:  # what from_pretrained(..., tie_word_embeddings=False) gives
+        base.lm_head.weight = nn.Parameter(torch.zeros_like(base.lm_head.weight))
+        torch.testing.assert_close(logits(from_peft(base, tmp_path)), logits(theirs))
+        return
+    before = snapshot(base)
+    with pytest.raises(ValueError, match="lm_head.weight.*tied here to model.embed_tokens.weight"):
+        from_peft(base, tmp_path)
+    assert same(base, before)
+
+
+def test_from_peft_of_ends_that_are_adapted_together(tmp_path):
+    options = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    theirs = peft.get_peft_model(llama(tie_word_embeddings=True), peft.LoraConfig(**options))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="ensure_weight_tying"):
+        from_peft(llama(tie_word_embeddings=True), tmp_path)
+
+
+def test_to_peft_of_a_layer_that_is_adapted_and_trained(tmp_path):
+    model = attach(llama(tie_word_embeddings=True), LoraAdapter, ["lm_head"],
+                   also_train=["embed_tokens"])
+    with pytest.raises(ValueError, match="lm_head are both"):
+        to_peft(model, tmp_path / "p")
