@@ -821,8 +821,7 @@ def test_white_is_white_in_every_mode(mode, value):
 def test_averaging_only_minimises_the_laplacian_energy():
     torch.manual_seed(0)
     model, x = Net().eval(), torch.randn(24, 1, 8, 8)
-    model.head_name = "head"
-    z = AveragingOnly(model, k=4)(x)
+    z = AveragingOnly(model, "head", k=4)(x)
     logits, features = logits_and_features(model, "head", x)
     w, log_q = knn_affinity(features, 4, symmetric=True), logits.log_softmax(1)
     laplacian = w - torch.diag(w.sum(1))
