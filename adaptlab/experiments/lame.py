@@ -523,7 +523,7 @@ def ablated(
     changed = {"max_steps": 1} if without == "further updates" else changed
     return adapt(model, bed, seed, **setting | changed)
 
-# %% ../../nbs/experiments/lame.ipynb #29de1c1e
+# %% ../../nbs/experiments/lame.ipynb #32b2e4fd
 def _short(scenario: str) -> str:
     "The name of a scenario that fits beside a figure."
     shift, stream = scenario.split(", ")
@@ -533,22 +533,24 @@ def _short(scenario: str) -> str:
 
 def _cross_figure(cross: pd.DataFrame, methods: Sequence[str]) -> plt.Figure:
     "One matrix per method: tuned on (rows) x used in (columns)."
-    cross = cross[cross.method.isin(methods)]
+    cross = cross[cross["method"].isin(methods)]
     n, reach = cross["scenario"].nunique(), cross["change"].abs().max()
-    size = (2.4 + 0.46 * n * len(methods), 2.0 + 0.4 * n)
     fig, axes = plt.subplots(
-        1, len(methods), figsize=size, sharey=True, squeeze=False, layout="constrained"
+        1, len(methods), figsize=(2.6 + 0.33 * n * len(methods), 1.2 + 0.34 * n), sharey=True,
+        squeeze=False, layout="constrained",
     )
     for ax, name in zip(axes[0], methods, strict=True):
-        part = cross[cross.method == name]
+        part = cross[cross["method"] == name]
         table = part.pivot_table("change", "tuned_on", "scenario", sort=False)
         image = ax.imshow(table, cmap=plots.DIVERGING, vmin=-reach, vmax=reach, aspect="auto")
         for (row, column), value in np.ndenumerate(table):
             color = "w" if abs(value) > 0.6 * reach else "k"
-            ax.text(column, row, f"{value:+.0f}", ha="center", va="center", color=color)
-        ax.set_xticks(range(n), [_short(name) for name in table.columns], rotation=90)
-        ax.set_yticks(range(n), [_short(name) for name in table.columns])
-        ax.set(title=f"{name}: {table.min().min():+.0f} to {table.max().max():+.0f}")
+            text = f"{value:+.0f}" if round(value) else "0"
+            ax.text(column, row, text, ha="center", va="center", color=color, size=9)
+        rows = [f"{_short(scenario)}: {i}" for i, scenario in enumerate(table.columns, 1)]
+        ax.set_xticks(range(n), range(1, n + 1))
+        ax.set_yticks(range(n), rows)
+        ax.set_title(f"{name}\n{table.min().min():+.0f} to {table.max().max():+.0f}", size=10)
         ax.set_xlabel("used in")
         ax.grid(False)
     axes[0][0].set_ylabel("tuned on")
