@@ -229,7 +229,7 @@ def _check_positions(indices: Tensor, rows: Tensor | None, d_out: int, d_in: int
     if len(flat.unique()) < len(flat):
         raise ValueError("indices name the same weight twice")
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #32c5c33b
+# %% ../../nbs/sparse/03_neuroada.ipynb #4a987ca3
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     "The tensors as autocast would hand them to a product."
     kind = tensors[0].device.type
@@ -243,7 +243,7 @@ def _not_below_single(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     new = fn(t)
     return t.to(new.device) if new.is_floating_point() and new.element_size() < 4 else new
 
-
+# %% ../../nbs/sparse/03_neuroada.ipynb #bacc3a2a
 class NeuroAdaLinear(adapters.Adapter):
     """Bypass weights beside chosen connections of a frozen Linear or Conv1D (section 3).
 
@@ -268,9 +268,8 @@ class NeuroAdaLinear(adapters.Adapter):
             indices, rows = select_topk(weight, k), None
         _check_positions(indices, rows, self.out_features, self.in_features)
         self.k, self.impl = k, impl
-        where = {"device": weight.device, "dtype": torch.int32}
-        self.register_buffer("indices", indices.to(**where))
-        self.register_buffer("rows", None if rows is None else rows.to(**where))
+        self.register_buffer("indices", indices.to(weight.device, torch.int32))
+        self.register_buffer("rows", None if rows is None else rows.to(self.indices))
         n = self.out_features if rows is None else len(rows)
         self.delta = nn.Parameter(torch.zeros(n, indices.shape[1], **self.factory))
 
@@ -288,9 +287,8 @@ class NeuroAdaLinear(adapters.Adapter):
 
     def forward(self, x: Tensor, base_output: Tensor) -> Tensor:
         "base_output + Delta x."
-        rows = x.reshape(-1, self.in_features), base_output.reshape(-1, self.out_features)
-        out = _Gathered.apply(*rows, self.delta, self._every(), self.rows)
-        return out.view_as(base_output)
+        flat = x.reshape(-1, self.in_features), base_output.reshape(-1, self.out_features)
+        return _Gathered.apply(*flat, self.delta, self._every(), self.rows).view_as(base_output)
 
     def _every(self) -> Tensor:
         "The columns of every entry, also where they are shared."
