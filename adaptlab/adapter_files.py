@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from adaptlab.adapters import (
     Adapter,
@@ -44,6 +43,7 @@ from adaptlab.adapters import (
     write_parameters,
 )
 from .cache import atomic_path, atomic_write_text
+from .modules import Conv1D
 from .processes import is_main
 
 # %% ../nbs/core/12_adapter_files.ipynb #a1ebacfb

@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+
+from .modules import Conv1D
 
 # %% ../nbs/core/11_adapters.ipynb #ae2de8a0
 def layer_features(

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['resolve_device', 'device_of', 'to_device', 'modes_kept', 'frozen', 'untouched', 'call', 'logits_of', 'labels_of',
-           'shifts_labels', 'cross_entropy', 'layer_inputs']
+           'shifts_labels', 'cross_entropy', 'Conv1D', 'layer_inputs']
 
 # %% ../nbs/core/03_modules.ipynb #646f97f4
 import contextlib
 import difflib
+import sys
 import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -237,6 +238,30 @@ def cross_entropy(
             logits, labels = logits[..., :-1, :], labels[..., 1:]
         logits, labels = logits.flatten(0, -2), labels.flatten()
     return F.cross_entropy(logits, labels)
+
+# %% ../nbs/core/03_modules.ipynb #c0a71d02
+class _Conv1D(type):
+    "What `Conv1D` answers, without loading transformers for it."
+
+    def _real(cls) -> type | None:
+        return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+
+    def __instancecheck__(cls, layer: Any) -> bool:
+        real = cls._real()
+        return real is not None and isinstance(layer, real)
+
+    def __call__(cls, nf: int, nx: int) -> nn.Module:
+        from transformers.pytorch_utils import Conv1D as real
+
+        return real(nf, nx)
+
+    @property
+    def forward(cls) -> Any:
+        return getattr(cls._real(), "forward", None)
+
+
+class Conv1D(metaclass=_Conv1D):
+    "The linear layer of GPT-2 with its weight as (in, out); for `isinstance`, and to make one."
 
 # %% ../nbs/core/03_modules.ipynb #9d2c889f
 class _Reached(Exception):

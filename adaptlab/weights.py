@@ -625,7 +625,7 @@ _FACTORS = (  # the first factor's name, and the second's
     (r"(hada_w\d|lokr_w\d)_a(?=\.|$)", r"\1_b"),  # LoHa, LoKr
     (r"(^|\.)lokr_w1(?=\.|$)", r"\1lokr_w2"),
     (r"(^|\.)vera_lambda_d(?=\.|$)", r"\1vera_lambda_b"),  # VeRA
-    (r"(^|\.)adapter\.A$", r"\1adapter.B"),  # ours
+    (r"(^|\.)adaptlab\.A$", r"\1adaptlab.B"),  # ours
 )
 
 

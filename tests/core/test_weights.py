@@ -422,7 +422,7 @@ def test_wrong_input(call, error, match):
         ("q.hada_w1_a", "q.hada_w1_b"), ("q.lokr_w2_a", "q.lokr_w2_b"), ("q.lokr_w1", "q.lokr_w2"),
         ("q.vera_lambda_d.default", "q.vera_lambda_b.default"),
         ("attn.lora_kqv_adapter.linear_in.weight", "attn.lora_kqv_adapter.linear_out.weight"),
-        ("layers.0.q_proj.adapter.A", "layers.0.q_proj.adapter.B"),
+        ("layers.0.q_proj.adaptlab.A", "layers.0.q_proj.adaptlab.B"),
     ],
 )
 def test_factors_are_known_by_their_names(first, second):
