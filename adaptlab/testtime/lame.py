@@ -310,7 +310,7 @@ def _head_name(
         raise ValueError(f"feature_layer {layer!r} {problem}; its linear layers are {linears}")
     return names[0]
 
-# %% ../../nbs/testtime/01_lame.ipynb #12326ca9
+# %% ../../nbs/testtime/01_lame.ipynb #121269a6
 def logits_and_features(
     model: nn.Module,  # a classifier
     feature_layer: str | nn.Module | None,  # its head; None: the last `nn.Linear`
@@ -324,7 +324,9 @@ def logits_and_features(
     """
     name, seen = _head_name(model, feature_layer), []
     head = model.get_submodule(name)
-    hook = head.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    hook = head.register_forward_hook(
+        lambda _, args, kwargs, output: seen.append(((*args, *kwargs.values())[0], output)),
+        with_kwargs=True)
     try:
         with torch.no_grad(), modes_kept(model):
             logits = logits_of(model.eval()(*args, **kwargs))
@@ -339,9 +341,9 @@ def logits_and_features(
         given.shape != logits.shape or not torch.equal(given.argmax(-1), logits.argmax(-1))
     )
     if features.ndim != 2 or len(features) != len(logits) or guessed_wrong:
-        raise ValueError(f"layer {name!r} maps {tuple(taken.shape)} to {tuple(given.shape)}, which "
-                         f"are not the logits {tuple(logits.shape)}: give the layer that maps "
-                         "[N, d] to them with feature_layer=...")
+        raise ValueError(f"layer {name!r} takes {tuple(taken.shape)} and does not give the logits "
+                         f"{tuple(logits.shape)}: give the layer that maps [N, d] to them with "
+                         "feature_layer=...")
     return logits, features
 
 # %% ../../nbs/testtime/01_lame.ipynb #44c72e39
@@ -393,31 +395,35 @@ class LAME(nn.Module):
         found = logits_and_features(self.model, self.feature_layer, *args, **kwargs)
         return lame(*found, **self.settings).as_subclass(Probabilities)
 
-# %% ../../nbs/testtime/01_lame.ipynb #32387413
-class _NoVariance(Exception):
+# %% ../../nbs/testtime/01_lame.ipynb #6c379eff
+class _NoVariance(ValueError):
     "BatchNorm would see one value per channel."
 
 
-def _check_variance(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    "Hook before a BatchNorm layer that uses the batch's statistics."
+def _check_variance(
+    module: nn.Module,  # BatchNorm, about to use the statistics of the batch
+    inputs: tuple[Tensor, ...],  # its input first
+) -> None:
+    "A hook: refuse what has no variance."
     if inputs[0].numel() <= inputs[0].shape[1]:
-        raise _NoVariance
+        raise _NoVariance("one value per channel has no variance, and the model's BatchNorm uses "
+                          "the batch's own: give N >= 1 images, or N >= 2 rows of features")
 
 
 @contextmanager
-def _batch_statistics(
+def _checked_variance(
     layers: list[nn.Module],  # normalisation layers
+    train: bool,  # whether they are in training mode inside the block
 ) -> Iterator[None]:
-    "Training mode for some layers inside the block."
-    batch_norms = [m for m in layers if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    hooks = [m.register_forward_pre_hook(_check_variance) for m in batch_norms]
+    "BatchNorm layers that use the statistics of a batch refuse one that has none."
+    norms = [m for m in layers if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    hooks = [m.register_forward_pre_hook(_check_variance)
+             for m in norms if train or m.running_mean is None]
     try:
         for m in layers:
-            m.train()
+            m.train(train)
         yield
     finally:
-        for m in layers:
-            m.eval()
         for hook in hooks:
             hook.remove()
 
@@ -430,7 +436,7 @@ def _usable(value: Any) -> Any:
         return type(value)(map(_usable, value))
     return {k: _usable(v) for k, v in value.items()} if type(value) is dict else value
 
-# %% ../../nbs/testtime/01_lame.ipynb #599b63a0
+# %% ../../nbs/testtime/01_lame.ipynb #e8f747ed
 class OnlineAdaptation(nn.Module):
     """Base of the methods that adapt a network on its test batches: on a copy, never the original.
 
@@ -501,14 +507,14 @@ class OnlineAdaptation(nn.Module):
     def _adapt_and_predict(self, args: tuple, kwargs: dict, before: tuple) -> Probabilities:
         "One batch; whoever calls puts the state back when it fails."
         try:
-            with torch.enable_grad(), _batch_statistics(self.norms):
+            with torch.enable_grad(), _checked_variance(self.norms, train=True):
                 self.learn(_log_probabilities(logits_of(self.model(*args, **kwargs))))
         except _NoVariance:
             self.restore(before)
         if not all(v.isfinite().all() for m in self.norms for v in m.state_dict().values()):
             raise ValueError("this batch leads to NaN or infinity in the normalisation layers: "
                              "nothing was learned from it; check its inputs, or lower lr")
-        with torch.no_grad():
+        with torch.no_grad(), _checked_variance(self.norms, train=False):
             log_p = _log_probabilities(logits_of(self.model(*args, **kwargs)))
         return log_p.exp().as_subclass(Probabilities)
 

@@ -73,7 +73,7 @@ def test_wrappers(kind, dtype):
         assert torch.isfinite(adapted(x)).all()
     if hasattr(adapted, "reset"):
         adapted.reset()
-    assert torch.equal(adapted(x) + 0, first)
+    torch.testing.assert_close(adapted(x) + 0, first, atol=2e-2, rtol=0)
 
 
 def test_a_batch_against_the_formulas():

@@ -362,6 +362,16 @@ def test_wrapper_is_the_function_on_the_heads_input():
     assert type(z + 0) is torch.Tensor and z.argmax(1).shape == (16,)
 
 
+def test_a_head_that_is_called_with_a_keyword():
+    class Keyword(Net):
+        def forward(self, x):
+            return self.head(input=self.body(x).flatten(1))
+
+    model, x = Keyword().eval(), torch.randn(8, 1, 8, 8)
+    features = logits_and_features(model, None, x)[1]
+    torch.testing.assert_close(features, model.body(x).flatten(1))
+
+
 def test_a_hook_is_removed_when_the_model_fails():
     model = Net()
     with pytest.raises(RuntimeError):
@@ -443,7 +453,7 @@ def test_a_wrong_guess_of_the_head_is_noticed():
     x = torch.randn(16, 1, 8, 8)
     assert LAME(Scaled().eval())(x).shape == (16, 5)
     model = Adapted().eval()
-    with pytest.raises(ValueError, match="'b' maps .* not the logits"):
+    with pytest.raises(ValueError, match="'b' takes .* does not give the logits"):
         LAME(model)(x)
     assert LAME(model, "head")(x).shape == (16, 5)
 
@@ -599,6 +609,9 @@ def test_a_batch_of_one_is_predicted_without_learning(kind):
     assert torch.equal(adapted(x) + 0, twin(x) + 0)
     with pytest.raises(ValueError, match="N >= 1"):
         adapted(x[:0])
+    if kind is not AdaBN:  # a model that stores no statistics can't predict one sample either
+        with pytest.raises(ValueError, match="no variance.*N >= 2"):
+            online(kind, dense(track_running_stats=False))(x[:1])
 
 
 def test_nothing_to_adapt():
@@ -674,7 +687,7 @@ def test_merged_classes_and_their_wrappers():
     expected = torch.stack([p[:, :2].sum(1), p[:, 2] + p[:, 4], p[:, 3]], 1)
     torch.testing.assert_close(merged(x).exp(), expected)
     assert LAME(merged, "model.head", k=2)(x).shape == (8, 3)
-    with pytest.raises(ValueError, match="not the logits"):
+    with pytest.raises(ValueError, match="does not give the logits"):
         LAME(merged, k=2)(x)
     assert Tent(merged)(x).shape == (8, 3)
 
