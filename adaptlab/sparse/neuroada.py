@@ -242,7 +242,7 @@ def _not_below_single(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     new = fn(t)
     return t.to(new.device) if new.is_floating_point() and new.element_size() < 4 else new
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #1ab1690d
+# %% ../../nbs/sparse/03_neuroada.ipynb #045274e5
 class NeuroAdaLinear(adapters.Adapter):
     """Bypass weights beside chosen connections of a frozen Linear or Conv1D (section 3).
 
@@ -275,9 +275,8 @@ class NeuroAdaLinear(adapters.Adapter):
     def layer_forward(self, base_forward: Callable, *args, **kwargs) -> Tensor:
         "The adapted layer: one product by W + Delta where that is faster."
         x = args[0] if args else next(iter(kwargs.values()))
-        tokens = x.numel() // max(1, x.shape[-1])
-        per_neuron = self.delta.numel() // self.out_features
-        if not _materialize(self.impl, tokens, per_neuron, self.in_features):
+        tokens, k = x.numel() // max(1, x.shape[-1]), self.delta.numel() // self.out_features
+        if not _materialize(self.impl, tokens, k, self.in_features):
             return self(x, base_forward(self.layer, *args, **kwargs))
         x, W, b = _autocast(x, self.base_weight(), self.base_bias())
         with torch.autocast(x.device.type, enabled=False):
