@@ -23,11 +23,8 @@ from torch import Tensor, nn
 
 from ..modules import logits_of, modes_kept
 
-# %% ../../nbs/testtime/01_lame.ipynb #a109bb24
-def _checked(
-    x: Tensor,  # features or logits
-    what: str,  # which of them, for the message
-) -> Tensor:  # finite [N, M], float32 or float64
+# %% ../../nbs/testtime/01_lame.ipynb #235a9b7c
+def _checked(x: Tensor, what: str) -> Tensor:  # finite [N, M], float32 or float64
     "One row per sample. A single NaN would spread to every neighbour, so it is refused here."
     if not torch.is_tensor(x):
         raise TypeError(f"{what} are {type(x).__name__}: give a torch tensor [N, d or K]")
@@ -45,11 +42,8 @@ def _full_precision(x: Tensor) -> torch.autocast:
     "Autocast switched off: distances rounded to half precision would find the wrong neighbours."
     return torch.autocast(x.device.type, enabled=False)
 
-# %% ../../nbs/testtime/01_lame.ipynb #12808277
-def _squared_distances(
-    a: Tensor,  # unit rows [M, d]
-    b: Tensor,  # unit rows [N, d]
-) -> Tensor:  # [M, N]
+# %% ../../nbs/testtime/01_lame.ipynb #7fdca001
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:  # unit rows [M, d], [N, d] -> [M, N]
     "Squared Euclidean distances through one matrix product."
     with _full_precision(a):
         d2 = torch.addmm((b * b).sum(1), a, b.T, alpha=-2).add_((a * a).sum(1, keepdim=True))
@@ -104,10 +98,8 @@ def knn_affinity(
     w = x.new_zeros(len(x), len(x)).scatter_(1, nearest_neighbors(x, k), 1.0)
     return (w + w.T) / 2 if symmetric else w
 
-# %% ../../nbs/testtime/01_lame.ipynb #e6eea147
-def _log_probabilities(
-    logits: Tensor,  # logits or log-probabilities [N, K]
-) -> Tensor:  # log q [N, K], float32 or float64
+# %% ../../nbs/testtime/01_lame.ipynb #5c1a4c07
+def _log_probabilities(logits: Tensor) -> Tensor:  # [N, K] -> log q [N, K], float32 or float64
     "Checked log-softmax."
     x = _checked(logits, "logits")
     if x.shape[1] < 2:
@@ -118,10 +110,7 @@ def _log_probabilities(
     return x.log_softmax(1)
 
 
-def _aggregate(
-    z: Tensor,  # assignments [N, K]
-    affinity: Tensor,  # W [N, N], or neighbour lists int64 [N, k]
-) -> Tensor:  # W z [N, K]
+def _aggregate(z: Tensor, affinity: Tensor) -> Tensor:  # W z [N, K], for a matrix or lists
     "For each sample the weighted sum of the others' assignments."
     if affinity.is_floating_point():
         with _full_precision(z):
@@ -130,12 +119,9 @@ def _aggregate(
         return torch.zeros_like(z)
     return F.embedding_bag(affinity, z, mode="sum")
 
-# %% ../../nbs/testtime/01_lame.ipynb #90a119dd
-def _check_affinity(
-    affinity: Tensor,  # W [N, N], or neighbour lists int64 [N, k]
-    log_q: Tensor,  # [N, K]
-) -> Tensor:  # W in the dtype of the logits, or the lists
-    "An affinity that fits the logits."
+# %% ../../nbs/testtime/01_lame.ipynb #228bbeeb
+def _check_affinity(affinity: Tensor, log_q: Tensor) -> Tensor:
+    "An affinity that fits the logits: W in their dtype, or lists."
     n = len(log_q)
     if not torch.is_tensor(affinity) or affinity.ndim != 2:
         raise TypeError("affinity: give a float tensor [N, N] or int64 neighbour lists [N, k]")
@@ -240,14 +226,9 @@ def linear_affinity(
     with _full_precision(unit):
         return unit @ unit.T
 
-# %% ../../nbs/testtime/01_lame.ipynb #07336c90
-def _batch_affinity(
-    features: Tensor,  # [N, d]
-    affinity: str | Callable[[Tensor], Tensor],  # name, or x -> W
-    k: int,  # neighbours
-    symmetric: bool,  # symmetrise knn
-) -> Tensor:  # W [N, N], or neighbour lists [N, k]
-    "The affinity of one batch."
+# %% ../../nbs/testtime/01_lame.ipynb #645a0743
+def _batch_affinity(features: Tensor, affinity: Any, k: int, symmetric: bool) -> Tensor:
+    "The affinity of one batch: W [N, N], or neighbour lists [N, k]."
     if callable(affinity):
         return affinity(features)
     n, k = len(features), _check_k(k)
@@ -287,12 +268,9 @@ def lame(
     w = _batch_affinity(features, affinity, k, symmetric)
     return laplacian_optimization(logits, w, weight, max_steps, tol)
 
-# %% ../../nbs/testtime/01_lame.ipynb #4eef6ba3
-def _head_name(
-    model: nn.Module,  # a classifier
-    layer: str | nn.Module | None,  # name, module, or None for the last `nn.Linear`
-) -> str:  # full name of the layer inside the model
-    "Where the classifier's head is."
+# %% ../../nbs/testtime/01_lame.ipynb #86d463f2
+def _head_name(model: nn.Module, layer: str | nn.Module | None) -> str:
+    "The full name of the classifier's head: named, given, or (None) the last `nn.Linear`."
     modules = dict(model.named_modules())
     linears = [n for n, m in modules.items() if isinstance(m, nn.Linear)]
     if layer is None:
@@ -395,27 +373,21 @@ class LAME(nn.Module):
         found = logits_and_features(self.model, self.feature_layer, *args, **kwargs)
         return lame(*found, **self.settings).as_subclass(Probabilities)
 
-# %% ../../nbs/testtime/01_lame.ipynb #6c379eff
+# %% ../../nbs/testtime/01_lame.ipynb #a95e5c8b
 class _NoVariance(ValueError):
     "BatchNorm would see one value per channel."
 
 
-def _check_variance(
-    module: nn.Module,  # BatchNorm, about to use the statistics of the batch
-    inputs: tuple[Tensor, ...],  # its input first
-) -> None:
-    "A hook: refuse what has no variance."
+def _check_variance(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    "Hook before a BatchNorm layer that uses the batch's statistics."
     if inputs[0].numel() <= inputs[0].shape[1]:
         raise _NoVariance("one value per channel has no variance, and the model's BatchNorm uses "
                           "the batch's own: give N >= 1 images, or N >= 2 rows of features")
 
 
 @contextmanager
-def _checked_variance(
-    layers: list[nn.Module],  # normalisation layers
-    train: bool,  # whether they are in training mode inside the block
-) -> Iterator[None]:
-    "BatchNorm layers that use the statistics of a batch refuse one that has none."
+def _checked_variance(layers: list[nn.Module], train: bool) -> Iterator[None]:
+    "Layers in one mode; BatchNorm that uses a batch's statistics refuses one without variance."
     norms = [m for m in layers if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     hooks = [m.register_forward_pre_hook(_check_variance)
              for m in norms if train or m.running_mean is None]
@@ -436,7 +408,7 @@ def _usable(value: Any) -> Any:
         return type(value)(map(_usable, value))
     return {k: _usable(v) for k, v in value.items()} if type(value) is dict else value
 
-# %% ../../nbs/testtime/01_lame.ipynb #e8f747ed
+# %% ../../nbs/testtime/01_lame.ipynb #70b7a340
 class OnlineAdaptation(nn.Module):
     """Base of the methods that adapt a network on its test batches: on a copy, never the original.
 
@@ -473,10 +445,7 @@ class OnlineAdaptation(nn.Module):
         layers = [{k: v.clone() for k, v in m.state_dict().items()} for m in self.norms]
         return layers, self.optimizer and copy.deepcopy(self.optimizer.state_dict())
 
-    def restore(
-        self,
-        state: tuple[list[dict[str, Tensor]], Any],  # from `state`
-    ) -> None:
+    def restore(self, state: tuple[list[dict[str, Tensor]], Any]) -> None:
         "Go back to a copied state."
         for m, values in zip(self.norms, state[0], strict=True):
             m.load_state_dict(values)
@@ -487,10 +456,7 @@ class OnlineAdaptation(nn.Module):
         "Forget all batches: back to the source model."
         self.restore(self._source)
 
-    def learn(
-        self,
-        log_p: Tensor,  # log-probabilities of the batch [N, K]
-    ) -> None:
+    def learn(self, log_p: Tensor) -> None:  # log-probabilities of the batch [N, K]
         "Train on the batch; here: nothing."
 
     def forward(self, *args: Any, **kwargs: Any) -> Probabilities:  # [N, K], with `.logits`
@@ -536,7 +502,7 @@ class AdaBN(OnlineAdaptation):
             raise ValueError("nothing to adapt: no BatchNorm layer stores statistics "
                              "(track_running_stats=False), each batch is normalised by its own")
 
-# %% ../../nbs/testtime/01_lame.ipynb #09dc35b5
+# %% ../../nbs/testtime/01_lame.ipynb #4bb1894b
 class Tent(OnlineAdaptation):
     """Minimise the entropy of predictions by SGD on scale and shift of normalisation layers.
 
@@ -563,17 +529,11 @@ class Tent(OnlineAdaptation):
         self.optimizer = torch.optim.SGD(params, lr=lr, momentum=momentum)
         self._source = self.state()
 
-    def loss(
-        self,
-        log_p: Tensor,  # log-probabilities [N, K]
-    ) -> Tensor | None:  # scalar; None: no step
+    def loss(self, log_p: Tensor) -> Tensor | None:  # log p [N, K] -> scalar; None: no step
         "Mean entropy of the predictions."
         return -(log_p.exp() * log_p).sum(1).mean()
 
-    def learn(
-        self,
-        log_p: Tensor,  # log-probabilities of the batch [N, K]
-    ) -> None:
+    def learn(self, log_p: Tensor) -> None:  # log-probabilities of the batch [N, K]
         "One step down the loss."
         loss = self.loss(log_p)
         if loss is not None:
@@ -581,14 +541,11 @@ class Tent(OnlineAdaptation):
             loss.backward()
             self.optimizer.step()
 
-# %% ../../nbs/testtime/01_lame.ipynb #2832cbcc
+# %% ../../nbs/testtime/01_lame.ipynb #c5ca898f
 class ShotIM(Tent):
     "SHOT's information maximisation: sure of each sample, spread over classes (Liang et al. 2020)."
 
-    def loss(
-        self,
-        log_p: Tensor,  # log-probabilities [N, K]
-    ) -> Tensor:  # scalar
+    def loss(self, log_p: Tensor) -> Tensor:  # log p [N, K] -> scalar
         "Mean entropy minus the entropy of the mean prediction."
         mean = log_p.exp().mean(0)
         return super().loss(log_p) + torch.special.xlogy(mean, mean).sum()
@@ -609,10 +566,7 @@ class PseudoLabel(Tent):
             raise ValueError(f"threshold = {threshold}: a probability between 0 and 1 is needed")
         self.threshold = threshold
 
-    def loss(
-        self,
-        log_p: Tensor,  # log-probabilities [N, K]
-    ) -> Tensor | None:  # scalar; None: no step
+    def loss(self, log_p: Tensor) -> Tensor | None:  # log p [N, K] -> scalar; None: no step
         "Mean negative log-probability of the predicted class over the confident samples."
         best = log_p.amax(1)
         sure = best > math.log(self.threshold)
