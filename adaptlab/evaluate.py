@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from . import modules
 from .stats import Estimate, bootstrap, wilson
-from .text import windows
+from .text import token_ids, windows
 
 # %% ../nbs/core/15_evaluate.ipynb #6784d97f
 def _check_labels(labels: Any, n: int, n_classes: int | None = None) -> Tensor:
@@ -263,7 +263,7 @@ def _documents(ids: Any, tokenizer: Any, pads: Collection[int] = ()) -> list[Ten
     if isinstance(ids[0], str):
         if tokenizer is None:
             raise ValueError("texts need a tokenizer; give one, or give token ids")
-        ids = tokenizer(ids)["input_ids"]
+        ids = [row.ids for row in token_ids(tokenizer, ids)]
     elif np.ndim(ids[0]) == 0:  # one row of ids
         ids = [ids]
     rows = [torch.as_tensor(row).long().cpu() for row in ids]
@@ -335,15 +335,12 @@ def _encode_continuation(tokenizer: Any, context: str, continuation: str) -> tup
     spaces = len(context) - len(context.rstrip())
     if spaces:  # tokens carry their leading space: it belongs to the continuation
         context, continuation = context[:-spaces], context[-spaces:] + continuation
-    encoded = tokenizer(context + continuation, return_offsets_mapping=tokenizer.is_fast)
-    ids = list(encoded["input_ids"])
-    if tokenizer.is_fast:
-        spans = encoded["offset_mapping"]
-        while spans and spans[-1][0] == spans[-1][1]:  # what the tokenizer puts after every text
-            spans, ids = spans[:-1], ids[:-1]
+    (ids, spans), = token_ids(tokenizer, [context + continuation], prompt=True)
+    if spans is not None:
         count = sum(end > len(context) for _, end in spans)
     else:
-        count = len(ids) - len(tokenizer(context)["input_ids"]) if context else len(ids)
+        before = token_ids(tokenizer, [context], prompt=True)[0].ids if context else []
+        count = len(ids) - len(before)
     if count >= len(ids):  # nothing before it: start from the document boundary
         bos = tokenizer.bos_token_id
         ids, count = [tokenizer.eos_token_id if bos is None else bos, *ids], len(ids)
@@ -462,7 +459,7 @@ def generate(
     prompts = list(prompts)
     if not prompts:
         raise ValueError("there is nothing to generate: no prompts")
-    encoded = tokenizer(prompts)["input_ids"]
+    encoded = [row.ids for row in token_ids(tokenizer, prompts, prompt=True)]
     if not all(encoded):
         raise ValueError(f"prompt {[bool(e) for e in encoded].index(False)} is empty")
     end = tokenizer.eos_token_id

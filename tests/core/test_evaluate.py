@@ -675,3 +675,29 @@ def test_special_tokens_at_the_end_are_not_scored():
 def test_predict_takes_arrays():
     model, x = nn.Linear(3, 2), np.ones((4, 3), dtype=np.float32)
     assert torch.equal(evaluate.predict(model, x), evaluate.predict(model, torch.ones(4, 3)))
+
+
+def _writes(template: str):
+    "A tokenizer that puts special tokens around every text."
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+        {"<s>": 0, "</s>": 1, "hi": 2, "yes": 3}, unk_token="hi"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    core.post_processor = tokenizers.processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
+def test_special_tokens_once_and_no_end_behind_a_prompt(monkeypatch):
+    "A chat template has written <s> already; and a prompt that ends in </s> is over."
+    tok = _writes("<s> $A </s>")
+    ids, count = evaluate._encode_continuation(tok, "<s> hi", " yes")
+    assert ids.tolist() == [0, 2, 3] and count == 1
+    assert [d.tolist() for d in evaluate._documents(["<s> hi", "hi"], tok)] == [[0, 2, 1]] * 2
+    model, seen = recipes.tiny_llama(vocab_size=4, hidden_size=8, heads=2, kv_heads=1), []
+    run = model.generate
+    monkeypatch.setattr(model, "generate", lambda **k: seen.append(k["input_ids"]) or run(**k))
+    evaluate.generate(model, tok, ["<s> hi", "hi"], max_new_tokens=1)
+    assert torch.cat(seen).tolist() == [[0, 2]] * 2
