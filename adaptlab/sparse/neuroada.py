@@ -504,15 +504,15 @@ def _targets(model: nn.Module, cfg: NeuroAdaConfig) -> dict[str, nn.Module]:
 def _matrices(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return {n: adapters.FrozenLayer(m).matrix().detach() for n, m in layers.items()}
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #cc0f7a90
+# %% ../../nbs/sparse/03_neuroada.ipynb #26fd7e62
 def _also_train(layers: Mapping[str, nn.Module], cfg: NeuroAdaConfig) -> tuple[str, ...]:
     "Names of what is trained beside the bypasses."
     if not cfg.train_bias:
-        return cfg.modules_to_save
+        return tuple(cfg.modules_to_save)
     biases = tuple(f"{n}.bias" for n, m in layers.items() if m.bias is not None)
     if not biases:
         raise ValueError("train_bias = True, but no target layer has a bias")
-    return cfg.modules_to_save + biases
+    return tuple(cfg.modules_to_save) + biases
 
 
 def _plan(model: nn.Module, cfg: NeuroAdaConfig, batches: Iterable | None,

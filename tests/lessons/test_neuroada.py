@@ -173,7 +173,7 @@ def test_only_the_bypasses_move():
 def test_bias_and_whole_modules_can_be_trained_too():
     model = net()
     NeuroAda.wrap(model, NeuroAdaConfig(target_modules=("0",), train_bias=True,
-                                        modules_to_save=("2",)))  # fmt: skip
+                                        modules_to_save=["2"]))  # fmt: skip
     assert count_trainable(model)[0] == 9 + 9 + 4 * 9 + 4
     no_bias = nn.Sequential(nn.Linear(3, 3, bias=False))
     with pytest.raises(ValueError, match="bias"):
