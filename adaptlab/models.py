@@ -156,7 +156,8 @@ def _from_wheel(name: str) -> Path:
 
 # %% ../nbs/core/04_models.ipynb #8a0dc587
 # What is needed to load a model: top-level safetensors and text files. Pickles are never fetched.
-_HUB_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "model.safetensors",
+_HUB_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.spm", "*.codes", "*.bpe",
+              "*.vocab", "*.dict", "additional_chat_templates/*", "model.safetensors",
               "model-*.safetensors"]
 
 
