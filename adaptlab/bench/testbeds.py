@@ -98,7 +98,7 @@ def digits(
     return Bed(model, train, (turned[choose], y[choose]), (unseen, labels), (upright, labels),
                f"digits turned by {turn:g} degrees", wrong=flip)
 
-# %% ../../nbs/bench/03_testbeds.ipynb #a930ed70
+# %% ../../nbs/bench/03_testbeds.ipynb #1ed5b970
 _BUNDLED = {  # source -> prompt, answer
     "capitals": ("The capital of {country} is", " {capital}"),
     "cldr_territories": ("Translate the country name into French.\n{english} ->", " {name}"),
@@ -136,10 +136,10 @@ class Pairs:
         rows = list(data.load(source, columns=list(dict.fromkeys(names + extra))))
         if extra:
             rows = [r for r in rows if r["language"] == "fr" and r["code"].isalpha()]
-        rows = [{k: v[0] if isinstance(v, list) and k != accepted else v for k, v in r.items()}
-                for r in rows]
+        right = tuple(tuple(r[accepted]) for r in rows) if accepted else ()
+        rows = [{k: v[0] if isinstance(v, list) else v for k, v in r.items()} for r in rows]
         return cls(tuple(prompt.format(**r) for r in rows), tuple(answer.format(**r) for r in rows),
-                   source, tuple(tuple(r[accepted]) for r in rows) if accepted else ())
+                   source, right)
 
     def __len__(self) -> int:
         return len(self.prompts)
