@@ -646,7 +646,7 @@ class AdaptPruner:
             sync_config(self.model)
         return PruneReport(before, _count(self.model), layer_shapes(self.model), kept, history)
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #08c414b4
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #496fe505
 def _needs_gradient(criterion: str | Callable) -> bool:
     return criterion not in ("magnitude", "random")
 
@@ -674,9 +674,9 @@ def _advance(p: AdaptPruner, s: Tensor, imp_hat: Tensor) -> Tensor:
 
     def reached(k: int) -> bool:
         left, at = params, (s + k / 2**20 * step).tolist()
-        for first, size, x, cost in zip(p.initial, now, at, costs, strict=True):
+        for first, size, x, prices in zip(p.initial, now, at, costs, strict=True):
             after = planned_shape(first, size, x, h)
-            left -= sum((a - b) * c for a, b, c in zip(size, after, cost, strict=True))
+            left -= sum((a - b) * c for a, b, c in zip(size, after, prices, strict=True))
         return left <= p.target_params
 
     return s + bisect_left(range(2**20), True, key=reached) / 2**20 * step
