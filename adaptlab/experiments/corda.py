@@ -8,7 +8,7 @@ __all__ = ['SMALL', 'HUB_TEXTS', 'LABELS', 'SHADES', 'VIT', 'VIT_LINEARS', 'VISI
            'window_losses', 'truncation', 'prepare', 'at_rates', 'kept_at', 'first_step', 'damage', 'price', 'likeness',
            'vision', 'draw', 'asked', 'language']
 
-# %% ../../nbs/experiments/corda.ipynb #23193f12
+# %% ../../nbs/experiments/corda.ipynb #b011ceb8
 import random
 import re
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ from .. import (
     adapter_files, adapters, data, evaluate, models, modules, processes, recipes, text)
 from ..adapters import FrozenLayer
 from ..bench import plots
-from ..bench.compare import Method, Versus, differences, summary, sweep, versus
+from ..bench.compare import Method, Versus, differences, sweep, versus
 from ..bench.report import Report
 from ..bench.runs import BaseConfig, Run, bounded, tracks
 from ..bench.testbeds import Bed, Pairs, digits, questions
@@ -575,7 +575,7 @@ def _answers(model: nn.Module, bed: Bed, cfg: Config) -> list[dict[str, Any]]:
         rows += [{"part": name, "right": 100.0 * float(h)} for h in processes.gather(list(hits))]
     return [{"nats": float("nan"), "right": float("nan")} | row for row in rows]
 
-# %% ../../nbs/experiments/corda.ipynb #d237ff5f
+# %% ../../nbs/experiments/corda.ipynb #c3a45f57
 def _teach(model: nn.Module, bed: Bed, seed: int, lr: float, *, method: str, cfg: Config,
            run: Run) -> None:
     "Start one method on the language model and train it on the pairs."
@@ -614,6 +614,9 @@ def language(cfg: Config, run: Run, report: Report) -> None:
 
     def bed(seed: int) -> Bed:
         pairs = Pairs.load(cfg.task, cfg.prompt, cfg.answer)
+        lengths = map(len, loaded()[1](list(pairs.prompts))["input_ids"])
+        fit = [i for i, n in enumerate(lengths) if n < cfg.max_length]  # an answer is to be seen
+        pairs = pairs if len(fit) == len(pairs) else pairs[fit]
         return questions(pairs, pairs, seed, cfg.n_test, 1, cfg.n_train, model=loaded())
 
     methods = {"none": Method(_untouched)} | {m: Method(
@@ -621,7 +624,8 @@ def language(cfg: Config, run: Run, report: Report) -> None:
         for m in cfg.methods}
     table = report.table("language", sweep(run, "language", methods, bed, cfg.seeds,
                                            partial(_answers, cfg=cfg)))
-    report.table("language summary", summary(table, ["nats", "right"], by=["part"]))
+    report.table("language summary", table.groupby(
+        ["part", "method"], sort=False)[["nats", "right"]].mean().reset_index())
     for method, rival, name, paper in _LANGUAGE:
         if not {method, rival} <= set(cfg.methods):
             continue

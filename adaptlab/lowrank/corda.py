@@ -170,7 +170,7 @@ def damped(
     "Make a covariance safely invertible. `ValueError` when no λ in reach does, or C is none."
     return _damped(_checked(C), damp)
 
-# %% ../../nbs/lowrank/04_corda.ipynb #7bc19086
+# %% ../../nbs/lowrank/04_corda.ipynb #f38e9217
 Method = Literal["corda", "svd", "asvd", "whiten"]
 
 
@@ -202,15 +202,15 @@ def _orientation(
     return _damped(checked, damp)[0 if method == "corda" else 1]
 
 
-def _components(W: Tensor, M: Tensor | None, smallest: bool) -> tuple[Tensor, Tensor]:
-    "U [out, R] and S [R] of W M; `smallest`: the last ones must be exact, too."
+def _components(W: Tensor, M: Tensor | None, smallest: int = 0) -> tuple[Tensor, Tensor]:
+    "U [out, R] and S [R] of W M; the `smallest` last ones must be told from the others, too."
     Q = None
     if W.shape[0] > W.shape[1]:
         Q, W = torch.linalg.qr(W)
     X = W if M is None else W * M if M.dim() == 1 else W @ M
     squares, U = torch.linalg.eigh(X @ X.T)
-    lost = squares[0] <= 1e-12 * squares[-1] or squares.dtype == torch.float32
-    if smallest and lost:
+    clear = 1e-12 if squares.dtype == torch.float64 else 1e-4
+    if smallest and squares[smallest - 1] <= clear * squares[-1]:
         U, S, _ = torch.linalg.svd(X, full_matrices=False)
     else:
         U, S = U.flip(1), squares.clamp_min(0).sqrt().flip(0)
@@ -221,7 +221,7 @@ def _wide(W: Tensor) -> Tensor:
     "Float64, where the device has it."
     return W.detach().to(torch.float32 if W.device.type == "mps" else torch.float64)
 
-# %% ../../nbs/lowrank/04_corda.ipynb #c5f7e037
+# %% ../../nbs/lowrank/04_corda.ipynb #fd6f0258
 def context_svd(
     W: Tensor,  # weight, [out, in]
     C: Tensor | Covariance | None,  # covariance of the layer's inputs; None only for "svd"
@@ -231,7 +231,7 @@ def context_svd(
     "SVD of W M with M undone (eq. 1-3 of the paper for M = C'): U @ diag(S) @ Vhat == W."
     _check_weight(W)
     M = _orientation(C, W.shape[1], W.device, method, damp)
-    U, S = _components(_wide(W), M, smallest=True)
+    U, S = _components(_wide(W), M, smallest=1)
     return U, S, U.T @ _wide(W) / S.clamp_min(torch.finfo(S.dtype).tiny)[:, None]
 
 
@@ -244,7 +244,7 @@ def output_directions(
     "Where the components write to, the most important first; component j is u_j u_jᵀ W."
     _check_weight(W)
     M = _orientation(C, W.shape[1], W.device, method, damp)
-    return _components(_wide(W), M, smallest=False)
+    return _components(_wide(W), M)
 
 
 def truncate(
@@ -260,7 +260,7 @@ def truncate(
     U = output_directions(W, C, method, damp)[0][:, :k]
     return (U @ (U.T @ _wide(W))).to(W.dtype)
 
-# %% ../../nbs/lowrank/04_corda.ipynb #8cf633df
+# %% ../../nbs/lowrank/04_corda.ipynb #5d517159
 Mode = Literal["ipm", "kpm"]
 
 
@@ -279,9 +279,9 @@ def _check_choice(rank: int, mode: str, largest: int | None = None) -> None:
 def _start(W: Tensor, M: Tensor | None, rank: int, mode: Mode, scaling: float):
     "A0 [rank, in] and B0 [out, rank], float64, for a prepared context."
     W = _wide(W)
-    U, S = _components(W, M, smallest=mode == "kpm")
+    U, S = _components(W, M, smallest=rank if mode == "kpm" else 0)
     chosen = slice(0, rank) if mode == "ipm" else slice(len(S) - rank, None)
-    U, root = U[:, chosen], (S[chosen].clamp_min(1e-12 * S[0]) / scaling).sqrt()
+    U, root = U[:, chosen], (S[chosen].clamp_min(1e-8 * S[0]) / scaling).sqrt()
     return U.T @ W / (scaling * root[:, None]), U * root
 
 
@@ -427,7 +427,7 @@ def corda_adapter(
     start = starting_factors(W, covariance, rank, mode, _scaling(rank, alpha), damp)
     return CordaAdapter(layer, rank, alpha, mode, start)
 
-# %% ../../nbs/lowrank/04_corda.ipynb #b0ce9cd4
+# %% ../../nbs/lowrank/04_corda.ipynb #6edda266
 _INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values",
            "decoder_input_ids")  # what a model, or a part of one, is called with
 
@@ -460,7 +460,7 @@ class _Frame(NamedTuple):
         lead, width = x.shape[:-1], x.shape[-1]
         if mask is not None and len(lead) == 2 and lead != mask.shape and lead == mask.T.shape:
             x, lead = x.transpose(0, 1), mask.shape  # tokens first
-        if mask is not None and lead.numel() == mask.numel():
+        if mask is not None and (lead == mask.shape or lead == (mask.numel(),)):  # or one list
             return x.reshape(*mask.shape, width), mask.to(x.device), True, True
         fits = mask is None or lead == mask.shape[:1]  # one vector per sequence, as for a pooler
         if self.batch and lead.numel() % self.batch == 0:

@@ -10,43 +10,41 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import schemas
 import torch
+import transformers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from adaptlab import experiment as core
-from adaptlab import models
+from adaptlab import recipes
+from adaptlab.adapter_files import load, save, to_peft
 from adaptlab.adapters import (
     adapters,
     attach,
     count_parameters,
     detach,
     enabled,
-    load,
     merge,
     merge_and_unload,
-    save,
-    to_peft,
     trainable_parameters,
     unmerge,
 )
+from adaptlab.bench import runs
+from adaptlab.experiments import corda as told
+from adaptlab.experiments.corda import FULL, SMALL
 from adaptlab.lowrank import corda as lesson
 from adaptlab.lowrank.corda import (
-    FULL,
-    SMALL,
     CordaAdapter,
     CorDAConfig,
     Covariance,
-    add_inputs,
     collect_covariance,
     context_svd,
     corda_adapter,
     corda_to_lora,
     damped,
-    final_number,
     get_corda_model,
-    oriented_svd,
+    output_directions,
     starting_factors,
     truncate,
 )
@@ -66,12 +64,12 @@ def inputs(n, width, seed=1, decay=-1.5):
 
 
 def covariance(width, n=300, **kw):
-    return add_inputs(Covariance.zeros(width), inputs(n, width, **kw))
+    return Covariance.zeros(width).add(inputs(n, width, **kw))
 
 
 def llama(**kw):
     torch.manual_seed(0)
-    return models.tiny_llama(**({"hidden_size": 32, "layers": 2} | kw))
+    return recipes.tiny_llama(**({"hidden_size": 32, "layers": 2} | kw))
 
 
 def token_batches(n=4, length=24, seed=0):
@@ -94,7 +92,7 @@ def shake(model, size=0.02):
 @pytest.mark.parametrize("method", ["corda", "svd", "asvd", "whiten"])
 def test_the_decomposition_is_exact(shape, method):
     W, C = matrix(*shape), covariance(shape[1])
-    U, S, Vhat = oriented_svd(W, C, method)
+    U, S, Vhat = context_svd(W, C, method=method)
     assert (U @ S.diag() @ Vhat - W).norm() <= 1e-5 * W.norm()
     R = min(shape)
     assert U.shape == (shape[0], R) and S.shape == (R,) and Vhat.shape == (R, shape[1])
@@ -164,10 +162,10 @@ def test_damping_copes_with_rank_deficiency_and_doubles_when_it_must():
 def test_covariance_is_a_running_mean_and_leaves_padding_out():
     x = inputs(6 * 10, 8).view(6, 10, 8)
     keep = torch.arange(10) >= torch.tensor([0, 3, 7, 0, 5, 9])[:, None]  # padding on the left
-    once = add_inputs(Covariance.zeros(8), x, keep)
+    once = Covariance.zeros(8).add(x, keep)
     stream = Covariance.zeros(8)
     for rows in (slice(0, 1), slice(1, 5), slice(5, 6)):
-        add_inputs(stream, x[rows], keep[rows])
+        stream.add(x[rows], keep[rows])
     torch.testing.assert_close(once.matrix, stream.matrix, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(once.mean_abs, stream.mean_abs, rtol=1e-5, atol=1e-6)
     rows = x[keep].double()
@@ -175,7 +173,7 @@ def test_covariance_is_a_running_mean_and_leaves_padding_out():
     assert once.tokens == int(keep.sum()) and once.samples == 6
     assert torch.equal(once.matrix, once.matrix.T) or torch.allclose(once.matrix, once.matrix.T)
     assert torch.linalg.eigvalsh(once.matrix).min() > -1e-6
-    single = add_inputs(Covariance.zeros(8), x[0, 0])
+    single = Covariance.zeros(8).add(x[0, 0])
     assert single.tokens == single.samples == 1
 
 
@@ -260,24 +258,6 @@ def test_collection_leaves_no_trace_even_when_it_fails():
     assert [m.training for m in model] == [True, True, False]
     assert not any(m._forward_pre_hooks for m in model.modules())
     assert torch.is_grad_enabled() and model[0].weight.requires_grad
-
-
-def test_blocks_behind_the_last_layer_do_not_run():
-    model, ran = llama(layers=3, tie=False), []
-    for i, block in enumerate(model.model.layers):
-        block.register_forward_hook(lambda *_, i=i: ran.append(i))
-    found = collect_covariance(model, token_batches(), ["layers.1.mlp.up_proj"])
-    assert ran == [0, 1] * 4 and model.config.num_hidden_layers == 3
-    everywhere = collect_covariance(model, token_batches())
-    for name, one in found.items():
-        torch.testing.assert_close(one.matrix, everywhere[name].matrix)
-    ran.clear()
-    collect_covariance(model, token_batches(1), ["layers.0.mlp.up_proj", "lm_head"])
-    assert ran == [0, 1, 2]  # the head is behind them all
-    with pytest.raises(ValueError, match="attention_mask"):
-        bad = {"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.ones(1, 1, 2, 2)}
-        collect_covariance(model, [bad], ["layers.0.mlp.up_proj"])
-    assert model.config.num_hidden_layers == 3
 
 
 def test_several_passes_give_the_same_model():
@@ -418,7 +398,7 @@ def test_first_and_second_derivatives(x_wants):
     parts = [x[0, :4].detach().requires_grad_(x_wants), a.A, a.B]
 
     def run(x, A, B):
-        return torch.func.functional_call(model, {"0.adapter.A": A, "0.adapter.B": B}, (x,))
+        return torch.func.functional_call(model, {"0.adaptlab.A": A, "0.adaptlab.B": B}, (x,))
 
     assert torch.autograd.gradcheck(run, parts) and torch.autograd.gradgradcheck(run, parts)
 
@@ -431,7 +411,7 @@ def test_forward_mode_is_refused_in_words():
 
 def test_per_sample_gradients_by_torch_func():
     model, a, x = adapted_layer(torch.float64)
-    start = {"0.adapter.A": a.A.detach(), "0.adapter.B": a.B.detach()}
+    start = {"0.adaptlab.A": a.A.detach(), "0.adaptlab.B": a.B.detach()}
 
     def loss(weights, one):
         return torch.func.functional_call(model, weights, (one,)).square().sum()
@@ -580,9 +560,9 @@ NAN[2, 2] = torch.nan
     (lambda: truncate(W8, C8, 2, "asvd"), ValueError, "collect_covariance"),
     (lambda: truncate(W8, None, 2), ValueError, "needs C"),
     (lambda: truncate(W8, C8, 2, "qr"), ValueError, "'whiten'"),
-    (lambda: add_inputs(Covariance.zeros(8), torch.randn(3, 7)), ValueError, "7 channels"),
-    (lambda: add_inputs(Covariance.zeros(8), torch.full((3, 8), torch.inf)), ValueError, "inf"),
-    (lambda: add_inputs(Covariance.zeros(8, "cpu", True), torch.zeros(3, 8)), ValueError, "max"),
+    (lambda: Covariance.zeros(8).add(torch.randn(3, 7)), ValueError, "7 channels"),
+    (lambda: Covariance.zeros(8).add(torch.full((3, 8), torch.inf)), ValueError, "inf"),
+    (lambda: Covariance.zeros(8, "cpu", True).add(torch.zeros(3, 8)), ValueError, "max"),
     (lambda: corda_adapter(nn.Embedding(8, 8), C8), TypeError, "nn.Linear"),
     (lambda: corda_adapter(nn.Conv2d(3, 3, 3)), TypeError, "nn.Linear"),
 ])
@@ -652,7 +632,7 @@ def test_wrong_use_of_get_corda_model():
     quantised = llama()
     weight = quantised.model.layers[0].mlp.up_proj.weight
     quantised.model.layers[0].mlp.up_proj.weight = nn.Parameter(weight.to(torch.int8), False)
-    with pytest.raises(TypeError, match="up_proj.*floating"):
+    with pytest.raises(TypeError, match="up_proj.*quantised"):
         get_corda_model(quantised, config, contexts)
     with pytest.raises(ValueError, match="no starting factors"):
         attach(llama(), partial(CordaAdapter, rank=2), ["q_proj"])
@@ -660,148 +640,330 @@ def test_wrong_use_of_get_corda_model():
         corda_to_lora(llama())
 
 
+# ---------------------------------------------------------------- which tokens count, and where
+
+
+def relative(a, b):
+    return float((a.matrix - b.matrix).norm() / b.matrix.norm())
+
+
+def test_sample_max_does_not_depend_on_the_batching():
+    "OPT hands its fc1 the tokens of all sequences as one long list."
+    torch.manual_seed(0)
+    model = transformers.OPTForCausalLM(transformers.OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, word_embed_proj_dim=32)).eval()
+    ids = torch.randint(5, 64, (3, 40))
+    for layer in ("layers.0.self_attn.q_proj", "layers.0.fc1"):
+        one, three = (next(iter(collect_covariance(model, b, [layer], "sample_max").values()))
+                      for b in ([{"input_ids": r[None]} for r in ids], [{"input_ids": ids}]))
+        assert one.samples == three.samples == 3
+        assert relative(one, three) < 1e-5
+
+
+def seq2seq(kind, ids, decoder_length=6):
+    torch.manual_seed(0)
+    if kind == "t5":
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(
+            vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4,
+            decoder_start_token_id=0))
+    else:
+        model = transformers.BartForConditionalGeneration(transformers.BartConfig(
+            vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1,
+            encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+            decoder_ffn_dim=48, max_position_embeddings=64))
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1] * 6, [1, 1, 0, 0, 0, 0]]),
+             "decoder_input_ids": ids[:, :1].expand(2, decoder_length).contiguous()}
+    return model.eval(), batch
+
+
+@pytest.mark.filterwarnings("ignore:.*rank-deficient")
+@pytest.mark.parametrize("decoder_length", [6, 5])  # 6: as long as the encoder
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_a_decoder_has_a_mask_of_its_own(kind, masked, decoder_length):
+    model, batch = seq2seq(kind, torch.randint(5, 64, (2, 6)), decoder_length)
+    if masked:
+        batch["decoder_attention_mask"] = torch.ones(2, decoder_length).long()
+        batch["decoder_attention_mask"][0, 3:] = 0
+    found = collect_covariance(model, [batch])
+    mine = 3 + decoder_length if masked else 2 * decoder_length
+    for name, c in found.items():
+        cross = "EncDecAttention.k" in name or "EncDecAttention.v" in name or (
+            "encoder_attn.k_proj" in name or "encoder_attn.v_proj" in name)
+        decodes = name.startswith(("decoder", "model.decoder")) and not cross
+        assert c.tokens == (mine if decodes else 8), name
+
+
+@pytest.mark.filterwarnings("ignore:.*rank-deficient")
+def test_an_image_tower_has_no_mask():
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+             "num_attention_heads": 2}
+    model = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config={"vocab_size": 64, "max_position_embeddings": 16, "eos_token_id": 2, **small},
+        vision_config={"image_size": 8, "patch_size": 4, **small}, projection_dim=8)).eval()
+    mask = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])  # five tokens, as the image has
+    found = collect_covariance(model, [{"input_ids": torch.randint(3, 64, (2, 5)),
+                                        "attention_mask": mask, "pixel_values":
+                                        torch.randn(2, 3, 8, 8)}])
+    assert found["vision_model.encoder.layers.0.mlp.fc1"].tokens == 10
+    assert found["text_model.encoder.layers.0.mlp.fc1"].tokens == 8
+
+
+@pytest.mark.filterwarnings("ignore:.*rank-deficient")
+def test_inputs_that_are_no_tokens_count_whole_and_are_named():
+    torch.manual_seed(0)
+    model = transformers.DebertaModel(transformers.DebertaConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, relative_attention=True, pos_att_type=["c2p", "p2c"],
+        max_relative_positions=8, max_position_embeddings=32, type_vocab_size=0)).eval()
+    ids = torch.randint(3, 64, (2, 6))
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1] * 6, [1, 1, 0, 0, 0, 0]])}
+    with pytest.warns(UserWarning, match="pos_.*no tokens of the attention mask"):
+        found = collect_covariance(model, [batch])
+    by = {name.rpartition(".")[2]: c.tokens for name, c in found.items()}
+    assert by["in_proj"] == 8 and by["pos_proj"] > 0
+
+
+def test_first_blocks_of_models_that_run_them_all():
+    torch.manual_seed(0)
+    model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4)).eval()
+    ids = torch.randint(5, 64, (2, 40))
+    seen = []
+    layer = model.gpt_neox.layers[0].attention.query_key_value
+    handle = layer.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
+    found = collect_covariance(model, [{"input_ids": ids}], ["layers.0.attention.query_key_value"])
+    handle.remove()
+    rows = seen[0].flatten(0, 1).double()
+    (c,) = found.values()
+    torch.testing.assert_close(c.matrix, rows.T @ rows / 80, rtol=1e-4, atol=1e-5)
+
+
 def test_masks_that_do_not_fit():
     model, ids = llama(), token_batches(1)[0]["input_ids"]
     with pytest.raises(ValueError, match=r"\[batch, tokens\]"):
         collect_covariance(model, [{"input_ids": ids, "attention_mask": torch.ones(2, 1, 24, 24)}])
-    bert = models.tiny_bert(hidden_size=16, layers=1, n_classes=2)
+    bert = recipes.tiny_bert(hidden_size=16, layers=1, n_classes=2)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch["attention_mask"][1, 9:] = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = collect_covariance(bert, [batch])
     assert found["bert.pooler.dense"].tokens == 2  # one vector per sequence
+    assert found["bert.encoder.layer.0.intermediate.dense"].tokens == 33
 
 
-# ---------------------------------------------------------------- the experiment at full scale
+# ---------------------------------------------------------------- by eigenvectors
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(256, 256), (384, 192), (160, 320)])
+def test_eigenvectors_give_the_numbers_of_the_svd(shape, mode):
+    "Rank 128 from the eigenvectors of a Gram matrix: within 1e-7 of a float64 SVD."
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(*shape, generator=g).double() / 16
+    X = torch.randn(4000, shape[1], generator=g) * torch.logspace(0, -2, shape[1])
+    C = Covariance.zeros(shape[1]).add(X)
+    Cd = damped(C)[0]
+    U, S, Vt = torch.linalg.svd(W @ Cd, full_matrices=False)
+    part = slice(0, 128) if mode == "ipm" else slice(len(S) - 128, None)
+    exact = (U[:, part] * S[part]) @ torch.linalg.solve(Cd, Vt[part].T).T
+    A0, B0 = starting_factors(W, C, 128, mode)
+    assert (B0 @ A0 - exact).norm() <= 1e-7 * exact.norm()
+    torch.testing.assert_close(output_directions(W, C)[1], S, rtol=1e-6, atol=1e-9)
+
+
+def test_tiny_values_are_taken_from_the_svd(monkeypatch):
+    "Below a millionth of the largest the Gram matrix knows nothing; the SVD does."
+    torch.manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(40, 40).double())[0]
+    W = Q @ torch.diag(torch.logspace(0, -9, 40).double()) @ Q.T
+    asked, real = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: asked.append(1) or real(*a, **k))
+    S = context_svd(W, None, method="svd")[1]
+    torch.testing.assert_close(S, torch.logspace(0, -9, 40).double(), rtol=1e-5, atol=0)
+    assert asked
+    starting_factors(W, None, 4, "ipm")
+    assert len(asked) == 1  # the largest need none
+
+
+# ---------------------------------------------------------------- the experiment
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    "A tiny random Llama as a folder, and tiny data sets of the real ones' columns."
+def folder(tmp_path_factory):
+    "A tiny random Llama as a folder, and texts and pairs as files."
     root = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
-    models.tiny_llama(hidden_size=32, layers=2).save_pretrained(root / "model")
-    models.byte_tokenizer().save_pretrained(root / "model")
-    rows = {
-        "wikitext2": [{"text": f"Sentence {i} is about rivers and mountains."} for i in range(60)],
-        "ptb": [{"sentence": f"the company said {i} shares were sold"} for i in range(60)],
-        "metamath": [{"query": f"What is {i} plus 1?", "response": f"The answer is: {i + 1}"}
-                     for i in range(24)],
-        "nq_open": [{"question": f"who was king number {i}", "answer": ["Louis", "the Sun King"]}
-                    for i in range(30)],
-        "trivia_qa": [{"question": "Who?", "answer": {"aliases": ["A", "B"]}}] * 3,
-        "web_questions": [{"question": "where?", "answers": ["there"]}] * 3,
-        "gsm8k": [{"question": "1+1?", "answer": "It is 2.\n#### 2"}] * 3,
-    }
-    for name, data in rows.items():
-        for part in ("train", "test"):
-            path = root / f"{name}-{part}.jsonl"
-            path.write_text("\n".join(json.dumps(row) for row in data))
+    recipes.tiny_llama(hidden_size=32, layers=2, max_length=1024).save_pretrained(root / "model")
+    recipes.byte_tokenizer().save_pretrained(root / "model")
+    for name, rows in {
+        "pairs": [{"query": f"What is {i} plus 1?", "response": f"The answer is: {i + 1}"}
+                  for i in range(30)],
+        "text": [{"text": f"Sentence {i} is about rivers and mountains."} for i in range(60)],
+    }.items():
+        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return root
 
 
-def tiny(world, **changes):
+def tiny(folder, **changes):
     "FULL with a model and sizes for a CPU; nothing else changes."
     small = {
-        "model": str(world / "model"), "data_folder": str(world), "device": "cpu",
-        "calibration_samples": 8, "calibration_length": 48, "calibration_batch": 2,
-        "evaluation_length": 32, "evaluation_chunks": 3, "drop": (0.25, 0.5), "rank": 4,
-        "batch": 4, "micro_batch": 1, "max_length": 320, "answer_tokens": 4, "reasoning_tokens": 6,
-        "lr": 1e-3,
+        "model": str(folder / "model"), "device": "cpu", "dtype": "float32",
+        "calibration_samples": 8, "calibration_length": 48, "calibration_batch": 2, "window": 32,
+        "windows": 3, "drop": (0.25, 0.5), "rank": 4, "n_test": 4, "max_length": 900,
+        "answer_tokens": 4, "reasoning_tokens": 6, "n_questions": 3, "keep_adapters": False,
+        "language": {"batch_size": 8, "lr": 1e-3, "precision": "no"},
     }
     return FULL.replace(**small | changes)
 
 
-def options(config):
-    "The changes as the command line takes them."
-    base, out = FULL.to_dict(), []
-    for name, value in config.to_dict().items():
-        if value != base[name]:
-            values = value if isinstance(value, list) else [value]
-            out += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return out
+def test_full_scale_path_with_the_hubs_schemas(recorded, folder, tmp_path):
+    cfg = tiny(folder, keep_adapters=True)
+    report = runs.launch("corda", cfg, "full", root=tmp_path, progress=False)
+    assert {s for s in recorded.asked if "MetaMath" in s} == {
+        "meta-math/MetaMathQA#train[:100000]"}
+    assert {"Salesforce/wikitext@wikitext-2-raw-v1#test", "ptb-text-only/ptb_text_only#validation",
+            "google-research-datasets/nq_open#validation", "openai/gsm8k@main#test",
+            "mandarjoshi/trivia_qa@rc.nocontext#validation",
+            "stanfordnlp/web_questions#test"} <= set(recorded.asked)
+    assert schemas.rows("meta-math/MetaMathQA#train") >= 100_000
+    cuts = report.tables["truncation"]
+    assert set(cuts["method"]) == {"none", "svd", "asvd", "corda"}
+    assert set(cuts["text"]) == set(FULL.cut_texts)
+    table = report.tables["language"]
+    assert set(table["method"]) == {"none", *FULL.methods}
+    assert set(table["part"]) == {"task", "knowledge", *FULL.questions}
+    assert len(report.claims) == 6
+    from adaptlab.adapter_files import from_peft
+
+    (run,) = runs.runs("corda", tmp_path)
+    fresh = recipes.tiny_llama(hidden_size=32, layers=2, max_length=1024)
+    from_peft(fresh, run.folder / "adapters" / "corda-ipm-0")
 
 
-def test_full_scale_path(world, tmp_path):
-    report = core.launch("corda", tiny(world), root=tmp_path)
-    assert set(report.tables["truncation"]["method"]) == {"none", "svd", "asvd", "corda"}
-    assert set(report.tables["truncation"]["text"]) == {"wikitext2", "ptb"}
-    table = report.tables["language"].set_index("method")
-    assert list(table.index) == ["untouched", "LoRA", "PiSSA", "CorDA-IPM", "CorDA-KPM"]
-    assert {"gsm8k", "nq_open", "trivia_qa", "web_questions"} <= set(table.columns)
-    assert len(report.claims) == 6 and {"truncation", "language"} == set(report.figures)
+def test_truncation_leaves_the_model_whole(folder):
+    cfg = tiny(folder, cut_context=str(folder / "text.jsonl"),
+               cut_texts=(str(folder / "text.jsonl"),), tracks=("truncation",))
+    from adaptlab import models
+
+    loaded = models.load(cfg.model, device="cpu", dtype="float32")
+    before = {k: v.clone() for k, v in loaded.model.state_dict().items()}
+    batches = token_batches()
+    context = collect_covariance(loaded.model, batches)
+    for method in ("none", "corda", "asvd", "svd"):
+        found = told._cut(cfg, method, lambda: loaded, lambda: context)
+        assert set(found["dropped"]) == ({0.0} if method == "none" else {0.25, 0.5})
+    after = loaded.model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_full_scale_in_two_processes_is_the_same(world, tmp_path):
-    config = tiny(world, parts=("language",), methods=("corda-ipm",), answers=("nq_open",),
-                  dtype="float32", precision="no", answer_limit=5)
-    alone = core.launch("corda", config, "full", root=tmp_path / "one").tables["language"]
-    env = {**os.environ, "ADAPTLAB_RUNS": str(tmp_path / "two"), "OMP_NUM_THREADS": "1"}
+def test_a_cut_is_a_truncation(folder):
+    "Step by step from level to level, the cut weight is that of `truncate`."
+    cfg = tiny(folder, cut_texts=("unused",))
+    from adaptlab import models
+
+    loaded, seen = models.load(cfg.model, device="cpu", dtype="float32"), []
+    name = "model.layers.1.mlp.up_proj"
+    layer = loaded.model.get_submodule(name)
+    W, context = layer.weight.detach().clone(), collect_covariance(loaded.model, token_batches())
+    real, told.window_losses = told.window_losses, lambda *a: seen.append(
+        layer.weight.detach().clone()) or [0.0]
+    try:
+        told._cut(cfg, "corda", lambda: loaded, lambda: context)
+    finally:
+        told.window_losses = real
+    for share, found in zip(cfg.drop, seen, strict=True):
+        keep = min(W.shape) - round(share * min(W.shape))
+        expected = truncate(W, context[name], keep)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_full_scale_in_two_processes_is_the_same(folder, tmp_path):
+    files = {"task": str(folder / "pairs.jsonl"), "knowledge": str(folder / "text.jsonl")}
+    cfg = tiny(folder, tracks=("language",), methods=("corda-ipm",), questions=(), **files)
+    alone = runs.launch("corda", cfg, "full", root=tmp_path / "one", progress=False)
+    options = []
+    for name in ("model", "device", "dtype", "calibration_samples", "calibration_length",
+                 "calibration_batch", "window", "windows", "rank", "n_test", "max_length", "task",
+                 "knowledge"):
+        options += [f"--{name.replace('_', '-')}", str(getattr(cfg, name))]
+    options += ["--tracks", "language", "--methods", "corda-ipm", "--questions",
+                "--language.batch-size", "8", "--language.lr", "1e-3", "--language.precision", "no",
+                "--no-keep-adapters", "--root", str(tmp_path / "two")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               "2", "-m", "adaptlab", "run", "corda", "--scale", "full", *options(config)]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
+               "2", "-m", "adaptlab", "run", "corda", "--scale", "full", *options]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT,
+                          capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    run = core.runs("corda", tmp_path / "two")[-1]
-    pair = core.load_report(run.folder / "report").tables["language"]
-    numbers = ["knowledge perplexity", "first loss", "last loss", "nq_open"]
-    for name in numbers:
-        expected = alone[name].dropna().tolist()
-        assert pair[name].dropna().tolist() == pytest.approx(expected, rel=1e-4)
+    from adaptlab.bench.report import load_report
+
+    pair = load_report(runs.runs("corda", tmp_path / "two")[-1].folder / "report")
+    for a, b in zip(alone.tables["language"]["nats"], pair.tables["language"]["nats"],
+                    strict=True):
+        assert b == pytest.approx(a, rel=1e-3)
 
 
-def test_a_broken_run_is_resumed(world, tmp_path, monkeypatch):
-    config = tiny(world, parts=("language",), methods=("lora", "pissa"), answers=(), steps=2)
-    real, calls = lesson._language_run, []
-
-    def dies(lab, method, seed, checkpoints):
-        calls.append(method)
-        if calls == ["lora", "pissa"]:
-            raise KeyboardInterrupt
-        return real(lab, method, seed, checkpoints)
-
-    monkeypatch.setattr(lesson, "_language_run", dies)
-    with pytest.raises(KeyboardInterrupt):
-        core.launch("corda", config, root=tmp_path)
-    report = core.launch("corda", config, root=tmp_path, resume=True)
-    assert calls == ["lora", "pissa", "pissa"] and len(report.tables["language"]) == 3
+FEW = {"tracks": ("vision",), "seeds": (0,), "lrs": (4e-3,), "images": (64, 30), "test_images": 20,
+       "context_images": 100, "every": 2, "vision": {"steps": 4}}
 
 
-def test_the_model_is_whole_again_after_a_failed_run(world):
-    lab = lesson._Lab(tiny(world, precision="no", dtype="float32", steps=2, lr=1e-3))
-    before = {k: v.clone() for k, v in lab.loaded.model.state_dict().items()}
-    lab.cfg = lab.cfg.replace(knowledge="metamath")  # pairs have no perplexity
-    with pytest.raises(ValueError, match="holds pairs"):
-        lesson._language_run(lab, "corda-ipm", 0, Path("unused"))
-    after = lab.loaded.model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch):
+    "One seed gives no verdicts on seeds and no crash; what is done is not done again."
+    cfg, tuned, real = SMALL.replace(**FEW), [], told._tune
+    monkeypatch.setattr(told, "_protection", lambda cfg, seed: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        runs.launch("corda", cfg, root=tmp_path, progress=False)
+    monkeypatch.undo()
+    monkeypatch.setattr(told, "_tune", lambda *a, **k: tuned.append(a) or real(*a, **k))
+    report = runs.launch("corda", cfg, root=tmp_path, resume=True, progress=False)
+    assert not tuned
+    table = report.tables["vision"]
+    assert set(table["method"]) == {"none", *told.VISION_METHODS}
+    assert {c.verdict for c in report.claims} == {"not decided at this scale"}
+    assert len(report.claims) == 14 and "main" in report.figures
 
 
-def test_vision_part_in_small(tmp_path):
-    config = SMALL.replace(parts=("vision",), seeds=(0,), vision_steps=4, vision_every=2,
-                           vision_lrs=(4e-3,), vision_images=100, vision_test=40, vision_context=80)
-    report = core.launch("corda", config, root=tmp_path)
-    named = [lesson.LABELS[m] for m in lesson.VISION_METHODS]
-    assert list(report.tables["vision"]["method"]) == named
-    assert all(c.holds is None for c in report.claims)  # one seed has no interval
+def test_the_price_leaves_the_model_alone_and_is_nan_without_gain():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4))
+    batch = torch.randn(50, 6), torch.randint(4, (50,))
+    old = torch.randn(50, 6), torch.randint(4, (50,))
+    before = model[0].weight.detach().clone()
+    torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+    step = {"0": -model[0].weight.grad}
+    found = told.price(model, step, batch, old, share=0.05)
+    assert torch.equal(model[0].weight, before) and found == found
+    assert told.price(model, step, batch, old, share=0.999) != found  # out of reach: NaN
+    first = torch.nn.functional.cross_entropy(model(old[0]), old[1])
+    with torch.no_grad():
+        low = 0.0
+        for size in torch.linspace(0, 30, 3001):  # the price by a fine search
+            model[0].weight.copy_(before + size * step["0"])
+            new = torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+            low = float(torch.nn.functional.cross_entropy(model(old[0]), old[1]) - first)
+            if new <= 0.95 * float(torch.nn.functional.cross_entropy(
+                    batch[0] @ before.T + model[0].bias, batch[1])):
+                break
+    assert found == pytest.approx(low, abs=0.02)
 
 
-def test_settings_and_sources_that_are_refused(world):
-    with pytest.raises(TypeError, match="methods.*corda-kpm"):
+def test_settings_and_sources_that_are_refused(folder):
+    with pytest.raises(ValueError, match="methods.*corda-kpm"):
         SMALL.replace(methods=("dora",))
     with pytest.raises(ValueError, match="drop"):
         SMALL.replace(drop=(1.0,))
-    with pytest.raises(ValueError, match="unknown text source 'wiki'"):
-        lesson.calibration_batches(SMALL, "wiki", models.byte_tokenizer())
-    with pytest.raises(ValueError, match="24 rows"):
-        lesson.calibration_batches(tiny(world, calibration_samples=99), "metamath",
-                                   models.byte_tokenizer())
-    lab = lesson._Lab(tiny(world, lm_eval_tasks=("hellaswag",)))
-    if not pytest.importorskip("importlib.util").find_spec("lm_eval"):
-        with pytest.raises(ImportError, match="adaptlab\\[full\\]"):
-            lesson._lm_eval(lab)
+    with pytest.raises(ValueError, match="no questions 'mmlu'"):
+        told.asked("mmlu")
+    with pytest.raises(ValueError, match="30 examples"):
+        told.calibration(SMALL.replace(calibration_samples=99), ["a"] * 30,
+                         recipes.byte_tokenizer(), whole=True)
 
 
-def test_final_number():
-    assert final_number("so 3 + 4. The answer is: 7") == 7
-    assert final_number("The answer is: 1. No: The answer is: -1,234.50 dollars") == -1234.5
-    assert final_number("7") is None and final_number("The answer is: seven") is None
+def test_module_is_the_one_of_the_catalogue():
+    from adaptlab import catalog
+
+    assert catalog.find("corda").module == lesson.__name__
