@@ -31,7 +31,7 @@ from ..editing.mend import (
 from ..text import causal_lm_collate
 from ..train import Callback, KeepBest, Training
 
-# %% ../../nbs/experiments/mend.ipynb #134bcf54
+# %% ../../nbs/experiments/mend.ipynb #054bfc23
 ABLATIONS = {"no normalisation": {"norm": False},
              "no identity": {"init": "xavier"},
              "only u": {"mode": "x_only"}, "only delta": {"mode": "delta_only"},
@@ -68,6 +68,7 @@ class Config(BaseConfig):
     look_every: int = bounded(10, low=1)  # steps between looks at the held-out loss
     patience: int | None = None  # looks without a new best that end the training; None: all steps
     checkpoint_every: int | None = None  # steps; None: no checkpoints
+    rivals: tuple[str, ...] = ("FT",)  # kinds of fine-tuning: FT, FT+KL
     ft_lrs: tuple[float, ...] = bounded((3e-4, 1e-3), above=0)  # grid of fine-tuning
     ft_steps: int = bounded(20, low=1)  # at most
     ft_kl_weight: float = bounded(10.0, above=0)  # of the locality loss in FT+KL
@@ -78,7 +79,10 @@ class Config(BaseConfig):
     at_once: tuple[int, ...] = bounded((5, 20), low=1)  # sizes of joint edits
 
     def check(self) -> None:
-        "ValueError for an ablation that is unknown."
+        "ValueError for an ablation or a rival that is unknown."
+        if unknown := set(self.rivals) - {"FT", "FT+KL"}:
+            raise ValueError(f"rivals = {self.rivals!r}: {sorted(unknown)[0]!r} is no kind of "
+                             "fine-tuning; give FT, FT+KL or both")
         if unknown := set(self.ablations) - set(ABLATIONS):
             raise ValueError(f"ablations = {self.ablations!r}: {sorted(unknown)[0]!r} is none of "
                              f"{', '.join(ABLATIONS)}")
@@ -230,7 +234,7 @@ def _texts(cfg: Config, n: int) -> list[str]:
     long = (" ".join(w[: cfg.text_words]) for w in words if len(w) >= cfg.text_words)
     return [text for text, _ in zip(long, range(n), strict=False)]
 
-# %% ../../nbs/experiments/mend.ipynb #e7b5f83c
+# %% ../../nbs/experiments/mend.ipynb #dd311336
 def _lesson(row: dict, other: dict, rng: np.random.Generator, said: list[str]) -> Item:
     "An edit to learn from, in any known wording; what must stay is any other fact."
     target = " " + rng.choice([x for x in said if x != row["language"]])
@@ -268,7 +272,7 @@ def languages(
         raise ValueError(f"the model states {len(known)} facts: too few for {cfg.n_test} test and "
                          f"{cfg.n_choose} edits to choose on")
     test, choose, train = known[: ends[0]], known[ends[0] : ends[1]], known[ends[1] : ends[2]]
-    said = sorted({r["language"] for r in known})
+    said, own = sorted({r["language"] for r in known}), np.random.default_rng([cfg.split, 1])
 
     def lessons(rows: list[dict], n: int) -> list[Item]:
         rows = [rows[i % len(rows)] for i in range(n)]
@@ -281,7 +285,7 @@ def languages(
     probes = [_probe(row, train, texts, rng, said) for row in test]
     return Task(lessons(train, steps * (cfg.training.batch_size or 32)),
                 lessons(choose, cfg.n_choose),
-                [_probe(row, train, texts, rng, said) for row in choose], probes)
+                [_probe(row, train, texts, own, said) for row in choose], probes)
 
 # %% ../../nbs/experiments/mend.ipynb #29133864
 def continuations(
@@ -553,7 +557,7 @@ def by_editor(bed: EditBed, editor: MEND) -> Edits:
             yield editor.edit_each(bed.pairs([item["edit"][0] for item in part])), len(part)
     return edits
 
-# %% ../../nbs/experiments/mend.ipynb #55877857
+# %% ../../nbs/experiments/mend.ipynb #3696c500
 def _matched(bed: EditBed, options: dict) -> dict:
     "Options with the step size that makes the first updates as large as the full editor's."
     batch = bed.batch(bed.train[: bed.cfg.training.batch_size])["edit"]
@@ -600,8 +604,8 @@ def methods(cfg: Config, run: Run) -> dict[str, Method]:
     "What is compared, and what each may choose among."
     found = {
         "MEND": Method(partial(_learn, run=run, name="MEND")),
-        "FT": Method(partial(_tune, leashed=False), grid(lr=cfg.ft_lrs)),
-        "FT+KL": Method(partial(_tune, leashed=True), grid(lr=cfg.ft_lrs)),
+        **{name: Method(partial(_tune, leashed=name == "FT+KL"), grid(lr=cfg.ft_lrs))
+           for name in cfg.rivals},
         "gradient step": Method(partial(_start, norm=False), grid(edit_lr=cfg.gradient_lrs)),
         "untrained": Method(partial(_start, norm=True), grid(edit_lr=cfg.step_sizes)),
         "step sizes only": Method(partial(_part, run=run, keep="step sizes")),
@@ -651,21 +655,21 @@ def pushes(bed: EditBed, editor: MEND) -> pd.DataFrame:
             row[f"cosine of {side}"] = float(turned.median())
     return pd.DataFrame(rows.values())
 
-# %% ../../nbs/experiments/mend.ipynb #ce69a329
+# %% ../../nbs/experiments/mend.ipynb #ba57535e
 def _cases(cfg: Config, keeps: bool) -> list[Versus]:
     "MEND against both kinds of fine-tuning, and what each ingredient is worth."
     few = "hundreds of edits to learn from, not hundreds of thousands"
+    paper = "0.81 vs 0.55", "GPT-Neo 2.7B, Wikitext; ES"
     success = "MEND's edits succeed more often, over edit and rephrasing, than those of "
     kept = "MEND's edits leave more of the other answers as they were than those of "
-    cases = [Versus(success + "FT", "MEND", "FT", "ES", "0.81 vs 0.55",
-                    "GPT-Neo 2.7B, Wikitext; ES", "FT goes on until the edit holds, and what it "
-                    "learns carries over to most wordings here"),
-             Versus(success + "FT+KL", "MEND", "FT+KL", "ES", "0.81 vs 0.56",
-                    "GPT-Neo 2.7B, Wikitext; ES", few)]
+    cases = [Versus(success + name, "MEND", name, "ES", *(paper if name == "FT" else ("", "")),
+                    "fine-tuning goes on until the edit holds; MEND takes one step, after "
+                    "hundreds of edits to learn from, not hundreds of thousands")
+             for name in cfg.rivals]
     if keeps:
         drawdown = "accuracy drawdown 0.001 vs <0.001", "T5-XL, zsRE"
         cases += [Versus(kept + name, "MEND", name, "kept", *drawdown, few)
-                  for name in ("FT", "FT+KL")]
+                  for name in cfg.rivals]
     column = "score" if keeps else "ES"
     cases += [
         Versus("normalisation alone makes a gradient step a better edit", "untrained",
@@ -675,9 +679,9 @@ def _cases(cfg: Config, keeps: bool) -> list[Versus]:
                why=few),
         Versus("trained networks matter, not only trained step sizes", "MEND", "step sizes only",
                column, why=few)]
-    paper = {"no normalisation": "0.86 vs 0.02", "no identity": "0.86 vs 0.27"}
+    shown = {"no normalisation": "0.86 vs 0.02", "no identity": "0.86 vs 0.27"}
     return cases + [Versus(f"the editor edits worse with {name}", "MEND", name, column,
-                           paper.get(name, ""), "distilGPT-2, Wikitext; ES", few)
+                           shown.get(name, ""), "distilGPT-2, Wikitext; ES", few)
                     for name in cfg.ablations]
 
 
@@ -692,16 +696,16 @@ def _claims(report: Report, table: pd.DataFrame, many: pd.DataFrame, cfg: Config
                      why="what must stay here is the same question about a neighbour, not an "
                      "unrelated one")
     versus(report, table.assign(text=100 * table["text"]), [Versus(
-        "unrelated text suffers less under MEND's edits than under those of FT", "MEND", "FT",
-        "text", "perplexity +0.057 vs +0.195", "GPT-Neo 2.7B, Wikitext; drawdown",
-        "FT hardly moves this text")], unit="% of perplexity", by="item", lower=True)
+        f"unrelated text suffers less under MEND's edits than under those of {cfg.rivals[0]}",
+        "MEND", cfg.rivals[0], "text", "perplexity +0.057 vs +0.195", "GPT-Neo 2.7B, Wikitext; drawdown",
+        "fine-tuning hardly moves this text")], unit="% of perplexity", by="item", lower=True)
     k = int(many["edits"].max())
     joint = many[(many["edits"] == k) & (many["share"] == 1)].set_index("item")["ES"]
     single = _items(table, "MEND", "ES")[joint.index]
     report.claim(f"{k} edits in one step keep at least 0.9 of the success of single ones",
                  measured=stats.bootstrap(joint.to_numpy() - 0.9 * single), above=0, unit="points",
                  paper="0.89 for 25 edits, 0.98 for one", source="BART, zsRE; ES",
-                 why="the step sizes were learned for single edits, and add up")
+                 why="updates that were learned one at a time overlap, and their sizes add up")
 
 
 def _items(table: pd.DataFrame, method: str, column: str) -> np.ndarray:
@@ -757,7 +761,18 @@ def _training(curve: pd.DataFrame) -> Any:
     axes[0].set_title("Held-out edits while the editor learns")
     return fig
 
-# %% ../../nbs/experiments/mend.ipynb #df538145
+# %% ../../nbs/experiments/mend.ipynb #5f9cacdb
+def _choices(run: Run, compared: Mapping[str, Method], seed: int) -> pd.DataFrame:
+    "What was tried on the items to choose on, with its score."
+    rows = []
+    for name, method in compared.items():
+        if len(method.grid) > 1:
+            stage = run.stage(f"edits-{name.replace(' ', '_')}-{seed}", dict)
+            rows += [{"method": name, "setting": str(next(iter(t["setting"].values()))),
+                      "score": t["score"]} for t in stage["tried"]]
+    return pd.DataFrame(rows)
+
+
 def editing(cfg: Config, run: Run, report: Report) -> None:
     "Train an editor, edit with it and with its rivals, look at all sides."
     plots.use_style()
@@ -770,11 +785,12 @@ def editing(cfg: Config, run: Run, report: Report) -> None:
 
     table = sweep(run, "edits", methods(cfg, run), bed, cfg.seeds, measure, chosen_by)
     first = cfg.seeds[0]
-    editor = lambda: trained(bed(), run, "MEND", first)[0]  # noqa: E731
-    many = run.stage("at-once", lambda: many_at_once(bed(), editor()))
-    push = run.stage("pushes", lambda: pushes(bed(), editor()))
+    many, push = (run.stage(name, lambda work=work: work(
+        bed(), trained(bed(), run, "MEND", first)[0]))
+        for name, work in (("at-once", many_at_once), ("pushes", pushes)))
     curve = pd.concat([run.stage(f"curve-MEND-{s}", dict).assign(seed=s) for s in cfg.seeds])
     report.table("edits", table)
+    report.table("choices", _choices(run, methods(cfg, run), first))
     report.table("at once", many)
     report.table("pushes", push)
     report.table("curve", curve.reset_index(drop=True))
@@ -788,7 +804,7 @@ def editing(cfg: Config, run: Run, report: Report) -> None:
 
 experiment = tracks(editing=editing)
 
-# %% ../../nbs/experiments/mend.ipynb #f6b8dc05
+# %% ../../nbs/experiments/mend.ipynb #422781e1
 FULL = Config(
     seeds=(0,),
     model="EleutherAI/gpt-neo-2.7B",
@@ -814,6 +830,7 @@ FULL = Config(
     look_every=500,
     patience=4,
     checkpoint_every=1000,
+    rivals=("FT", "FT+KL"),
     ft_lrs=(5e-6,),
     ft_steps=100,
     step_sizes=(1e-4,),
