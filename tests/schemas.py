@@ -53,6 +53,15 @@ class Schema:
     features: Callable[[], dict] = field(default=dict)  # types that rows alone do not tell
 
 
+def _glue(columns: str, labels: float) -> Callable[[int], dict[str, Any]]:
+    "A row of GLUE: texts, a class (of STS-B a score), a number."
+    def row(i: int) -> dict[str, Any]:
+        texts = {name: prose(i + k, 9) for k, name in enumerate(columns.split())}
+        return {**texts, "label": i * 0.7 % labels if isinstance(labels, float) else i % labels,
+                "idx": i}
+    return row
+
+
 def _chat(i: int, who: str, what: str, roles: tuple[str, str]) -> list[dict[str, str]]:
     "Four turns."
     return [{who: roles[t % 2], what: prose(10 * i + t, 12)} for t in range(4)]
@@ -196,6 +205,23 @@ SCHEMAS: dict[str, Schema] = {  # "id" or "id@configuration"
         {"train": 3_778, "test": 2_032},
         lambda i: {"url": "http://www.freebase.com/view/en/x", "question": prose(i, 8),
                    "answers": [prose(i, 2)[:-1]] * (1 + i % 3)}),
+    "nyu-mll/glue@cola": Schema(
+        {"train": 8_551, "validation": 1_043, "test": 1_063}, _glue("sentence", 2)),
+    "nyu-mll/glue@sst2": Schema(
+        {"train": 67_349, "validation": 872, "test": 1_821}, _glue("sentence", 2)),
+    "nyu-mll/glue@mrpc": Schema(
+        {"train": 3_668, "validation": 408, "test": 1_725}, _glue("sentence1 sentence2", 2)),
+    "nyu-mll/glue@rte": Schema(
+        {"train": 2_490, "validation": 277, "test": 3_000}, _glue("sentence1 sentence2", 2)),
+    "nyu-mll/glue@stsb": Schema(
+        {"train": 5_749, "validation": 1_500, "test": 1_379}, _glue("sentence1 sentence2", 5.0)),
+    "nyu-mll/glue@qqp": Schema(
+        {"train": 363_846, "validation": 40_430, "test": 390_965}, _glue("question1 question2", 2)),
+    "nyu-mll/glue@qnli": Schema(
+        {"train": 104_743, "validation": 5_463, "test": 5_463}, _glue("question sentence", 2)),
+    "nyu-mll/glue@mnli": Schema(
+        {"train": 392_702, "validation_matched": 9_815, "validation_mismatched": 9_832,
+         "test_matched": 9_796, "test_mismatched": 9_847}, _glue("premise hypothesis", 3)),
     "allenai/ai2_arc@ARC-Easy": Schema({"train": 2_251, "test": 2_376, "validation": 570}, _arc),
     "allenai/ai2_arc@ARC-Challenge": Schema(
         {"train": 1_119, "test": 1_172, "validation": 299}, _arc),
@@ -227,8 +253,9 @@ MODELS = {  # base models that presets name
     "smollm2", "minilm", "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-3.1-8B",
     "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-3B-Instruct", "Qwen/Qwen2.5-0.5B",
     "EleutherAI/gpt-neo-2.7B", "distilbert/distilgpt2", "yahma/llama-7b-hf",
-    "openai/clip-vit-base-patch32", "google/vit-base-patch16-224", "microsoft/resnet-18",
-    "microsoft/resnet-50", "microsoft/resnet-101", "timm/efficientnet_b4.ra2_in1k",
+    "FacebookAI/roberta-base", "openai/clip-vit-base-patch32", "google/vit-base-patch16-224",
+    "microsoft/resnet-18", "microsoft/resnet-50", "microsoft/resnet-101",
+    "timm/efficientnet_b4.ra2_in1k",
 }
 
 

@@ -1,4 +1,4 @@
-"""Comparisons: settings chosen where they may be, stages that are not repeated, paired differences."""
+"""Settings chosen where they may be, stages that are not repeated, paired differences."""
 
 import contextlib
 import math

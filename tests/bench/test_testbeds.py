@@ -1,4 +1,4 @@
-"""Testbeds: parts that share nothing, a model that nobody changes, pairs that are scored one by one."""
+"""Parts that share nothing, a model that nobody changes, pairs that are scored one by one."""
 
 from functools import partial
 

@@ -281,7 +281,8 @@ def test_half_precision_models_keep_single_precision_bypasses():
     assert adapters.adapters(model)["0"].delta.dtype == torch.float32
     y = model(torch.randn(3, 12, dtype=torch.bfloat16))
     y.float().square().sum().backward()
-    assert y.dtype == torch.bfloat16 and adapters.adapters(model)["0"].delta.grad.dtype == torch.float32
+    gradient = adapters.adapters(model)["0"].delta.grad
+    assert y.dtype == torch.bfloat16 and gradient.dtype == torch.float32
 
 
 def test_a_file_for_gpt2_style_layers_and_skipped_blocks():
