@@ -36,4 +36,4 @@ def test_train_step_against_lora():
     ours, theirs = step(hydra), step(lora)
     row("Hydra (8, 14) against LoRA r = 16, step", *in_turn(ours, theirs, rounds=7), bound=1.0)
     row("Hydra (8, 14) against LoRA r = 16, memory", peak_memory(ours, "cpu") / 2**20,
-        peak_memory(theirs, "cpu") / 2**20, bound=1.0, unit="MiB")
+        peak_memory(theirs, "cpu") / 2**20, bound=1.02, unit="MiB")  # y0 is kept for A_s
