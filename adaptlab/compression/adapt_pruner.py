@@ -518,7 +518,7 @@ def _draws(calibration: Any, model: nn.Module, batch_size: int) -> Callable[[int
 
     return lambda step: list(_check_ids(draw(step), model).split(batch_size))
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #97790a67
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #d47e67cb
 class PruneStep(NamedTuple):
     "One step of `AdaptPruner`."
 
@@ -537,6 +537,10 @@ class PruneReport:
     shapes: list[LayerShape]  # of each layer at the end
     kept: list[tuple[Tensor, Tensor]]  # per layer: original KV groups and neurons that are left
     history: list[PruneStep]  # every step
+
+
+def _needs_gradient(criterion: str | Callable) -> bool:
+    return criterion not in ("magnitude", "random")
 
 
 def _count(model: nn.Module) -> int:
@@ -646,11 +650,7 @@ class AdaptPruner:
             sync_config(self.model)
         return PruneReport(before, _count(self.model), layer_shapes(self.model), kept, history)
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #496fe505
-def _needs_gradient(criterion: str | Callable) -> bool:
-    return criterion not in ("magnitude", "random")
-
-
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #0ff13f69
 def _look(p: AdaptPruner, draw: Callable | None, step: int) -> _Seen:
     "Scores of this step; without data (none is needed) only those that weights give."
     score = CRITERIA.get(p.criterion, p.criterion)

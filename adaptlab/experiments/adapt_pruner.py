@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'ARMS', 'PRUNE_CASES', 'experiment', 'FULL', 'Config', 'Texts', 'calibration_draws', 'prune_bed', 'prune_arm',
-           'prune', 'to_messages', 'accel_bed', 'train_stage', 'accel_arm', 'choice_items', 'accel']
+           'to_messages', 'accel_bed', 'train_stage', 'accel_arm', 'choice_items']
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #2c6486a5
+# %% ../../nbs/experiments/adapt_pruner.ipynb #14c47cb3
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,18 +25,9 @@ from ..bench.compare import Method, Versus, differences, grid, sweep, versus
 from ..bench.report import Report
 from ..bench.runs import BaseConfig, Run, bounded, tracks
 from ..bench.testbeds import Bed, windows
-from adaptlab.compression.adapt_pruner import (
-    AdaptPruner,
-    Stage,
-    WSDSchedule,
-    adapt_accel,
-    decoder_layers,
-    layer_shapes,
-    load_pruned,
-    save_pruned,
-    stage_data_shares,
-    weight_times_gradient,
-)
+from ..compression.adapt_pruner import (
+    AdaptPruner, Stage, WSDSchedule, adapt_accel, decoder_layers, layer_shapes, load_pruned,
+    save_pruned, stage_data_shares, weight_times_gradient)
 from ..train import Training, set_seed
 
 # %% ../../nbs/experiments/adapt_pruner.ipynb #3aac2633
@@ -175,7 +166,7 @@ def _speed(cfg: Config, bed: Bed) -> dict[str, float]:
                                  lambda: small(ids, use_cache=False), repeats=3)
     return {"value": found.value, "low": found.low, "high": found.high}
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #17cb5dc1
+# %% ../../nbs/experiments/adapt_pruner.ipynb #6443dad1
 PRUNE_CASES = [
     Versus("pruning by measured layers beats the same from every layer at equal size", "adaptive",
            "uniform", "nats", "+1 to +7 points of accuracy over LLM-Pruner, FLAP and SliceGPT",
@@ -216,7 +207,7 @@ def _plot_prune(table: pd.DataFrame, cases: Sequence[Versus]) -> Any:
     return fig
 
 
-def prune(cfg: Config, run: Run, report: Report) -> None:
+def _prune(cfg: Config, run: Run, report: Report) -> None:
     "A language model, pruned without training."
     plots.use_style()
     made: list[Bed] = []
@@ -426,8 +417,8 @@ def _shrunk(model: nn.Module, bed: Bed, cfg: Config) -> dict[str, float]:
              "params": adapters.count_parameters(model)[1]}
     return found | ({"mmlu": _mmlu(model, bed.tokenizer, cfg.mmlu)} if cfg.mmlu else {})
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #1c6cabcc
-def accel(cfg: Config, run: Run, report: Report) -> None:
+# %% ../../nbs/experiments/adapt_pruner.ipynb #ade2ad27
+def _accel(cfg: Config, run: Run, report: Report) -> None:
     "Equal data, steps, curve and final size; training before, between and after the cuts."
     plots.use_style()
     most, arm = max(cfg.stages), partial(accel_arm, cfg=cfg, run=run)
@@ -452,9 +443,9 @@ def accel(cfg: Config, run: Run, report: Report) -> None:
             "Held-out loss against pruning at once, after equal training; intervals over seeds.")
 
 
-experiment = tracks(prune=prune, accel=accel)
+experiment = tracks(prune=_prune, accel=_accel)
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #cfadc07d
+# %% ../../nbs/experiments/adapt_pruner.ipynb #cb17e336
 FULL = Config(
     tracks=("prune", "accel"),
     seeds=(42,),
@@ -474,15 +465,9 @@ FULL = Config(
     training=Training(epochs=1, batch_size=128, clip=1.0, precision="bf16"),  # 32 on 4 GPUs
     lrs=(2e-5,),
     data=(
-        "Open-Orca/OpenOrca",
-        "teknium/OpenHermes-2.5",
-        "databricks/databricks-dolly-15k",
-        "allenai/WildChat-1M",
-        "lmsys/lmsys-chat-1m",
-        "HuggingFaceH4/ultrachat_200k#train_sft",
-        "openbmb/UltraInteract_sft",
-        "yahma/alpaca-cleaned",
-        "O1-OPEN/OpenO1-SFT",
+        "Open-Orca/OpenOrca", "teknium/OpenHermes-2.5", "databricks/databricks-dolly-15k",
+        "allenai/WildChat-1M", "lmsys/lmsys-chat-1m", "HuggingFaceH4/ultrachat_200k#train_sft",
+        "openbmb/UltraInteract_sft", "yahma/alpaca-cleaned", "O1-OPEN/OpenO1-SFT",
     ),
     n_train=None,
     max_length=1024,
