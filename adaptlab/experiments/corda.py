@@ -8,13 +8,13 @@ __all__ = ['SMALL', 'HUB_TEXTS', 'LABELS', 'SHADES', 'VIT', 'VIT_LINEARS', 'VISI
            'window_losses', 'truncation', 'prepare', 'at_rates', 'kept_at', 'first_step', 'damage', 'price', 'likeness',
            'vision', 'draw', 'asked', 'language']
 
-# %% ../../nbs/experiments/corda.ipynb #b011ceb8
+# %% ../../nbs/experiments/corda.ipynb #ee47552b
 import random
 import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
@@ -37,7 +37,7 @@ from adaptlab.lowrank.corda import (
 from ..stats import Estimate, over_seeds
 from ..train import Training, set_seed
 
-# %% ../../nbs/experiments/corda.ipynb #b50a75d2
+# %% ../../nbs/experiments/corda.ipynb #6d20fc76
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     "Settings of the CorDA experiment."
@@ -59,7 +59,8 @@ class Config(BaseConfig):
     drop: tuple[float, ...] = bounded((0.3, 0.6), above=0, below=1)  # share of components cut
     windows: int | None = bounded(4, low=1)  # windows of evaluation text; None: all
     window: int = bounded(64, low=2)  # tokens per window
-    vision: Training = Training(steps=24, batch_size=32, schedule="cosine", warmup=0.1)
+    vision: Training = Training(  # of every method on images
+        steps=24, batch_size=32, schedule="cosine", warmup=0.1)
     lrs: tuple[float, ...] = bounded((4e-3, 1.6e-2), above=0)  # grid for every method
     vision_rank: int = bounded(8, low=1)  # of every low-rank method
     images: tuple[int, int] = bounded((1000, 300), low=1)  # to train on, to choose on
@@ -76,7 +77,7 @@ class Config(BaseConfig):
     n_test: int = bounded(32, low=1)  # pairs whose likelihood is measured
     rank: int = bounded(16, low=1)  # of every low-rank method, and LoRA's alpha
     targets: str = r"model\.layers\.(0|8|16|24)\.self_attn\..+_proj"  # layers to adapt, regex
-    language: Training = Training(steps=8, batch_size=4, schedule="cosine")
+    language: Training = Training(steps=8, batch_size=4, schedule="cosine")  # of every method
     micro_batch: int = bounded(4, low=1)  # pairs per forward pass
     max_length: int = bounded(48, low=2)  # tokens per pair
     questions: tuple[str, ...] = bounded((), nonempty=False)  # QUESTIONS asked before and after
@@ -135,17 +136,24 @@ def calibration(
     size = cfg.calibration_batch
     return [text.pad_batch(rows[i : i + size], pad or 0) for i in range(0, len(rows), size)]
 
-# %% ../../nbs/experiments/corda.ipynb #e2d0662c
+# %% ../../nbs/experiments/corda.ipynb #f2d189df
+@lru_cache(maxsize=4)
+def _windows(source: str, tokenizer: Any, length: int, n: int | None) -> Tensor:
+    "Windows that are spread evenly over the test part of a text."
+    ids = text.token_chunks(texts(source, "test"), tokenizer, length)
+    if n and n < len(ids):
+        ids = ids[torch.linspace(0, len(ids) - 1, n).round().long()]
+    return ids
+
+
 def window_losses(
     model: nn.Module,  # causal language model
     tokenizer: Any,  # its tokenizer
     cfg: Config,  # length and number of windows
     source: str,  # text
 ) -> list[float]:  # mean loss (nats per token) of each window
-    "Losses on windows that are spread evenly over the test part of a text."
-    ids = text.token_chunks(texts(source, "test"), tokenizer, cfg.window)
-    if cfg.windows and cfg.windows < len(ids):
-        ids = ids[torch.linspace(0, len(ids) - 1, cfg.windows).round().long()]
+    "How surprising the test part of a text is."
+    ids = _windows(source, tokenizer, cfg.window, cfg.windows)
     losses = evaluate.token_losses(model, ids, window=cfg.window, batch_size=4)
     return [float(loss.double().mean()) for loss in losses]
 
@@ -177,7 +185,7 @@ def _cut(cfg: Config, method: str, loaded: Callable, context: Callable) -> pd.Da
             layer.weight.data = old[name]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/corda.ipynb #1eddb865
+# %% ../../nbs/experiments/corda.ipynb #34257480
 LABELS = {"none": "untouched", "svd": "plain SVD", "asvd": "ASVD", "whiten": "whitening",
           "corda": "CorDA", "lora": "LoRA", "pissa": "PiSSA", "smallest-svd": "smallest SVD",
           "corda-ipm": "CorDA-IPM", "corda-kpm": "CorDA-KPM", "full": "full fine-tuning"}
@@ -187,7 +195,11 @@ SHADES = {method: plots.COLORS[color] for color, methods in {
     "vermillion": ("corda-kpm",)}.items() for method in methods}
 
 
-def truncation(cfg: Config, run: Run, report: Report) -> None:
+def truncation(
+    cfg: Config,  # settings
+    run: Run,  # keeps the stages
+    report: Report,  # gets claims, tables and figures
+) -> None:
     "Perplexity of a language model without the smallest components of some layers."
     loaded = cache(lambda: models.load(cfg.model, device=cfg.device, dtype=cfg.dtype))
 
@@ -401,7 +413,7 @@ def _protection(cfg: Config, seed: int) -> pd.DataFrame:
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/corda.ipynb #5066e019
+# %% ../../nbs/experiments/corda.ipynb #48f862f5
 PAPER = "authors' results, Llama-2-7b"
 MATCH = "learning rate and start can stand in for each other; few seeds"
 CASES = [
@@ -419,7 +431,11 @@ CASES = [
 ]
 
 
-def vision(cfg: Config, run: Run, report: Report) -> None:
+def vision(
+    cfg: Config,  # settings
+    run: Run,  # keeps the stages
+    report: Report,  # gets claims, tables and figures
+) -> None:
     "Turned digits: learning and forgetting from six starts."
     methods = {"none": Method(_untouched)} | {
         f"{m} {lr:g}": Method(partial(_tune, method=m, lr=lr, cfg=cfg))
@@ -575,7 +591,7 @@ def _answers(model: nn.Module, bed: Bed, cfg: Config) -> list[dict[str, Any]]:
         rows += [{"part": name, "right": 100.0 * float(h)} for h in processes.gather(list(hits))]
     return [{"nats": float("nan"), "right": float("nan")} | row for row in rows]
 
-# %% ../../nbs/experiments/corda.ipynb #c3a45f57
+# %% ../../nbs/experiments/corda.ipynb #b2579bd5
 def _teach(model: nn.Module, bed: Bed, seed: int, lr: float, *, method: str, cfg: Config,
            run: Run) -> None:
     "Start one method on the language model and train it on the pairs."
@@ -606,7 +622,11 @@ _LANGUAGE = [  # method, rival, what the paper measured it by, its figures
 ]
 
 
-def language(cfg: Config, run: Run, report: Report) -> None:
+def language(
+    cfg: Config,  # settings
+    run: Run,  # keeps the stages
+    report: Report,  # gets claims, tables and figures
+) -> None:
     "A language model learns pairs, and is asked what else it knew."
     loaded = cache(lambda: models.load(cfg.model, device=cfg.device, dtype=cfg.dtype)[:2])
     for name in cfg.questions:

@@ -126,7 +126,7 @@ class Covariance:
         "Mean magnitude of each input channel. `ValueError` when nothing was counted."
         return self._mean(self.abs_total, self.tokens)
 
-# %% ../../nbs/lowrank/04_corda.ipynb #194cfd39
+# %% ../../nbs/lowrank/04_corda.ipynb #052daa92
 def _checked(C: Tensor | Covariance, width: int | None = None) -> Tensor:
     "C in float64 (float32 where the device has none); `ValueError` unless it is a covariance."
     C = C.matrix if isinstance(C, Covariance) else C
@@ -143,7 +143,7 @@ def _checked(C: Tensor | Covariance, width: int | None = None) -> Tensor:
         raise ValueError("the covariance is zero or has a negative variance: did the layer run?")
     return (C + C.T) / 2  # rounding in a product leaves it a little lopsided
 
-
+# %% ../../nbs/lowrank/04_corda.ipynb #5a939c62
 def _damped(C: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
     "`damped` for a checked covariance."
     if not damp > 0:
@@ -170,7 +170,7 @@ def damped(
     "Make a covariance safely invertible. `ValueError` when no λ in reach does, or C is none."
     return _damped(_checked(C), damp)
 
-# %% ../../nbs/lowrank/04_corda.ipynb #f38e9217
+# %% ../../nbs/lowrank/04_corda.ipynb #8c546c04
 Method = Literal["corda", "svd", "asvd", "whiten"]
 
 
@@ -201,7 +201,7 @@ def _orientation(
         return C.mean_abs.to(checked) ** 0.5 + 1e-6
     return _damped(checked, damp)[0 if method == "corda" else 1]
 
-
+# %% ../../nbs/lowrank/04_corda.ipynb #efa845e3
 def _components(W: Tensor, M: Tensor | None, smallest: int = 0) -> tuple[Tensor, Tensor]:
     "U [out, R] and S [R] of W M; the `smallest` last ones must be told from the others, too."
     Q = None
@@ -519,7 +519,7 @@ class _Collector:
             if group <= names:
                 covariance._plus(fresh)
 
-# %% ../../nbs/lowrank/04_corda.ipynb #13c460c9
+# %% ../../nbs/lowrank/04_corda.ipynb #bc278b57
 @contextmanager
 def _observed(model: nn.Module, collector: _Collector) -> Iterator[None]:
     "The model in eval mode, without gradients, with hooks on its layers; all undone afterwards."
@@ -548,7 +548,7 @@ def _observed(model: nn.Module, collector: _Collector) -> Iterator[None]:
         model.eval()
         yield
 
-
+# %% ../../nbs/lowrank/04_corda.ipynb #60981d1d
 def _forward(model: nn.Module, batch: Any, collector: _Collector) -> None:
     "Run one batch: keyword arguments for a mapping, else its (first) tensor."
     first = batch
@@ -576,7 +576,7 @@ def _body(model: nn.Module, layers: Iterable[nn.Module], batch: Any) -> nn.Modul
     inside = {*map(id, layers)} <= {*map(id, body.modules())}
     return body if inside and set(batch) - {"labels"} <= set(takes) else model
 
-# %% ../../nbs/lowrank/04_corda.ipynb #b17f0807
+# %% ../../nbs/lowrank/04_corda.ipynb #be8b4de1
 def _target_layers(model: nn.Module, targets: Any) -> dict[str, nn.Module]:
     "The linear layers to adapt; `TypeError` for other layers, `ValueError` for tied ones."
     linear = (nn.Linear, Conv1D)
@@ -597,7 +597,7 @@ def _target_layers(model: nn.Module, targets: Any) -> dict[str, nn.Module]:
                              "covariance says nothing about that use; leave it out")
     return layers
 
-
+# %% ../../nbs/lowrank/04_corda.ipynb #e8a4d590
 def _inspected(collector: _Collector) -> dict[str, Covariance]:
     "By layer, what was collected; `ValueError` for layers without, or with NaN; warns of doubts."
     found = {name: c for group, c in collector.groups for name in group}
@@ -643,7 +643,7 @@ def collect_covariance(
             _forward(model, batch, collector)
     return _inspected(collector)
 
-# %% ../../nbs/lowrank/04_corda.ipynb #2370beee
+# %% ../../nbs/lowrank/04_corda.ipynb #a258f1c6
 @dataclass(frozen=True)
 class CorDAConfig:
     "How a model is adapted."
@@ -680,7 +680,7 @@ def _passes(layers: Mapping[str, nn.Module], budget_gib: float | None) -> list[l
         used += need
     return groups
 
-
+# %% ../../nbs/lowrank/04_corda.ipynb #66ed7128
 def _check_layers(model: nn.Module, layers: Mapping[str, nn.Module], config: CorDAConfig) -> None:
     "Refuse what would fail later, before the expensive part: `ValueError` or `TypeError`."
     adapted = adapters.adapters(model)
@@ -694,7 +694,7 @@ def _check_layers(model: nn.Module, layers: Mapping[str, nn.Module], config: Cor
         except (TypeError, ValueError) as error:
             raise type(error)(f"layer {name!r}: {error}") from None
 
-# %% ../../nbs/lowrank/04_corda.ipynb #f52a73ec
+# %% ../../nbs/lowrank/04_corda.ipynb #f6610070
 def _starts(layers: Mapping[str, nn.Module], names: list[str], context: Mapping,
             config: CorDAConfig) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     "Per layer (A0, B0). Layers with one covariance share its preparation."
@@ -710,7 +710,7 @@ def _starts(layers: Mapping[str, nn.Module], names: list[str], context: Mapping,
         wide = torch.promote_types(W.dtype, torch.float32)  # float64 is for the decomposition only
         yield name, tuple(t.to(wide) for t in start)
 
-
+# %% ../../nbs/lowrank/04_corda.ipynb #2e681ba7
 def get_corda_model(
     model: nn.Module,  # changed in place: adapters trainable, the rest frozen
     config: CorDAConfig,  # rank, mode, layers
