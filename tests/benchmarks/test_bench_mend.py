@@ -1,31 +1,23 @@
-"""MEND on SmolLM2-135M: edits sharing one pass, and a cached trunk, against the plain way."""
-
-from functools import partial
+"""MEND on SmolLM2-135M: edits that share one pass, and a cached trunk, against the plain way."""
 
 import torch
-from clock import seconds
+from clock import in_turn, row
 
 from adaptlab import models
-from adaptlab.editing.mend import (
-    MEND,
-    Tail,
-    cached_batch,
-    edit_losses,
-    sequence_nll,
-    tail_logits,
-)
-from adaptlab.train import causal_lm_collate
+from adaptlab.editing.mend import MEND, edit_losses, sequence_nll
+from adaptlab.experiments.mend import Tail, cached_batch
+from adaptlab.text import causal_lm_collate
 
 COUNTRIES = ("France", "Spain", "Japan", "Poland", "Brazil", "Egypt", "Greece", "Norway")
 
 
-def materialized_step(editor, batch, rows):
+def materialized_step(editor, batch):
     "The plain way: one edit at a time, each written out as full weights."
     weights = [layer.weight for layer in editor.layers.values()]
-    for i in range(rows):
+    for i in range(len(COUNTRIES)):
         one = {part: {k: v[i : i + 1] for k, v in b.items()} for part, b in batch.items()}
         edited = editor.edit(one["edit"])
-        new = {f"{n}.weight": w + edited.changes[n].dense()[0].neg()
+        new = {f"{n}.weight": w - edited.changes[n].dense()[0]
                for n, w in zip(editor.layers, weights, strict=True)}
         loss = 0.0
         for part in ("rephrase", "locality"):
@@ -35,7 +27,7 @@ def materialized_step(editor, batch, rows):
         loss.backward()
 
 
-def test_shared_pass_and_cached_trunk_against_single_dense_edits(benchmark):
+def test_a_training_step():
     model, tokenizer = models.load("smollm2", device="cpu")
     model.requires_grad_(False)
     collate = causal_lm_collate(tokenizer, add_eos=False)
@@ -44,11 +36,9 @@ def test_shared_pass_and_cached_trunk_against_single_dense_edits(benchmark):
     text = {part: collate([(form.format(c), " Turkish") for c in COUNTRIES])
             for part, form in forms.items()}
     torch.manual_seed(0)
-    whole = MEND(model, "mlp:-2:", rank=64)
-    tail = Tail(model, -2)
+    whole, tail = MEND(model, "mlp:-2:", rank=64), Tail(model, -2)
     fast = MEND(model, "mlp:-2:", rank=64, loss_fn=sequence_nll,
-                forward_fn=partial(tail_logits, tail))
-    fast.load_state_dict(whole.state_dict())
+                forward_fn=lambda m, b: tail(b["hidden"], b["positions"]))
     short = {part: cached_batch(tail, b) for part, b in text.items()}
     whole.fit_normalization([text["edit"]])
     fast.load_state_dict(whole.state_dict())
@@ -59,13 +49,8 @@ def test_shared_pass_and_cached_trunk_against_single_dense_edits(benchmark):
     def step(editor, batch):
         sum(edit_losses(editor, batch)).backward()
 
-    plain = seconds(lambda: materialized_step(whole, text, len(COUNTRIES)), 1)
-    shared = seconds(lambda: step(whole, text))
-    benchmark.pedantic(lambda: step(fast, short), rounds=3, iterations=1, warmup_rounds=1)
-    cached = benchmark.stats.stats.min
-    ratios = {"one dense edit at a time / shared pass": plain / shared,
-              "shared pass / with cached trunk": shared / cached}
-    benchmark.extra_info |= {k: round(v, 2) for k, v in ratios.items()}
-    for name, ratio in ratios.items():
-        print(f"\nMEND training step, {len(COUNTRIES)} edits: {name} {ratio:.1f}")
-    assert min(ratios.values()) > 1
+    shared, plain, cached = in_turn(lambda: step(whole, text),
+                                    lambda: materialized_step(whole, text),
+                                    lambda: step(fast, short), rounds=1)
+    row("MEND, step of 8 edits against one dense edit at a time", shared, plain, bound=0.7)
+    row("MEND, the same with a cached trunk", cached, shared, bound=0.7)

@@ -1,14 +1,15 @@
 """MEND: factored gradients, editor networks, edited views, training, and the full-scale path."""
 
+import copy
 import json
 import math
 import os
 import subprocess
 import sys
-from functools import partial
 
 import numpy as np
 import pytest
+import schemas
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -21,35 +22,31 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from adaptlab import adapters, models
+from adaptlab import adapters, catalog, recipes
+from adaptlab.bench.runs import launch, start_run
 from adaptlab.editing import mend
 from adaptlab.editing.mend import (
-    FULL,
     MEND,
-    SMALL,
     EditedModel,
     Factors,
     GradientTransform,
     MENDTrainer,
     RunningMoments,
-    Tail,
-    cached_batch,
     edit_collate,
     edit_losses,
-    experiment,
-    fine_tune,
-    fine_tune_each,
     gradient_factors,
     locality_kl,
     select_layers,
     sequence_nll,
-    tail_logits,
 )
-from adaptlab.experiment import start_run
+from adaptlab.experiments import mend as lab
+from adaptlab.experiments.mend import FULL, SMALL, Tail, cached_batch
 
 
 def gpt2():
@@ -61,7 +58,7 @@ def gpt2():
 
 def llama():
     torch.manual_seed(0)
-    return models.tiny_llama(vocab_size=50, hidden_size=16, layers=3, heads=2, kv_heads=1)
+    return recipes.tiny_llama(vocab_size=50, hidden_size=16, layers=3, heads=2, kv_heads=1)
 
 
 def batch(rows=2, length=7, prompt=4, seed=0):
@@ -116,7 +113,7 @@ def test_outer_products_sum_to_the_gradient(make):
     found = gradient_factors(model, layers, lambda m: m(**data).loss)
     model(**data).loss.backward()
     for name, layer in layers.items():
-        matrix = found[name].dense().sum(0)
+        matrix = found[name].dense()[0]
         matrix = matrix.T if make is gpt2 else matrix
         torch.testing.assert_close(matrix, layer.weight.grad, rtol=1e-5, atol=1e-7)
 
@@ -126,7 +123,7 @@ def test_a_layer_that_runs_twice_counts_twice():
     model, x, y = Twice(), torch.randn(5, 6), torch.randint(3, (5,))
     found = gradient_factors(model, {"mlp": model.mlp}, lambda m: F.cross_entropy(m(x), y))
     F.cross_entropy(model(x), y).backward()
-    torch.testing.assert_close(found["mlp"].dense().sum(0), model.mlp.weight.grad)
+    torch.testing.assert_close(found["mlp"].dense()[0], model.mlp.weight.grad)
 
 
 # ------------------------------------------------------------------ the editor network
@@ -158,7 +155,7 @@ def by_hand(g, u, delta, layer):
     outputs = []
     for a, b in zip(u, delta, strict=True):
         z = torch.cat([a, b])
-        for block in g.nets["both"].layers:
+        for block in g.nets["both"]:
             inner = block.U @ (block.V @ z) + block.bias
             z = z + torch.relu(block.scale[layer] * inner + block.offset[layer])
         outputs.append(z)
@@ -194,7 +191,7 @@ def test_modes_touch_what_they_say(mode, touched):
 def test_first_gradient_reaches_u_only():
     editor = MEND(llama(), "mlp:-1:", rank=4, edit_lr=0.1)
     sum(edit_losses(editor, triple())).backward()
-    first = next(iter(editor.transforms.values())).nets["both"].layers[0]
+    first = next(iter(editor.transforms.values())).nets["both"][0]
     assert first.U.grad.abs().sum() > 0 and not first.V.grad.any()
 
 
@@ -390,7 +387,7 @@ def test_saved_editor_is_the_same_and_knows_its_model(tmp_path):
         assert torch.equal(again.edit(data).delta(name), editor.edit(data).delta(name))
     saved = json.loads((tmp_path / "editor" / "mend.json").read_text())
     assert saved["options"]["mode"] == "one_sided"
-    wider = models.tiny_llama(vocab_size=50, hidden_size=32, layers=3, heads=2, kv_heads=1)
+    wider = recipes.tiny_llama(vocab_size=50, hidden_size=32, layers=3, heads=2, kv_heads=1)
     with pytest.raises(ValueError, match="other shapes"):
         MEND.from_pretrained(wider, tmp_path / "editor")
     with pytest.raises(ValueError, match="no editor"):
@@ -398,7 +395,7 @@ def test_saved_editor_is_the_same_and_knows_its_model(tmp_path):
 
 
 def test_text_items_make_batches():
-    collate = edit_collate(models.byte_tokenizer())
+    collate = edit_collate(recipes.byte_tokenizer())
     two = [{"edit": ("ab", "c"), "rephrase": ("b", "c"), "locality": ["x", "yz"]}] * 2
     found = collate(two)
     assert found["edit"]["labels"].tolist()[0][:2] == [-100, -100]
@@ -416,15 +413,6 @@ def test_kl_agrees_with_torch():
     torch.testing.assert_close(locality_kl(p, q, mask), expected[mask.bool()].mean())
 
 
-def test_known_answers_of_the_base_model_give_the_same_losses():
-    model, data = llama(), triple()
-    editor = warmed(model)
-    known = {**data["locality"], "base_logits": model(data["locality"]["input_ids"]).logits}
-    for a, b in zip(edit_losses(editor, data), edit_losses(editor, {**data, "locality": known}),
-                    strict=True):
-        torch.testing.assert_close(a, b)
-
-
 # ------------------------------------------------------------------ the trunk, the rivals
 
 
@@ -438,6 +426,7 @@ def neo():
 @pytest.mark.parametrize("make", [gpt2, llama, neo])
 def test_tail_equals_the_whole_model(make):
     model = make().eval()
+    blocks = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     data = batch(4)
     data["attention_mask"][2, 5:] = 0
     data["labels"][2, 5:] = -100
@@ -446,50 +435,183 @@ def test_tail_equals_the_whole_model(make):
     assert len(tail.cache) == 4
     whole = MEND(model, "mlp:-2:", rank=2, norm=False)
     fast = MEND(model, "mlp:-2:", rank=2, norm=False, loss_fn=sequence_nll,
-                forward_fn=partial(tail_logits, tail))
+                forward_fn=lambda m, b: tail(b["hidden"], b["positions"]))
     for name in whole.layers:
         torch.testing.assert_close(fast.edit(short).delta(name), whole.edit(data).delta(name),
                                    rtol=1e-3, atol=1e-8)
     assert cached_batch(tail, data)["hidden"].equal(short["hidden"])
+    assert [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)] == blocks
 
 
-def test_fine_tuning_is_adam_on_the_weights():
-    import copy
+def llama_bed(**changes):
+    "A tiny Llama with two items of the language task."
+    torch.manual_seed(0)
+    model = recipes.tiny_llama(hidden_size=16, layers=3, heads=2, kv_heads=1).eval()
+    model.requires_grad_(False)
+    cfg = SMALL.replace(**{"rank": 2, "chunk": 2, "ft_steps": 30, **changes})
+    items = [{**{part: [(f"{part} {i}: ", "x")] for part in lab.SUCCESS},
+              "neighbours": [(f"other {i} {k}", "y") for k in range(3)],
+              "subject": [(f"sub {i}", "z")], "text": ["so it is"]} for i in range(3)]
+    lessons = [{"edit": (f"a{i}", "x"), "rephrase": (f"b{i}", "x"), "locality": (f"c{i}", "y")}
+               for i in range(8)]
+    return lab.EditBed(model, lessons, items[:2], items, cfg=cfg, tail=Tail(model, -2), lend=True,
+                       held_out=lessons[:2], collate=lab.causal_lm_collate(
+                           recipes.byte_tokenizer(), add_eos=False))
 
-    model, data = llama(), batch(1)
-    name = "model.layers.2.mlp.up_proj"
 
-    def forward(m, b):
-        return m(input_ids=b["input_ids"]).logits[:, :-1]
-
-    aligned = {**data, "labels": data["labels"][:, 1:]}
-    edited = fine_tune(model, {name: model.get_submodule(name)}, aligned, forward_fn=forward,
-                       lr=1e-2, max_steps=3)
-    twin = copy.deepcopy(model)
-    weight = twin.get_submodule(name).weight
-    optimizer = torch.optim.Adam([weight], lr=1e-2)
+@pytest.mark.parametrize("leash", [[], [("c0", "y"), ("longer than the edit", "y")]])
+def test_fine_tuning_is_adam_on_the_weights_and_leaves_none(leash):
+    bed = llama_bed(ft_steps=3)
+    before = {k: v.clone() for k, v in bed.model.state_dict().items()}
+    names = list(select_layers(bed.model, "mlp:-2:"))
+    twin = copy.deepcopy(bed.model)
+    weights = [twin.get_submodule(n).weight.requires_grad_() for n in names]
+    adam = torch.optim.Adam(weights, lr=1e-2)
+    pairs = [bed.collate([pair]) for pair in [("a0", "x"), *leash]]
+    old = [bed.model(input_ids=p["input_ids"]).logits[:, -2:-1] for p in pairs[1:]]
     for _ in range(3):
-        optimizer.zero_grad()
-        sequence_nll(forward(twin, aligned), aligned["labels"]).mean().backward()
-        optimizer.step()
-    torch.testing.assert_close(edited.materialize().get_submodule(name).weight, weight,
-                               rtol=1e-4, atol=1e-6)
+        loss = mend.causal_nll(twin(input_ids=pairs[0]["input_ids"]).logits, pairs[0]["labels"])[0]
+        for p, logits in zip(pairs[1:], old, strict=True):
+            now = twin(input_ids=p["input_ids"]).logits[:, -2:-1]
+            loss = loss + bed.cfg.ft_kl_weight * locality_kl(logits, now) / len(leash)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    with lab.fine_tuned(bed, ("a0", "x"), 1e-2, leash):
+        for name, weight in zip(names, weights, strict=True):
+            torch.testing.assert_close(bed.model.get_submodule(name).weight, weight,
+                                       rtol=1e-3, atol=1e-5)
+    assert all(torch.equal(before[k], v) for k, v in bed.model.state_dict().items())
+    assert not any(p.requires_grad for p in bed.model.parameters())
 
 
-def test_fine_tuning_side_by_side_is_fine_tuning_alone():
-    model, data = llama(), batch(4)
-    layers = select_layers(model, "mlp:-1:")
-    options = {"forward_fn": lambda m, b: m(input_ids=b["input_ids"]).logits[:, :-1],
-               "lr": 3e-2, "max_steps": 12}
-    aligned = {**data, "labels": data["labels"][:, 1:]}
-    together = fine_tune_each(model, layers, aligned, **options)
-    alone = [fine_tune(model, layers, row(aligned, i), **options) for i in range(4)]
-    for name in layers:
-        for i in range(4):
-            torch.testing.assert_close(together[i].delta(name), alone[i].delta(name),
-                                       rtol=1e-3, atol=1e-4)
-    right = mend.sequence_right(options["forward_fn"](together, aligned), aligned["labels"])
-    assert right.any()
+def test_measurements_agree_with_weights_written_out():
+    bed = llama_bed()
+    torch.manual_seed(0)
+    editor = bed.editor(norm=False, edit_lr=100.0).eval()
+    found = lab.measure(lab.by_editor(bed, editor), bed)
+    for item, row in zip(bed.test, found, strict=True):
+        whole = editor.edit(bed.pairs(item["edit"])).materialize()
+
+        def says(model, pair):
+            ids = bed.collate([pair])["input_ids"]
+            return model(input_ids=ids).logits[0, -2].argmax() == ids[0, -1], \
+                model(input_ids=ids).logits[0, -2].argmax()
+
+        for part in lab.SUCCESS:
+            assert row[part] == 100 * float(says(whole, item[part][0])[0])
+        kept = [says(whole, p)[1] == says(bed.model, p)[1] for p in item["neighbours"]]
+        assert row["neighbours"] == pytest.approx(100 * float(torch.stack(kept).float().mean()))
+        text = bed.collate(item["text"])
+        loss = [mend.causal_nll(m(input_ids=text["input_ids"]).logits, text["labels"])[0]
+                for m in (bed.model, whole)]
+        assert row["text"] == pytest.approx(float(loss[1] - loss[0]), rel=1e-3, abs=1e-4)
+        assert row["score"] == pytest.approx((row["ES"] + row["kept"]) / 2)
+    assert any(row["edit"] for row in found)  # or the comparison would say little
+
+
+# ------------------------------------------------------------------ layers that mix rows
+
+
+class Shaped(nn.Module):
+    "A classifier of sequences whose layer takes its tokens in some other arrangement."
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.embed = kind, nn.Embedding(9, 6)
+        self.mlp, self.head = nn.Linear(6, 6), nn.Linear(6, 9)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        if self.kind == "flat":  # as OPT's and many experts'
+            x = x + self.mlp(x.flatten(0, 1)).view_as(x)
+        elif self.kind == "time first":
+            x = x + self.mlp(x.transpose(0, 1)).transpose(0, 1)
+        elif self.kind == "routed":  # an expert sees some tokens only
+            chosen = (ids.flatten() % 2 == 0).nonzero().flatten()
+            y = torch.zeros_like(x.flatten(0, 1)).index_add(0, chosen, self.mlp(
+                x.flatten(0, 1)[chosen]))
+            x = x + y.view_as(x)
+        else:  # windows of an image: [rows, height, width, d]
+            x = x + self.mlp(x.unflatten(1, (2, -1))).flatten(1, 2)
+        return self.head(x.mean(1))
+
+
+def shaped(kind):
+    model = Shaped(kind)
+    editor = MEND(model, ["mlp"], rank=2, edit_lr=0.1, loss_fn=sequence_nll,
+                  forward_fn=lambda m, b: m(b["ids"]))
+    ids = torch.tensor([[2, 4, 6, 1], [5, 1, 7, 8], [2, 2, 1, 3], [7, 8, 5, 4]])
+    data = {"ids": ids, "labels": torch.tensor([1, 2, 3, 4])}
+    editor.fit_normalization([data])
+    return model, editor.eval(), data
+
+
+@pytest.mark.parametrize("kind", ["flat", "image"])
+@pytest.mark.parametrize("rows", [2, 3, 4])
+def test_separate_edits_on_layers_of_other_shapes(kind, rows):
+    model, editor, data = shaped(kind)
+    data = {k: v[:rows] for k, v in data.items()}
+    each = editor.edit_each(data)
+    assert len(each) == rows
+    for i in range(rows):
+        alone = editor.edit(row(data, i))
+        torch.testing.assert_close(each[i].delta("mlp"), alone.delta("mlp"))
+    together = each(data["ids"].repeat_interleave(2, 0))
+    for i in range(rows):
+        torch.testing.assert_close(together[2 * i], editor.edit(row(data, i))(data["ids"][[i]])[0])
+    with pytest.raises(ValueError, match="spread over"):
+        each(torch.ones(rows * 4 + 1, 4).long())
+
+
+@pytest.mark.parametrize("kind", ["time first", "routed"])
+@pytest.mark.parametrize("rows", [2, 4])
+def test_separate_edits_are_refused_where_rows_are_mixed(kind, rows):
+    model, editor, data = shaped(kind)
+    data = {k: v[:rows] for k, v in data.items()}
+    with pytest.raises(ValueError, match="one at a time"):
+        editor.edit_each(data)
+    before = sequence_nll(model(data["ids"]), data["labels"])
+    one = editor.edit(row(data, 0))  # one edit is right for any arrangement
+    sequence_nll(model(data["ids"][:1]), data["labels"][:1]).sum().backward()
+    found = gradient_factors(model, {"mlp": model.mlp}, lambda m: sequence_nll(
+        m(data["ids"][:1]), data["labels"][:1]))["mlp"].dense()[0]
+    torch.testing.assert_close(found, model.mlp.weight.grad)
+    assert sequence_nll(one(data["ids"]), data["labels"])[0] != before[0]
+
+
+def test_opt_edits_rows_apart():
+    torch.manual_seed(0)
+    model = OPTForCausalLM(OPTConfig(
+        vocab_size=64, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=32, word_embed_proj_dim=16)).eval()
+    editor = MEND(model, ["model.decoder.layers.1.fc1", "model.decoder.layers.1.fc2"], rank=2,
+                  edit_lr=0.1)
+    editor.fit_normalization([batch(6)])
+    editor.eval()
+    data = batch(3)
+    each = editor.edit_each(data)
+    for i in range(3):
+        for name in editor.layers:
+            torch.testing.assert_close(each[i].delta(name), editor.edit(row(data, i)).delta(name),
+                                       rtol=1e-3, atol=1e-5)
+
+
+def test_an_encoder_decoder_is_trained_on_its_targets():
+    torch.manual_seed(0)
+    t5 = T5ForConditionalGeneration(T5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
+        decoder_start_token_id=0)).eval()
+    editor = MEND(t5, "DenseReluDense:-1:", rank=2, edit_lr=0.1)
+    data = triple(4)
+    for part in data.values():  # as many tokens in the encoder as in the decoder: no mix-up
+        part["attention_mask"][:, 5:] = 0
+    found = edit_losses(editor, data)
+    local, edited = data["locality"], editor.eval().edit_each(data["edit"])
+    with torch.no_grad():
+        before, after = t5(**local).logits, edited(**local).logits
+    torch.testing.assert_close(found.locality, locality_kl(before, after, local["labels"] != -100))
 
 
 # ------------------------------------------------------------------ bad input
@@ -511,6 +633,12 @@ def broken():
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[0, 0] = math.nan
     return model
+
+
+def wrapped():
+    import peft
+
+    return peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["up_proj"]))
 
 
 def no_target():
@@ -543,14 +671,17 @@ def no_target():
     (lambda: warmed(llama()).edit_each(batch(3))(batch(4)["input_ids"]), "3 separate edits"),
     (lambda: warmed(llama()).edit_each(batch(3)).materialize(), "take one"),
     (lambda: warmed(llama()).edit(batch()).delta("lm_head"), "not edited"),
-    (lambda: EditedModel(llama(), {}, {"x": Factors(None, torch.ones(1, 2, 2))}).edit({}), "MEND"),
+    (lambda: EditedModel(llama(), {}, {"x": Factors(*torch.ones(2, 1, 2, 2))}).edit({}), "MEND"),
     (lambda: MENDTrainer(MEND(llama(), rank=2), []), "empty"),
     (lambda: MENDTrainer(MEND(llama(), rank=2), [1], lr=0.0), "positive"),
     (lambda: Tail(nn.Linear(2, 2), -1), "no block"),
     (lambda: Tail(llama(), -7), "no block -7"),
-    (lambda: mend.WorldBench(tiny_facts(world_train=18)), "left for the test"),
-    (lambda: experiment(SMALL.replace(tracks=("word",)), None), "world, model"),
-    (lambda: experiment(SMALL.replace(tracks=()), None), "world, model"),
+    (lambda: edit_collate(recipes.byte_tokenizer())([{"edit": ("a", "b")}]), "locality"),
+    (lambda: edit_losses(warmed(llama()), {"edit": batch()}), "rephrase"),
+    (lambda: edit_losses(warmed(llama()), {**triple(4), "locality": batch(6)}), "spread over"),
+    (lambda: MEND(wrapped(), rank=2), "merge_and_unload"),
+    (lambda: SMALL.replace(ablations=("no brain",)), "no brain"),
+    (lambda: SMALL.replace(rivals=("KE",)), "KE"),
 ])
 def test_bad_input_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
@@ -562,144 +693,134 @@ def test_a_batch_without_labels_is_refused():
         warmed(llama()).edit({"input_ids": batch()["input_ids"]})
 
 
+def test_a_quantised_layer_is_not_written():
+    model = llama()
+    edited = warmed(model).edit(batch())
+    layer = model.get_submodule("model.layers.2.mlp.up_proj")
+    layer.weight = nn.Parameter(layer.weight.data.to(torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match="quantised"):
+        edited.materialize()
+
+
 # ------------------------------------------------------------------ the experiment
 
 
-def tiny_world(folder):
-    "FULL in miniature: a random GPT-Neo, a random Llama that writes, and files of texts."
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "A random GPT-Neo, a random Llama that writes, and files of texts."
+    folder = tmp_path_factory.mktemp("full")
     neo().save_pretrained(folder / "model")
-    models.tiny_llama(hidden_size=16, layers=1, heads=2, kv_heads=1).save_pretrained(folder / "gen")
+    recipes.tiny_llama(hidden_size=16, layers=1, heads=2, kv_heads=1).save_pretrained(
+        folder / "gen")
     for name in ("model", "gen"):
-        models.byte_tokenizer().save_pretrained(folder / name)
+        recipes.byte_tokenizer().save_pretrained(folder / name)
     rng = np.random.default_rng(0)
     rows = [{"text": " ".join(rng.choice(["to", "be", "or", "not"], 60))} for _ in range(12)]
     (folder / "texts").mkdir()
     (folder / "texts" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return FULL.replace(
-        model=str(folder / "model"), generator=str(folder / "gen"), dataset=str(folder / "texts"),
-        dataset_config=None, locality=str(folder / "texts"), n_train=8, n_valid=2, n_test=2,
-        prompt_tokens=12, target_tokens=3, text_tokens=4, rank=4, batch=4, grad_accum=2, steps=3,
-        eval_every=2, ft_steps=2, at_once=(2,), device="cpu")
+    return folder
 
 
-def test_full_scale_path_with_a_tiny_model(tmp_path):
-    cfg = tiny_world(tmp_path).replace(ablations=("no normalisation",))
-    report = experiment(cfg, start_run("mend", cfg, "full", root=tmp_path / "runs"))
-    assert set(report.tables["methods"]["method"]) == {"MEND", "FT", "FT+KL", "untrained MEND"}
-    assert {"methods", "training"} <= set(report.figures) and len(report.claims) >= 4
-    assert report.tables["methods"]["perplexity +"].notna().all()
+TINY = {"n_train": 8, "n_choose": 2, "n_test": 2, "prompt_tokens": 12, "target_tokens": 3,
+        "text_words": 4, "rank": 4, "look_every": 2, "checkpoint_every": 2, "ft_steps": 2,
+        "at_once": (1, 2), "device": "cpu"}
 
 
-def test_full_scale_path_with_two_processes(tmp_path):
-    cfg = tiny_world(tmp_path)
+def small_full(folder, **changes):
+    "FULL in miniature."
+    texts = f"{folder / 'texts'}#train"
+    return FULL.replace(**{
+        **TINY, "model": str(folder / "model"), "generator": str(folder / "gen"), "source": texts,
+        "locality": texts, "training": {"steps": 3, "batch_size": 4, "accumulate": 2}, **changes})
+
+
+def test_full_scale_path_with_a_tiny_model(folder, tmp_path, monkeypatch):
+    cfg = small_full(folder, ablations=("no identity",), ft_lrs=(1e-3, 1e-2))
+    trained, measured = [], []
+    fit, measure = lab.MENDTrainer.train, lab.measure
+    monkeypatch.setattr(lab.MENDTrainer, "train", lambda self, **o: trained.append(1) or fit(
+        self, **o))
+    monkeypatch.setattr(lab, "measure", lambda *a: measured.append(1) or measure(*a))
+    run = start_run("mend", cfg, "full", root=tmp_path)
+    report = lab.experiment(cfg, run)
+    table = report.tables["edits"]
+    assert list(table["method"].unique()) == [
+        "MEND", "FT", "FT+KL", "untrained", "step sizes only", "networks only", "no identity"]
+    assert set(report.tables["curve"]) == {
+        "step", "edit", "locality", "total", "mean step size", "seed"}
+    assert table[["edit", "rephrase", "text", "ES"]].notna().all(axis=None)
+    assert {"main", "training"} <= set(report.figures) and len(report.claims) >= 5
+    assert len(report.tables["choices"]) == 4  # two rates of two kinds of fine-tuning
+    assert len(trained) == 2
+    # a run that was stopped repeats nothing that was done
+    trained.clear(), measured.clear()
+    (run.folder / "stages" / "edits-FT-0.json").unlink()
+    again = lab.experiment(cfg, run)
+    assert not trained and 3 <= len(measured) <= 4  # FT alone
+    assert again.tables["edits"].drop(columns="seconds").equals(table.drop(columns="seconds"))
+
+
+def test_rates_are_chosen_on_the_items_to_choose_on(folder, tmp_path, monkeypatch):
+    cfg, asked = small_full(folder, ft_lrs=(1e-3, 1e-2)), []
+    bed = lab.EditBed.make(cfg, start_run("mend", cfg, "full", root=tmp_path))
+    monkeypatch.setattr(lab, "measure", lambda edits, bed, items=None: asked.append(
+        bed.test if items is None else items) or [{"score": 1.0}])
+    assert lab.chosen_by(lambda items: None, bed) == 1.0
+    assert asked == [bed.choose]
+    test, train = ({item["edit"][0] for item in bed.test}, {item["edit"] for item in bed.train})
+    choose = {item["edit"][0] for item in bed.choose}
+    assert not test & choose and not (test | choose) & train
+
+
+def test_full_scale_path_with_two_processes(folder, tmp_path):
+    cfg = small_full(folder)
     args = []
-    for name in ("model", "generator", "dataset", "dataset_config", "locality", "n_train",
-                 "n_valid", "n_test", "prompt_tokens", "target_tokens", "text_tokens", "rank",
-                 "batch", "steps", "eval_every", "ft_steps", "device"):
-        args += [f"--{name.replace('_', '-')}", str(getattr(cfg, name))]
-    args += ["--grad-accum", "2", "--at-once", "2", "--root", str(tmp_path / "runs")]
+    for name in ("model", "generator", "source", "locality", *TINY):
+        value = getattr(cfg, name)
+        args += [f"--{name.replace('_', '-')}",
+                 *map(str, value if isinstance(value, tuple) else (value,))]
+    args += ["--training.steps", "3", "--training.batch-size", "4", "--training.accumulate", "2"]
+    args += ["--rivals", "FT", "--root", str(tmp_path / "runs")]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--standalone", "-m", "adaptlab", "run", "mend", "--scale", "full", *args]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
     assert out.returncode == 0, out.stderr[-3000:]
-    assert out.stdout.count("report in") == 1
+    assert len(list((tmp_path / "runs").rglob("report.json"))) == 1
 
 
-WORLD = {"world_subjects": 6, "world_relations": 3, "world_objects": 4, "world_width": 16,
-         "world_base_steps": 150, "world_train": 12, "world_others": 3, "world_rank": 4,
-         "world_batch": 4, "world_steps": 4, "world_eval_every": 2, "world_ft_steps": 3}
+def test_full_builds_its_data(recorded, monkeypatch):
+    assert recorded is not None
+    cfg = FULL.replace(n_train=6, n_choose=2, n_test=2, text_words=20)
+    monkeypatch.setattr(lab.models, "load", lambda *a, **k: (None, recipes.byte_tokenizer()))
+    monkeypatch.setattr(lab.evaluate, "generate",
+                        lambda model, tokenizer, prompts, **k: [" target"] * len(prompts))
+    task = lab.continuations(cfg, None, None)
+    assert recorded.asked == [FULL.source, FULL.locality]
+    assert [len(part) for part in task] == [6, 2, 2, 2]
+    assert schemas.rows(FULL.source) > 70_000 and schemas.rows(FULL.locality) == 10_000
+    assert not {x["edit"] for x in task.train} & {x["edit"][0] for x in task.test}
+    assert FULL.model in schemas.MODELS and FULL.generator in schemas.MODELS
 
 
-def tiny_facts(**changes):
-    return SMALL.replace(**{"tracks": ("world",), "world_seeds": (0, 1), **WORLD, **changes})
+def test_one_seed_and_several(folder, tmp_path):
+    cfg = small_full(folder, seeds=(0, 1), rivals=("FT",))
+    report = launch("mend", cfg, "full", root=tmp_path, progress=False)
+    assert set(report.tables["edits"]["seed"]) == {0, 1} == set(report.tables["curve"]["seed"])
+    stages = {p.stem for p in report.folder.parent.joinpath("stages").iterdir()}
+    assert {"edits-MEND-0", "edits-MEND-1", "edits-FT-0", "edits-FT-1", "curve-MEND-1"} <= stages
 
 
-def test_a_world_has_every_fact_in_two_orders():
-    cfg = tiny_facts()
-    facts = mend.world_facts(cfg)
-    (a, b), n = facts.prompts, 18
-    assert facts.prompts.shape == (2, n, 3) and len(a.unique(dim=0)) == len(b.unique(dim=0)) == n
-    assert torch.equal(a[:, 0], b[:, 2])  # the subject
-    relation = (facts.first - facts.first.min()) // 4
-    for words in (a[:, 1], b[:, 0]):  # each relation has a word of its own in each order
-        assert len(torch.stack((words, relation), 1).unique(dim=0)) == len(words.unique()) == 3
-    assert not set(a[:, 1].tolist()) & set(b[:, 0].tolist())
-    within = facts.answers - facts.first
-    assert within.min() >= 0 and within.max() < 4 and facts.vocabulary == facts.first.max() + 4
-    assert torch.equal(facts.answers, mend.world_facts(cfg).answers)
-    assert not torch.equal(facts.answers, mend.world_facts(cfg, seed=1).answers)
-
-
-def test_edits_of_the_world_are_wrong_and_elsewhere():
-    bench = mend.WorldBench(tiny_facts())
-    edits = bench.sample(torch.arange(12).repeat(30), bench.known, 2, seed=3)
-    fact, target, other = edits[:, 0], edits[:, 1], edits[:, 2:4]
-    assert set(edits[:, :1].flatten().tolist()) == set(bench.known.tolist())
-    assert set(other.flatten().tolist()) == set(bench.known.tolist())
-    assert (other != fact[:, None]).all() and (target != bench.facts.answers[fact]).all()
-    within = target - bench.facts.first[fact]
-    assert within.min() == 0 and within.max() == 3
-    assert not set(bench.test[:, 0].tolist()) & set(bench.known.tolist())
-
-
-def test_measurements_of_the_world_agree_with_the_whole_model():
-    bench = mend.WorldBench(tiny_facts())
-    editor = bench.editor(norm=False, edit_lr=3.0).eval()
-    found = bench.measure(editor.edit_each)
-    for i, (fact, target, *rest) in enumerate(bench.test.tolist()):
-        a, b = bench.facts.prompts[:, fact]
-        with torch.enable_grad():
-            changed = editor.edit(bench.rows(0, *torch.tensor([[fact], [target]])))
-        others = torch.stack([bench.facts.prompts[f, o] for o, f in
-                              zip(rest[:3], rest[3:], strict=True)])
-        whole = changed.materialize()
-        with torch.no_grad():
-            says = [whole(input_ids=x).logits[:, -1].argmax(-1) for x in (a[None], b[None], others)]
-            before = bench.model(input_ids=others).logits[:, -1].argmax(-1)
-        expected = [says[0] == target, says[1] == target, says[2] == before]
-        assert found.loc[i, ["rel", "gen", "loc"]].tolist() == pytest.approx(
-            [float(x.float().mean()) for x in expected])
-    assert found["rel"].mean() > 0  # or the comparison would say little
-
-
-def test_the_world_from_the_command_line(tmp_path):
-    args = ["--tracks", "world", "--root", str(tmp_path), "--world-seeds", "0", "1"]
-    for name, value in WORLD.items():
-        args += [f"--{name.replace('_', '-')}", str(value)]
-    out = subprocess.run([sys.executable, "-m", "adaptlab", "run", "mend", *args], text=True,
-                         capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert out.returncode == 0, out.stderr[-3000:]
-    (path,) = tmp_path.rglob("report.json")
-    claims = [c["text"] for c in json.loads(path.read_text())["claims"]]
-    assert len(claims) == 4 and all(c.startswith("small world") for c in claims)
-    assert len(list(tmp_path.rglob("mend.safetensors"))) == 4  # two seeds, two ablations
-
-
-def test_both_parts_in_one_report(tmp_path):
-    cfg = tiny_world(tmp_path).replace(**WORLD, tracks=("world", "model"), world_seeds=(0,))
-    report = experiment(cfg, start_run("mend", cfg, "full", root=tmp_path / "runs"))
-    assert {"world", "methods", "training"} <= set(report.figures)
-    assert report.tables["world"]["method"].tolist() == [
-        "MEND", "FT 0.001", "FT 0.003", "raw gradient", "untrained MEND"]
-    assert report.tables["world"][["rel", "gen", "loc"]].stack().between(0, 100).all()
-    assert set(report.tables["world ablations"]["method"]) == {"MEND", *cfg.world_ablations}
-    assert len(report.claims) >= 8
-
-
-def test_parts_of_the_task_have_no_country_in_common():
-    tokenizer = models.byte_tokenizer()
-    assert not SMALL.n_test % 2 and tokenizer is not None
+def test_items_of_the_language_task():
     rng = np.random.default_rng(0)
     rows = [{"country": c, "language": lang, "capital": c.upper(), "continent": "x"}
             for c, lang in zip("abcdefgh", "pqrspqrs", strict=True)]
-    item = mend._language_item(rows[0], rows[1], rng, ["p", "q", "r"])
+    item = lab._lesson(rows[0], rows[1], rng, ["p", "q", "r"])
     assert item["edit"][1] == item["rephrase"][1] != " p"
-    probe = mend._language_probe(rows[0], rows[1:5], ["text"], " q")
-    assert len(probe["neighbours"]) == 4 and probe["edit"][0][0] != probe["unseen"][0][0]
+    probe = lab._probe(rows[0], rows[1:5], ["text"], rng, ["p", "q", "r"])
+    assert len(probe["neighbours"]) == 3 and probe["edit"][0][0] != probe["unseen"][0][0]
+    assert probe["edit"][0][1] != " p"
 
 
 def test_module_is_the_one_of_the_catalogue():
-    from adaptlab import catalog
-
     assert catalog.find("mend").module == mend.__name__
