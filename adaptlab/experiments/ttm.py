@@ -33,7 +33,7 @@ from ..modules import device_of, resolve_device
 from ..stats import Estimate
 from ..train import Training, set_seed
 
-# %% ../../nbs/experiments/ttm.ipynb #ca21d3f6
+# %% ../../nbs/experiments/ttm.ipynb #7521d651
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     "Settings of the experiment; series are named as `load_series` takes them."
@@ -67,7 +67,7 @@ class Config(BaseConfig):
     patience: int = bounded(4, low=1)  # epochs without a better error before tuning stops
     split: tuple[float, float, float] = bounded((0.7, 0.1, 0.2), above=0, below=1)  # of the rows
     rows: int | None = None  # use the first rows only
-    stride: int = bounded(11, low=1)  # rows between windows to choose by, and between test windows
+    stride: int = bounded(23, low=1)  # rows between windows to choose by, and between test windows
     fraction: float = bounded(0.05, above=0, high=1)  # few-shot share of the training rows
     seasons: tuple[int, ...] = bounded((24, 168), low=1)  # steps, for those who are told
     penalties: tuple[float, ...] = bounded((1.0, 10.0, 100.0, 1000.0), above=0)  # of ridge
@@ -183,7 +183,13 @@ def load_series(
                                              if c not in known]
     return [_filled(df[[*extra, *wanted]], source)]
 
-# %% ../../nbs/experiments/ttm.ipynb #bee1808a
+# %% ../../nbs/experiments/ttm.ipynb #a1c8dbd0
+@lru_cache(maxsize=8)
+def _table(spec: str) -> pd.DataFrame:
+    "The first series of a source; read once for all seeds."
+    return load_series(spec)[0]
+
+
 def make_bed(
     cfg: Config,  # lengths, split, fraction
     spec: str,  # a series, as `load_series` takes it
@@ -191,19 +197,19 @@ def make_bed(
     known: bool = False,  # with the columns whose future is known
 ) -> Bed:  # windows: few shots, to choose by, to test on
     "Split by time, standardised by the training rows."
-    source, targets, more = parse_series(spec)
-    df = load_series(spec)[0][: cfg.rows]
-    targets = targets or [c for c in df if c not in more]
+    source, asked, more = parse_series(spec)
+    df = _table(spec)[: cfg.rows]
+    targets = asked or [c for c in df if c not in more]
     a, b = (round(len(df) * s) for s in (cfg.split[0], cfg.split[0] + cfg.split[1]))
     scaler, L = ttm.ChannelScaler().fit(df[:a]), cfg.context_length
     cuts = (df[:a], 1), (df[a - L : b], cfg.stride), (df[b - L :], cfg.stride)
     train, choose, test = (
         ttm.WindowDataset(part, targets, more if known else (), L, cfg.prediction_length, stride,
                           scaler, prefix=True) for part, stride in cuts)
-    name = ",".join(targets) if targets != list(df) else os.path.basename(source)
+    name = ",".join(asked) or os.path.basename(source)
     return Bed(model, ttm.few_shot_split(train, cfg.fraction), choose, test, name=name)
 
-# %% ../../nbs/experiments/ttm.ipynb #dba82a7e
+# %% ../../nbs/experiments/ttm.ipynb #5c9fd1b2
 def architecture(
     cfg: Config,  # sizes
 ) -> ttm.TTMConfig:
@@ -216,14 +222,22 @@ def architecture(
 
 
 def corpus(
-    cfg: Config,  # which series
+    specs: tuple[str, ...],  # which series
 ) -> Iterator[tuple[np.ndarray, float]]:  # values, minutes
     "The series to pre-train on. Those that never change teach nothing and are left out."
-    for spec in cfg.corpus:
+    for spec in specs:
         for frame in load_series(spec):
             values, step = frame.iloc[:, 0].to_numpy(), ttm.time_step(frame.index)
             if np.ptp(values) > 1e-9 * np.abs(values).max():
                 yield values, step.total_seconds() / 60
+
+
+@lru_cache(maxsize=1)
+def _corpus_windows(specs: tuple, context: int, horizon: int, factors: tuple, prefix: bool
+                    ) -> ttm.Windows:
+    "All windows to pre-train on; kept for the next seed."
+    return ttm.pretraining_windows(corpus(specs), context, horizon, ttm.ResolutionSampler(factors),
+                                   prefix)
 
 
 def pretrained(
@@ -242,8 +256,8 @@ def pretrained(
     model = ttm.TTMForPrediction(architecture(cfg))
 
     def train() -> dict[str, Tensor]:
-        windows = ttm.pretraining_windows(corpus(cfg), cfg.context_length, cfg.prediction_length,
-                                          ttm.ResolutionSampler(cfg.factors), cfg.prefix)
+        windows = _corpus_windows(cfg.corpus, cfg.context_length, cfg.prediction_length,
+                                  cfg.factors, cfg.prefix)
         how, long = cfg.pretraining, (cfg.pretraining.steps or 0) > 1000
         steps = how.steps or math.ceil(how.epochs * len(windows) / (how.batch_size or 32))
         ttm.pretrain(model, windows, steps, how.batch_size or 32, how.lr, clip=how.clip,
