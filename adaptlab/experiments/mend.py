@@ -31,7 +31,7 @@ from ..editing.mend import (
 from ..text import causal_lm_collate
 from ..train import Callback, KeepBest, Training
 
-# %% ../../nbs/experiments/mend.ipynb #4874aded
+# %% ../../nbs/experiments/mend.ipynb #6fa2e618
 ABLATIONS = {"no normalisation": {"norm": False},
              "no identity": {"init": "xavier"},
              "only u": {"mode": "x_only"}, "only delta": {"mode": "delta_only"},
@@ -65,7 +65,7 @@ class Config(BaseConfig):
     c_edit: float = bounded(0.2, above=0)  # weight of the edit loss
     training: Training = Training(steps=30, batch_size=10, lr=2e-3, schedule="cosine", clip=100.0)
     lr_lr: float = bounded(2e-5, above=0)  # of the step sizes
-    look_every: int = bounded(10, low=1)  # steps between looks at the held-out loss
+    look_every: int = bounded(15, low=1)  # steps between looks at the held-out loss
     patience: int | None = 1  # looks without a new best that end the training; None: all steps
     checkpoint_every: int | None = None  # steps; None: no checkpoints
     rivals: tuple[str, ...] = ("FT",)  # kinds of fine-tuning: FT, FT+KL
@@ -233,7 +233,7 @@ def _texts(cfg: Config, n: int) -> list[str]:
     long = (" ".join(w[: cfg.text_words]) for w in words if len(w) >= cfg.text_words)
     return [text for text, _ in zip(long, range(n), strict=False)]
 
-# %% ../../nbs/experiments/mend.ipynb #059cd125
+# %% ../../nbs/experiments/mend.ipynb #dd311336
 def _lesson(row: dict, other: dict, rng: np.random.Generator, said: list[str]) -> Item:
     "An edit to learn from, in any known wording; what must stay is any other fact."
     target = " " + rng.choice([x for x in said if x != row["language"]])
@@ -284,7 +284,7 @@ def languages(
     probes = [_probe(row, train, texts, rng, said) for row in test]
     return Task(lessons(train, steps * (cfg.training.batch_size or 32)),
                 lessons(choose, cfg.n_choose),
-                [_probe(row, train, texts, own, said) for row in 2 * choose], probes)
+                [_probe(row, train, texts, own, said) for row in choose], probes)
 
 # %% ../../nbs/experiments/mend.ipynb #29133864
 def continuations(
