@@ -6,12 +6,12 @@
 __all__ = ['Method', 'Mode', 'Covariance', 'damped', 'context_svd', 'output_directions', 'truncate', 'starting_factors',
            'CordaAdapter', 'corda_adapter', 'collect_covariance', 'CorDAConfig', 'get_corda_model', 'corda_to_lora']
 
-# %% ../../nbs/lowrank/04_corda.ipynb #550f1aec
+# %% ../../nbs/lowrank/04_corda.ipynb #b55d8c77
 import inspect
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -473,7 +473,7 @@ def _useful(mask: Tensor | None) -> Tensor | None:
     mask = None if mask is None or mask.dim() != 2 else mask.bool()
     return None if mask is None or mask.all() else mask
 
-# %% ../../nbs/lowrank/04_corda.ipynb #f4a17b03
+# %% ../../nbs/lowrank/04_corda.ipynb #1d2ca671
 class _Collector:
     "Adds the input of every hooked layer to a covariance; layers fed by one tensor share theirs."
 
@@ -483,10 +483,13 @@ class _Collector:
         self.groups: list[tuple[set[str], Covariance]] = []
         self.pending: tuple[Tensor, int, set[str], _Moments] | None = None
         self.unmasked: set[str] = set()  # layers whose inputs are no tokens of the mask
+        self.calls: dict[str, int] = {}  # of each layer in this batch
+        self.once: bool | None = None  # whether every layer ran once in the first batch
 
     def see(self, name: str, args: tuple, kwargs: dict) -> None:
         "The hook: note who shares an input; count it once the next input comes."
         x = args[0] if args else next(iter(kwargs.values()))
+        self.calls[name] = self.calls.get(name, 0) + 1
         if self.pending is not None:
             seen, version, names, _ = self.pending
             if x is seen and x._version == version and name not in names:
@@ -519,12 +522,18 @@ class _Collector:
             if group <= names:
                 covariance._plus(fresh)
 
-# %% ../../nbs/lowrank/04_corda.ipynb #bc278b57
+# %% ../../nbs/lowrank/04_corda.ipynb #f90249a1
+class _Done(Exception):
+    "Every layer has been seen: leave the forward pass."
+
+
 @contextmanager
 def _observed(model: nn.Module, collector: _Collector) -> Iterator[None]:
     "The model in eval mode, without gradients, with hooks on its layers; all undone afterwards."
     def see(name, module, args, kwargs):
         collector.see(name, args, kwargs)
+        if collector.once and len(collector.calls) == len(collector.layers):
+            raise _Done
 
     def enter(takes, module, args, kwargs):
         collector.frames.append(collector.frames[-1].enter(takes, args, kwargs))
@@ -548,7 +557,7 @@ def _observed(model: nn.Module, collector: _Collector) -> Iterator[None]:
         model.eval()
         yield
 
-# %% ../../nbs/lowrank/04_corda.ipynb #60981d1d
+# %% ../../nbs/lowrank/04_corda.ipynb #18d7d6e9
 def _forward(model: nn.Module, batch: Any, collector: _Collector) -> None:
     "Run one batch: keyword arguments for a mapping, else its (first) tensor."
     first = batch
@@ -563,7 +572,12 @@ def _forward(model: nn.Module, batch: Any, collector: _Collector) -> None:
         raise TypeError(f"a calibration batch is {type(batch).__name__}: give a tensor, a tuple "
                         "that starts with one, or a dict of the model's arguments")
     collector.frames = [_Frame(len(first) if first.dim() > 1 else 1)]
-    modules.call(_body(model, collector.layers.values(), batch), batch)
+    collector.calls = {}
+    with suppress(_Done):
+        modules.call(_body(model, collector.layers.values(), batch), batch)
+    if collector.once is None:
+        counts = collector.calls.values()
+        collector.once = len(counts) == len(collector.layers) and set(counts) == {1}
     collector.flush()
 
 

@@ -260,6 +260,26 @@ def test_collection_leaves_no_trace_even_when_it_fails():
     assert torch.is_grad_enabled() and model[0].weight.requires_grad
 
 
+def test_blocks_behind_the_last_layer_run_in_the_first_batch_only():
+    model, ran = llama(layers=3, tie=False), []
+    for i, block in enumerate(model.model.layers):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    found = collect_covariance(model, token_batches(3), ["layers.1.mlp.up_proj"])
+    assert ran == [0, 1, 2, 0, 0]  # the last layer stands in block 1, which does not end
+    everywhere = collect_covariance(model, token_batches(3))
+    for name, one in found.items():
+        torch.testing.assert_close(one.matrix, everywhere[name].matrix)
+        assert one.tokens == 3 * 48
+
+
+def test_a_layer_that_runs_twice_is_never_cut_short():
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    batches = [torch.randn(10, 4) for _ in range(3)]
+    found = collect_covariance(model, batches)["0"]
+    assert found.tokens == 60
+
+
 def test_several_passes_give_the_same_model():
     starts = []
     for budget in (None, 2e-5):
