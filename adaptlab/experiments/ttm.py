@@ -209,10 +209,10 @@ def make_bed(
     name = ",".join(asked) or os.path.basename(source)
     return Bed(model, ttm.few_shot_split(train, cfg.fraction), choose, test, name=name)
 
-# %% ../../nbs/experiments/ttm.ipynb #5c9fd1b2
+# %% ../../nbs/experiments/ttm.ipynb #e19840aa
 def architecture(
     cfg: Config,  # sizes
-) -> ttm.TTMConfig:
+) -> ttm.TTMConfig:  # sizes of the model
     "The model to pre-train."
     same = ("context_length", "prediction_length", "patch_length", "d_model", "decoder_d_model",
             "num_layers", "decoder_num_layers", "dropout")
@@ -269,9 +269,11 @@ def pretrained(
     model.load_state_dict(run.stage(f"pretrain-{name.replace(' ', '-')}-{seed}", train))
     return model.eval().to(device)
 
-# %% ../../nbs/experiments/ttm.ipynb #2522060d
+# %% ../../nbs/experiments/ttm.ipynb #36fc7ca8
 def seasonal_naive(
-    model: Any, bed: Bed, seed: int,  # as `compare.sweep` calls
+    model: Any,  # not used
+    bed: Bed,  # windows
+    seed: int,  # not used
     period: int,  # steps of a season
 ) -> Callable:  # a forecaster
     "Repeat the last season. Raises `ValueError` if the context is shorter."
@@ -282,7 +284,9 @@ def seasonal_naive(
 
 
 def ridge(
-    model: Any, bed: Bed, seed: int,  # as `compare.sweep` calls
+    model: Any,  # not used
+    bed: Bed,  # windows
+    seed: int,  # not used
     penalty: float,  # of the squared weights
 ) -> Callable:  # a forecaster
     "One linear map from a standardised window to the standardised future, shared by channels."
@@ -304,7 +308,9 @@ def ridge(
 
 
 def smoothing(
-    model: Any, bed: Bed, seed: int,  # as `compare.sweep` calls
+    model: Any,  # not used
+    bed: Bed,  # windows
+    seed: int,  # not used
     period: int,  # steps of a season
 ) -> Callable:  # a forecaster
     "Exponential smoothing with an additive season. `ValueError` if it does not fit in twice."
@@ -327,7 +333,7 @@ def smoothing(
 
     return forecast
 
-# %% ../../nbs/experiments/ttm.ipynb #f755068c
+# %% ../../nbs/experiments/ttm.ipynb #3aa11048
 def _tune(model: nn.Module, bed: Bed, seed: int, cfg: Config, lr: float) -> nn.Module:
     "Fine-tune with what every trained method gets."
     how = cfg.tuning
@@ -340,7 +346,10 @@ def _tune(model: nn.Module, bed: Bed, seed: int, cfg: Config, lr: float) -> nn.M
 
 
 def few_shots(
-    model: nn.Module, bed: Bed, seed: int, lr: float,  # as `compare.sweep` calls
+    model: nn.Module,  # pre-trained; left as it is
+    bed: Bed,  # windows
+    seed: int,  # of new weights and of the order
+    lr: float,  # peak
     cfg: Config,  # settings
     scratch: bool = False,  # random weights, all of which are trained
     known: int = 0,  # number of columns whose future is known

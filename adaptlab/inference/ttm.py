@@ -578,7 +578,7 @@ class TTMForPrediction(nn.Module):
         "Save in the layout of the released checkpoints: see `save_pretrained`."
         return save_pretrained(self, folder)
 
-# %% ../../nbs/inference/02_ttm.ipynb #17a364c3
+# %% ../../nbs/inference/02_ttm.ipynb #5657ee98
 _TOKENS = {1: 1, 2: 2, 5: 3, 10: 4, 15: 5, 30: 6, 60: 7, 1440: 8, 10080: 9}  # minutes: token
 _UNITS = {"ns": 0, "us": 0, "ms": 0, "s": 1 / 60, "min": 1, "t": 1, "h": 60, "d": 1440, "w": 10080}
 _CALENDAR = re.compile(r"\d*(B|C|(B|S|CB)?[MQYA][ES]?)(-[A-Z]{3})?")  # of no fixed length
@@ -629,7 +629,7 @@ class ResolutionSampler:
     ) -> list[tuple[np.ndarray, float]]:  # series and resolution, one per factor
         "Average whole blocks; what does not fill the last block is dropped."
         values = np.asarray(values, np.float32)
-        return [(values[: len(values) // k * k].reshape(-1, k).mean(1), float(minutes) * k)
+        return [(values[: len(values) // k * k].reshape(-1, k).mean(1), _minutes(minutes) * k)
                 for k in self.factors]
 
 # %% ../../nbs/inference/02_ttm.ipynb #fd731270
@@ -966,7 +966,7 @@ def reconfigure(
     first = next(model.parameters())
     return new.to(first.device, first.dtype).train(model.training)
 
-# %% ../../nbs/inference/02_ttm.ipynb #e2fa9e3e
+# %% ../../nbs/inference/02_ttm.ipynb #83dddfd0
 def save_pretrained(
     model: TTMForPrediction,  # what to save
     folder: str | Path,  # made if missing; gets config.json and model.safetensors
@@ -985,7 +985,7 @@ def save_pretrained(
     atomic_write_text(folder / "config.json", json.dumps(stored, indent=1))
     return folder
 
-
+# %% ../../nbs/inference/02_ttm.ipynb #231a1db7
 def from_pretrained(
     name: str | Path,  # hub id, such as "ibm-granite/granite-timeseries-ttm-r2", or a folder
     *,

@@ -499,7 +499,7 @@ gap = days().assign(y=lambda f: f["y"].where(f.index != f.index[7]))
         (lambda: windows_of(days().drop(days().index[9])), "resolution"),
         (lambda: windows_of(gap), "NaN"),
         (lambda: windows_of(days(20)), "no window"),
-        (lambda: windows_of(days().assign(y=pd.array([1, None] * 200, dtype="Int64"))), "'y' .*NaN"),
+        (lambda: windows_of(days().assign(y=pd.array([1, None] * 200, "Int64"))), "'y' .*NaN"),
         (lambda: WindowDataset(days().assign(w="sun"), ["y"], ["w"], 48, 12), "'w'.*not numbers"),
         (lambda: ChannelScaler().fit(days().assign(w="sun")), "column 'w'.*not numbers"),
         (lambda: ChannelScaler().fit(days()[["y"]]).transform(days()), "known.*were not fitted"),
@@ -733,7 +733,8 @@ def test_rows_are_put_in_order_before_gaps_are_filled(tmp_path):
     pd.DataFrame({"date": t[[0, 3, 1, 2, 4, 5]], "y": [0, 3, None, 2, 4, 5]}).to_csv(
         tmp_path / "a.csv", index=False)
     found = load_series(str(tmp_path / "a.csv"))[0]
-    assert found["y"].tolist() == [0, 1, 2, 3, 4, 5] and time_step(found.index) == timedelta(hours=1)
+    assert found["y"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert time_step(found.index) == timedelta(hours=1)
     late = t[[0, 1, 3, 3]]  # by time, not by place: and a time that occurs twice
     pd.DataFrame({"date": late, "y": range(4)}).to_csv(tmp_path / "b.csv", index=False)
     with pytest.raises(ValueError, match="twice"):
