@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .. import adapters, models, modules, processes
 from ..cache import atomic_path
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #81d85aa4
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #1fde7f24
 _PARTS = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
@@ -69,7 +69,7 @@ def _check_layer(i: int, layer: nn.Module) -> None:
         raise ValueError(f"layer {i}: {q} query rows, {k} key rows, head_dim {head}: query heads "
                          "must be a multiple of key/value heads, both of the width head_dim")
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #6506504b
+
 def decoder_layers(
     model: nn.Module,  # a Llama-like causal language model
 ) -> list[nn.Module]:  # its decoder layers, N of them, checked
@@ -341,7 +341,7 @@ def planned_shape(
     neurons = min(current.neurons, _floor(initial.neurons, s))
     return LayerShape(max(1, current.kv_groups - due), max(1, neurons))
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #99c6e9f0
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #8f534c84
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "granite", "smollm3")
 
 
@@ -376,7 +376,7 @@ class _RaggedModel:
             _resize_layer(layer, *sizes)
         self.post_init()
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #027412fe
+
 def _family(model: nn.Module) -> str:
     "The model type, or `ValueError` if it is none of `FAMILIES`."
     kind = str(getattr(getattr(model, "config", None), "model_type", None))
@@ -650,7 +650,7 @@ class AdaptPruner:
             sync_config(self.model)
         return PruneReport(before, _count(self.model), layer_shapes(self.model), kept, history)
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #0ff13f69
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #044ccd3a
 def _look(p: AdaptPruner, draw: Callable | None, step: int) -> _Seen:
     "Scores of this step; without data (none is needed) only those that weights give."
     score = CRITERIA.get(p.criterion, p.criterion)
@@ -664,7 +664,7 @@ def _look(p: AdaptPruner, draw: Callable | None, step: int) -> _Seen:
         neurons = [_neuron_scores(layer.mlp, score) for layer in layers]
     return _Seen(torch.zeros(len(layers)), math.nan, groups, neurons)
 
-
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #cdc1b6bc
 def _advance(p: AdaptPruner, s: Tensor, imp_hat: Tensor) -> Tensor:
     "The next sparsity; the last step is shortened to land at the target."
     step, free, increment = torch.zeros_like(s), p.free, p.channel_sparsity / p.steps
@@ -764,7 +764,7 @@ class WSDSchedule(torch.optim.lr_scheduler.LRScheduler):
         done = max(0.0, (step - begin) / max(1, self.total_steps - begin))
         return [max(lr - (lr - self.min_lr) * done, self.min_lr) for lr in self.base_lrs]
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #184e1205
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #ba5cb614
 class Stage(NamedTuple):
     "What a stage's training needs to know."
 
@@ -794,7 +794,7 @@ def _own_copies(model: nn.Module) -> None:
                     copies[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
                 module._parameters[name] = copies[id(p)]
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #6994f9ff
+
 def adapt_accel(
     model: nn.Module,  # Llama-like model; pruned and trained in place
     target_params: int,  # parameters at the end

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'ARMS', 'PRUNE_CASES', 'experiment', 'FULL', 'Config', 'Texts', 'calibration_draws', 'prune_bed', 'prune_arm',
-           'to_messages', 'accel_bed', 'train_stage', 'accel_arm', 'choice_items']
+           'to_messages', 'accel_bed', 'train_stage', 'accel_arm']
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #14c47cb3
+# %% ../../nbs/experiments/adapt_pruner.ipynb #0222f739
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,8 +19,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .. import adapters, data, evaluate, models, modules, processes, recipes, stats, text
-from ..bench import cost, plots
+from .. import adapters, data, evaluate, models, modules, processes, recipes, text
+from ..bench import plots
 from ..bench.compare import Method, Versus, differences, grid, sweep, versus
 from ..bench.report import Report
 from ..bench.runs import BaseConfig, Run, bounded, tracks
@@ -154,19 +154,7 @@ def _pruned(model: nn.Module, bed: Bed) -> list[dict[str, Any]]:
     return [{"nats": x, "params": size} for x in _losses(model, bed.test)] + [
         {"item": i, "layer": i, **x._asdict()} for i, x in enumerate(shapes)]
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #f6db214e
-def _speed(cfg: Config, bed: Bed) -> dict[str, float]:
-    "How many times as fast a forward pass of the smaller model is."
-    ids = bed.test[:1].to(modules.device_of(bed.model))
-    with bed.fresh() as small:  # its widths count, not which channels are left
-        AdaptPruner(small, _target(small, cfg.remove), steps=1, amplitude=0.0,
-                    criterion="random").run()
-        with torch.inference_mode():
-            found = cost.speedup(lambda: bed.model(ids, use_cache=False),
-                                 lambda: small(ids, use_cache=False), repeats=3)
-    return {"value": found.value, "low": found.low, "high": found.high}
-
-# %% ../../nbs/experiments/adapt_pruner.ipynb #6443dad1
+# %% ../../nbs/experiments/adapt_pruner.ipynb #d87abc81
 PRUNE_CASES = [
     Versus("pruning by measured layers beats the same from every layer at equal size", "adaptive",
            "uniform", "nats", "+1 to +7 points of accuracy over LLM-Pruner, FLAP and SliceGPT",
@@ -189,14 +177,12 @@ def _plot_prune(table: pd.DataFrame, cases: Sequence[Versus]) -> Any:
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=(1.3, 1),
                                       layout="constrained")
-    shapes = table.dropna(subset="layer")
-    whole = shapes[shapes.method == "dense"].set_index("layer").neurons
+    widths = table.pivot_table(index="layer", columns="method", values="neurons")
     styles = {"adaptive": ("blue", "-"), "uniform": ("orange", "--"), "ends spared": ("green", ":")}
     for method, (color, dash) in styles.items():
-        part = shapes[shapes.method == method].set_index("layer").neurons
-        if len(part):
-            left.stairs(100 * part / whole, np.arange(len(part) + 1) - 0.5, baseline=None,
-                        label=method, color=plots.COLORS[color], ls=dash, lw=1.8)
+        if method in widths:
+            left.stairs(100 * widths[method] / widths["dense"], np.arange(len(widths) + 1) - 0.5,
+                        baseline=None, label=method, color=plots.COLORS[color], ls=dash, lw=1.8)
     left.set(xlabel="decoder layer", ylabel="MLP neurons kept (%)", ylim=(None, 103),
              title="Where a fifth of the decoder goes")
     left.legend(loc="center", bbox_to_anchor=(0.5, 0.62))
@@ -223,10 +209,6 @@ def _prune(cfg: Config, run: Run, report: Report) -> None:
     report.table("prune", table)
     cases = [c for c in PRUNE_CASES if {c.method, c.rival} <= set(cfg.arms)]
     versus(report, table, cases, unit="nats per token", by="item", lower=True)
-    found = run.stage("speed", lambda: _speed(cfg, bed(0)))
-    report.claim("the pruned model runs faster, without special kernels", above=1, unit="times",
-                 measured=stats.Estimate(**found, n=3), paper="no figure",
-                 why="the timing is too noisy here")
     report.figure("main", _plot_prune(table, cases), "Left: MLP neurons that each layer keeps. "
                   "Right: paired differences of the loss at equal size, with 95 % intervals.")
 
@@ -380,34 +362,21 @@ def _keep_stage(model: nn.Module, home: Any, number: int) -> None:
         if old.name != f"stage-{number:03d}":
             shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #e3ffa0d2
-def choice_items(
-    rows: Iterable[Mapping[str, Any]],  # question, choices, answer (a number), subject
-    shots: Mapping[str, Sequence[Mapping[str, Any]]],  # subject -> solved examples
-) -> list[dict[str, Any]]:  # context, choices, answer: what `evaluate.multiple_choice` takes
-    "Questions in the usual form of MMLU: lettered choices, and the letter is the answer."
-
-    def ask(row: Mapping[str, Any]) -> str:
-        options = "".join(f"\n{a}. {b}" for a, b in zip("ABCDEFGH", row["choices"], strict=False))
-        return f"{row['question'].strip()}{options}\nAnswer:"
-
-    items = []
-    for row in rows:
-        solved = (f"{ask(s)} {'ABCDEFGH'[s['answer']]}\n\n" for s in shots.get(row["subject"], ()))
-        letters = [f" {x}" for x in "ABCDEFGH"[: len(row["choices"])]]
-        items.append(
-            {"context": "".join(solved) + ask(row), "choices": letters, "answer": row["answer"]})
-    return items
-
-
+# %% ../../nbs/experiments/adapt_pruner.ipynb #f9dba816
 def _mmlu(model: nn.Module, tokenizer: Any, source: str) -> float:
-    "Five-shot accuracy in percent."
-    shots: dict[str, list] = {}
+    "Percent right with five solved questions of the same subject before each; letters answer."
+    def ask(row: Mapping[str, Any], solved: bool = False) -> str:
+        options = "".join(f"\n{a}. {b}" for a, b in zip("ABCDEFGH", row["choices"], strict=False))
+        answer = f" {'ABCDEFGH'[row['answer']]}\n\n" if solved else ""
+        return f"{row['question'].strip()}{options}\nAnswer:{answer}"
+
+    shots: dict[str, str] = {}
     columns = ["question", "choices", "answer", "subject"]
-    for row in data.load(f"{source}#dev", columns):
-        shots.setdefault(row["subject"], []).append(row)
-    items = choice_items(data.load(f"{source}#test", columns),
-                         {k: v[:5] for k, v in shots.items()})
+    for row in data.load(f"{source}#dev", columns):  # five per subject
+        shots[row["subject"]] = shots.get(row["subject"], "") + ask(row, solved=True)
+    items = [{"context": shots.get(row["subject"], "") + ask(row), "answer": row["answer"],
+              "choices": [f" {x}" for x in "ABCDEFGH"[: len(row["choices"])]]}
+             for row in data.load(f"{source}#test", columns)]
     return 100 * evaluate.multiple_choice(model, tokenizer, items).value
 
 
@@ -417,7 +386,7 @@ def _shrunk(model: nn.Module, bed: Bed, cfg: Config) -> dict[str, float]:
              "params": adapters.count_parameters(model)[1]}
     return found | ({"mmlu": _mmlu(model, bed.tokenizer, cfg.mmlu)} if cfg.mmlu else {})
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #ade2ad27
+# %% ../../nbs/experiments/adapt_pruner.ipynb #01d3a195
 def _accel(cfg: Config, run: Run, report: Report) -> None:
     "Equal data, steps, curve and final size; training before, between and after the cuts."
     plots.use_style()
@@ -438,9 +407,10 @@ def _accel(cfg: Config, run: Run, report: Report) -> None:
     gaps = {f"{name} over one-shot": differences(table, "one-shot", name, "nats")
             for name in arms if name != "one-shot" and "one-shot" in arms}
     if gaps:
-        report.figure("accel", plots.differences(
-            gaps, unit="nats per token gained", fmt="+.3f").figure,
-            "Held-out loss against pruning at once, after equal training; intervals over seeds.")
+        ax = plots.differences(gaps, unit="nats per token gained", fmt="+.3f")
+        ax.locator_params(axis="x", nbins=4)
+        report.figure("accel", ax.figure, "Held-out loss against pruning at once, after equal "
+                      "training; intervals over seeds.")
 
 
 experiment = tracks(prune=_prune, accel=_accel)

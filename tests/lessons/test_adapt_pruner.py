@@ -52,7 +52,6 @@ from adaptlab.experiments.adapt_pruner import (
     SMALL,
     accel_bed,
     calibration_draws,
-    choice_items,
     experiment,
     prune_arm,
     to_messages,
@@ -582,14 +581,11 @@ def test_wsd_against_its_formula():
         assert math.isclose(optimizer.param_groups[0]["lr"], expected, abs_tol=1e-12), step
 
 
-def test_draws_and_choices():
+def test_draws_are_fresh_and_repeatable():
     pool = torch.arange(30)[:, None].expand(30, 4)
     one = calibration_draws(pool, 5, seed=1)
     assert torch.equal(one(3), one(3)) and len(one(1).unique()) == 5
     assert not torch.equal(one(3), calibration_draws(pool, 5, seed=2)(3))
-    row = {"question": "Q", "choices": ["x", "y", "z"], "answer": 2, "subject": "s"}
-    item = choice_items([row], {"s": [row] * 5})[0]
-    assert item["context"].count("Answer: C") == 5 and item["choices"] == [" A", " B", " C"]
 
 
 # ------------------------------------------------------------------ the experiment
@@ -712,6 +708,10 @@ def tiny_world(folder):
 def test_full_scale_path_with_tiny_models(tmp_path, monkeypatch):
     cfg = tiny_world(tmp_path).replace(mmlu="cais/mmlu@all")
     questions = [{"question": "2+1?", "choices": ["2", "3"], "answer": 1, "subject": "s"}] * 4
+    asked = []
+    plain = told.evaluate.multiple_choice
+    monkeypatch.setattr(told.evaluate, "multiple_choice", lambda m, t, items: (
+        asked.extend(items), plain(m, t, items))[1])
     load = told.data.load
     monkeypatch.setattr(told.data, "load", lambda source, *a, **k: (
         questions if str(source).startswith("cais/") else load(source, *a, **k)))
@@ -724,6 +724,8 @@ def test_full_scale_path_with_tiny_models(tmp_path, monkeypatch):
     frame = report.tables["accel"]
     assert list(frame.method) == ["before", "one-shot", "3 stages"]
     assert frame.mmlu.between(0, 100).all()
+    assert asked[0]["context"].count("Answer: B\n\n") == 4 and asked[0]["choices"] == [" A", " B"]
+    assert asked[0]["context"].endswith("2+1?\nA. 2\nB. 3\nAnswer:")
     qwen = models.load(cfg.accel_model, device="cpu").model
     assert (frame.params[1:] <= 0.7 * count_parameters(qwen)).all()
     saved = load_pruned(run.path("models", "3_stages-0-2e-05", "stage-003"), device="cpu")
