@@ -103,7 +103,7 @@ def gradient_factors(
         _check_rows(seen, found, losses)
     return found
 
-# %% ../../nbs/editing/01_mend.ipynb #ed406b02
+# %% ../../nbs/editing/01_mend.ipynb #049d7b15
 def _output_gradients(losses: Tensor, calls: Sequence[_Call], keep: bool) -> list[Tensor]:
     "The gradient of the summed losses by each recorded output."
     found = torch.autograd.grad(losses.sum(), [c.out for c in calls], allow_unused=True,
@@ -126,7 +126,7 @@ def _by_edit(name: str, x: Tensor, edits: int) -> Tensor:
         raise _apart(name, x.shape, edits)
     return x.reshape(edits, tokens // edits, x.shape[-1])
 
-
+# %% ../../nbs/editing/01_mend.ipynb #40784019
 def _strange(x: Tensor, edits: int) -> bool:
     "Whether the first axis of a layer's input is not surely the one of the edits."
     return edits > 1 and (x.ndim < 3 or x.shape[0] != edits or x.shape[1] == edits)
@@ -323,7 +323,7 @@ def _bare(name: str) -> str:
     "A layer's name, from its own or its weight's."
     return name.removesuffix(".weight")
 
-# %% ../../nbs/editing/01_mend.ipynb #d102660f
+# %% ../../nbs/editing/01_mend.ipynb #1d3f307d
 class EditedModel:
     """A model with edits, as a view: the model itself stays as it is.
 
@@ -345,9 +345,8 @@ class EditedModel:
     def __enter__(self) -> "EditedModel":
         stack = ExitStack()
         for name, factors in self.changes.items():
-            handle = self.layers[name].register_forward_hook(partial(_changed, factors),
-                                                             with_kwargs=True)
-            stack.callback(handle.remove)
+            hook, layer = partial(_changed, factors), self.layers[name]
+            stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
         self._open.append(stack)
         return self
 
@@ -387,10 +386,7 @@ class EditedModel:
         self,
         name: str,  # of an edited layer, or of its weight
     ) -> Tensor:  # in the weight's own layout, float32
-        """Edited minus original weight.
-
-        Raises `ValueError` for a layer that is not edited, and for several separate edits.
-        """
+        "Edited minus original weight. `ValueError` for other layers, and several separate edits."
         if len(self) != 1:
             raise ValueError(f"there are {len(self)} separate edits here: take one, edited[0]")
         if _bare(name) not in self.changes:
@@ -796,7 +792,7 @@ class MENDTrainer:
                     "collate_fn": self.collate_fn, "optimizer": torch.optim.Adam(groups)}
         return fit(self.editor, self.dataset, self.loss, **settings | options)
 
-# %% ../../nbs/editing/01_mend.ipynb #ccb7a78c
+# %% ../../nbs/editing/01_mend.ipynb #5fec7247
 def edit_collate(
     tokenizer: Any,  # of the model
     max_length: int | None = None,  # tokens kept per text
@@ -823,7 +819,7 @@ def edit_collate(
 
     return batch
 
-
+# %% ../../nbs/editing/01_mend.ipynb #29c3eaf2
 def _save(editor: MEND, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / "mend.safetensors") as path:

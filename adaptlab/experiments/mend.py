@@ -31,7 +31,7 @@ from ..editing.mend import (
 from ..text import causal_lm_collate
 from ..train import Callback, KeepBest, Training
 
-# %% ../../nbs/experiments/mend.ipynb #6fa2e618
+# %% ../../nbs/experiments/mend.ipynb #ee133687
 ABLATIONS = {"no normalisation": {"norm": False},
              "no identity": {"init": "xavier"},
              "only u": {"mode": "x_only"}, "only delta": {"mode": "delta_only"},
@@ -63,7 +63,8 @@ class Config(BaseConfig):
     rank: int = bounded(64, low=1)  # of the editor networks
     edit_lr: float = bounded(2e-4, above=0)  # step sizes at the start
     c_edit: float = bounded(0.2, above=0)  # weight of the edit loss
-    training: Training = Training(steps=30, batch_size=10, lr=2e-3, schedule="cosine", clip=100.0)
+    training: Training = Training(  # of the editor
+        steps=30, batch_size=10, lr=2e-3, schedule="cosine", clip=100.0)
     lr_lr: float = bounded(2e-5, above=0)  # of the step sizes
     look_every: int = bounded(15, low=1)  # steps between looks at the held-out loss
     patience: int | None = 1  # looks without a new best that end the training; None: all steps
@@ -233,7 +234,7 @@ def _texts(cfg: Config, n: int) -> list[str]:
     long = (" ".join(w[: cfg.text_words]) for w in words if len(w) >= cfg.text_words)
     return [text for text, _ in zip(long, range(n), strict=False)]
 
-# %% ../../nbs/experiments/mend.ipynb #dd311336
+# %% ../../nbs/experiments/mend.ipynb #9bcd5bf2
 def _lesson(row: dict, other: dict, rng: np.random.Generator, said: list[str]) -> Item:
     "An edit to learn from, in any known wording; what must stay is any other fact."
     target = " " + rng.choice([x for x in said if x != row["language"]])
@@ -256,7 +257,7 @@ def _probe(row: dict, pool: list[dict], texts: list[str], rng: np.random.Generat
             "subject": [(FORMS["subject"].format(row["country"]), " " + row["language"])],
             "text": texts}
 
-
+# %% ../../nbs/experiments/mend.ipynb #a17bc3c7
 def languages(
     cfg: Config,  # settings
     tail: Tail,  # of the model that is edited
@@ -371,7 +372,7 @@ def _tuples(item: Any) -> Any:
         return tuple(item) if pair else [_tuples(x) for x in item]
     return item
 
-# %% ../../nbs/experiments/mend.ipynb #ed71b218
+# %% ../../nbs/experiments/mend.ipynb #d89feb1d
 Edits = Callable[[Sequence[Item]], Iterator[tuple[AbstractContextManager, int]]]
 
 
@@ -387,7 +388,7 @@ def _before(bed: EditBed, pairs: list) -> None:
                     (batch["labels"] != -100).sum(1).tolist(), strict=True)
         bed.said |= {p: (said[:k], loss) for p, (said, loss, k) in zip(part, found, strict=True)}
 
-
+# %% ../../nbs/experiments/mend.ipynb #c2391188
 @torch.no_grad()
 def _asked(bed: EditBed, items: Sequence[Item], edit: AbstractContextManager) -> list[dict]:
     "Each item's questions under the edit: percent said as it should be; change of a text's loss."
@@ -408,7 +409,7 @@ def _asked(bed: EditBed, items: Sequence[Item], edit: AbstractContextManager) ->
             row.setdefault(part, []).append(found)
     return [{part: float(np.mean(values)) for part, values in row.items()} for row in rows]
 
-
+# %% ../../nbs/experiments/mend.ipynb #d6acdeb6
 def measure(
     edits: Edits,  # how the model is edited
     bed: EditBed,  # the model
@@ -427,18 +428,21 @@ def measure(
     return rows
 
 
-def chosen_by(edits: Edits, bed: EditBed) -> float:
+def chosen_by(
+    edits: Edits,  # how the model is edited
+    bed: EditBed,  # the model
+) -> float:  # percent
     "The score on the items to choose on."
     return float(np.mean([row["score"] for row in measure(edits, bed, bed.choose)]))
 
-# %% ../../nbs/experiments/mend.ipynb #982ec1a3
+# %% ../../nbs/experiments/mend.ipynb #55762c3f
 @contextmanager
 def fine_tuned(
     bed: EditBed,  # the model; its weights are put back at the end
     pair: tuple[str, str],  # prompt and target
     lr: float,  # of Adam
     leash: Sequence = (),  # (prompt, answer) pairs whose answers must stay
-) -> Iterator[None]:
+) -> Iterator[None]:  # a context
     "Inside, the model is fine-tuned on one edit, until it says it (the paper's FT, or FT+KL)."
     weights = [m.weight for m in select_layers(bed.model, bed.cfg.parameters).values()]
     start = [w.detach().clone() for w in weights]
@@ -468,7 +472,7 @@ def fine_tuned(
                 w.requires_grad_(False).copy_(old)
                 w.grad = None
 
-
+# %% ../../nbs/experiments/mend.ipynb #15ab9bed
 def _tune(model: nn.Module, bed: EditBed, seed: int, lr: float, *, leashed: bool) -> Edits:
     "Fine-tuning, one edit after the other."
     leash = [item["locality"] for item in bed.train[: bed.cfg.leash]] if leashed else []
@@ -479,11 +483,15 @@ def _tune(model: nn.Module, bed: EditBed, seed: int, lr: float, *, leashed: bool
                 yield nullcontext(), 1
     return edits
 
-# %% ../../nbs/experiments/mend.ipynb #1054e40e
+# %% ../../nbs/experiments/mend.ipynb #414b94c3
 class Curve(Callback):
     "The losses of held-out edits while an editor learns; kept in checkpoints."
 
-    def __init__(self, bed: EditBed, editor: MEND):
+    def __init__(
+        self,
+        bed: EditBed,  # with the held-out edits
+        editor: MEND,  # that learns
+    ):
         self.bed, self.editor, self.rows = bed, editor, []
 
     def look(self, step: int) -> None:
@@ -518,8 +526,14 @@ class Curve(Callback):
         "From a checkpoint."
         self.rows = saved["rows"]
 
-
-def trained(bed: EditBed, run: Run, name: str, seed: int, **options: Any) -> tuple[MEND, Any]:
+# %% ../../nbs/experiments/mend.ipynb #8ef86e91
+def trained(
+    bed: EditBed,  # what to learn from
+    run: Run,  # where editors are kept
+    name: str,  # of this kind of editor
+    seed: int,  # of the networks and the order of the edits
+    **options: Any,  # of MEND, in place of the settings
+) -> tuple[MEND, pd.DataFrame]:  # the best editor, and the losses of held-out edits
     "An editor trained once per run, then read from disk, in eval mode; and its curve."
     cfg, folder = bed.cfg, run.path("editors", f"{name}-{seed}".replace(" ", "-"))
 
@@ -549,7 +563,10 @@ def trained(bed: EditBed, run: Run, name: str, seed: int, **options: Any) -> tup
                                 loss_fn=sequence_nll), curve
 
 
-def by_editor(bed: EditBed, editor: MEND) -> Edits:
+def by_editor(
+    bed: EditBed,  # the model
+    editor: MEND,  # in eval mode
+) -> Edits:  # for `measure`
     "Edits by an editor, a chunk at a time."
     def edits(items: Sequence[Item]) -> Iterator[tuple[AbstractContextManager, int]]:
         for i in range(0, len(items), bed.cfg.chunk):
@@ -557,7 +574,7 @@ def by_editor(bed: EditBed, editor: MEND) -> Edits:
             yield editor.edit_each(bed.pairs([item["edit"][0] for item in part])), len(part)
     return edits
 
-# %% ../../nbs/experiments/mend.ipynb #3c2c2420
+# %% ../../nbs/experiments/mend.ipynb #0bd7ab6b
 def _matched(bed: EditBed, options: dict) -> dict:
     "Options with the step size that makes the first updates as large as the full editor's."
     batch = bed.batch(bed.train[: bed.cfg.training.batch_size])["edit"]
@@ -569,8 +586,10 @@ def _matched(bed: EditBed, options: dict) -> dict:
         sizes.append(float(torch.stack(norms).square().sum(0).sqrt().mean()))
     return options | {"edit_lr": bed.cfg.edit_lr * sizes[0] / sizes[1]}
 
-
-def untrained(bed: EditBed) -> MEND:
+# %% ../../nbs/experiments/mend.ipynb #fce9aace
+def untrained(
+    bed: EditBed,  # the model, and the edits that give the statistics
+) -> MEND:  # in eval mode
     "The identity behind the normalisation: an editor that has learned nothing."
     editor, size = bed.editor(), bed.cfg.chunk
     editor.fit_normalization(bed.batch(bed.train[i : i + size])["edit"]
@@ -602,8 +621,11 @@ def _start(model: nn.Module, bed: EditBed, seed: int, edit_lr: float) -> Edits:
         bed.start.edit_lrs.fill_(edit_lr)
     return by_editor(bed, bed.start)
 
-
-def methods(cfg: Config, run: Run) -> dict[str, Method]:
+# %% ../../nbs/experiments/mend.ipynb #2401ce59
+def methods(
+    cfg: Config,  # settings
+    run: Run,  # where editors are kept
+) -> dict[str, Method]:  # by name
     "What is compared, and what each may choose among."
     found = {
         "MEND": Method(partial(_learn, run=run, name="MEND")),
@@ -615,8 +637,11 @@ def methods(cfg: Config, run: Run) -> dict[str, Method]:
     }
     return found | {name: Method(partial(_learn, run=run, name=name)) for name in cfg.ablations}
 
-# %% ../../nbs/experiments/mend.ipynb #a2220fad
-def many_at_once(bed: EditBed, editor: MEND) -> pd.DataFrame:
+# %% ../../nbs/experiments/mend.ipynb #25eace38
+def many_at_once(
+    bed: EditBed,  # the model
+    editor: MEND,  # in eval mode
+) -> pd.DataFrame:  # one row per size, share and item
     "Joint edits of several sizes: per item what is said; `share` is the part of the step taken."
     frames, largest = [], max(bed.cfg.at_once)
     for k in bed.cfg.at_once:
@@ -629,8 +654,11 @@ def many_at_once(bed: EditBed, editor: MEND) -> pd.DataFrame:
             frames.append(pd.DataFrame(rows).assign(edits=k, share=share, item=range(len(items))))
     return pd.concat(frames, ignore_index=True)
 
-# %% ../../nbs/experiments/mend.ipynb #3ea92427
-def pushes(bed: EditBed, editor: MEND) -> pd.DataFrame:
+# %% ../../nbs/experiments/mend.ipynb #bbe6804a
+def pushes(
+    bed: EditBed,  # the model
+    editor: MEND,  # in eval mode
+) -> pd.DataFrame:  # one row per layer
     "Per layer: trained by untrained, of the step size and of the push at three kinds of input."
     fresh = bed.editor()
     fresh.load_state_dict({k: v for k, v in editor.state_dict().items() if "moments" in k},
@@ -657,7 +685,7 @@ def pushes(bed: EditBed, editor: MEND) -> pd.DataFrame:
             row[f"cosine of {side}"] = float(turned.median())
     return pd.DataFrame(rows.values())
 
-# %% ../../nbs/experiments/mend.ipynb #5a6394ae
+# %% ../../nbs/experiments/mend.ipynb #e505af77
 def _cases(cfg: Config, keeps: bool) -> list[Versus]:
     "MEND against both kinds of fine-tuning, and what each ingredient is worth."
     few = "hundreds of edits to learn from, not hundreds of thousands"
@@ -683,7 +711,7 @@ def _cases(cfg: Config, keeps: bool) -> list[Versus]:
                            shown.get(name, ""), "distilGPT-2, Wikitext; ES", few)
                     for name in cfg.ablations]
 
-
+# %% ../../nbs/experiments/mend.ipynb #c60f9cb7
 def _claims(report: Report, table: pd.DataFrame, many: pd.DataFrame, cfg: Config) -> None:
     "What the paper says of edits, put to the test."
     keeps = bool(table["kept"].notna().all())
@@ -713,7 +741,7 @@ def _items(table: pd.DataFrame, method: str, column: str) -> np.ndarray:
     rows = table[table["method"] == method]
     return rows.groupby("item")[column].mean().sort_index().to_numpy()
 
-# %% ../../nbs/experiments/mend.ipynb #9d4cb2b0
+# %% ../../nbs/experiments/mend.ipynb #1d66494e
 _LOOKS = {"MEND": ("o", "blue"), "FT": ("D", "vermillion"), "FT+KL": ("^", "orange"),
           "untrained": ("s", "sky")}
 _ASKED = {"edit": "its own\nwords", "rephrase": "rephrased", "unseen": "unseen\nwording",
@@ -747,7 +775,7 @@ def _picture(table: pd.DataFrame) -> Any:
     right.set_title("What each part is worth")
     return fig
 
-
+# %% ../../nbs/experiments/mend.ipynb #6497f327
 def _training(curve: pd.DataFrame) -> Any:
     "Held-out losses and step size against training steps."
     import matplotlib.pyplot as plt
@@ -761,7 +789,7 @@ def _training(curve: pd.DataFrame) -> Any:
     axes[0].set_title("Held-out edits while the editor learns")
     return fig
 
-# %% ../../nbs/experiments/mend.ipynb #5f9cacdb
+# %% ../../nbs/experiments/mend.ipynb #df91290e
 def _choices(run: Run, compared: Mapping[str, Method], seed: int) -> pd.DataFrame:
     "What was tried on the items to choose on, with its score."
     rows = []
@@ -772,8 +800,12 @@ def _choices(run: Run, compared: Mapping[str, Method], seed: int) -> pd.DataFram
                       "score": t["score"]} for t in stage["tried"]]
     return pd.DataFrame(rows)
 
-
-def editing(cfg: Config, run: Run, report: Report) -> None:
+# %% ../../nbs/experiments/mend.ipynb #f18ed6c9
+def editing(
+    cfg: Config,  # settings
+    run: Run,  # where it writes
+    report: Report,  # gets tables, figures, claims
+) -> None:
     "Train an editor, edit with it and with its rivals, look at all sides."
     plots.use_style()
     made: list[EditBed] = []
