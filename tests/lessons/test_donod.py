@@ -1,152 +1,241 @@
-"""DONOD: closed form, literal step, TOPSIS, streaming, bad input, and the full-scale path."""
+"""DONOD: closed form, literal step, TOPSIS, labels and batches, bad input, and full scale."""
 
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 import weakref
 
 import numpy as np
 import pandas as pd
 import pytest
+import schemas
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from adaptlab import data, models
-from adaptlab.domain import donod
+from adaptlab import data, recipes
+from adaptlab.bench.runs import launch, start_run
+from adaptlab.bench.testbeds import Pairs
 from adaptlab.domain.donod import (
-    FULL,
-    SMALL,
     DonodPruner,
     don_nod_from_hidden,
     don_nod_scores,
     don_nod_step,
-    experiment,
     output_layer,
-    text_task,
     topsis,
 )
-from adaptlab.evaluate import continuation_log_probs, peak_memory
-from adaptlab.experiment import start_run
+from adaptlab.evaluate import peak_memory
+from adaptlab.experiments import donod as told
+from adaptlab.experiments.donod import FULL, SMALL, choose_subsets, reader
+from adaptlab.train import Training
 
 
 def language_model(tie=False):
     torch.manual_seed(0)
-    return models.tiny_llama(vocab_size=50, hidden_size=16, layers=2, heads=2, kv_heads=1, tie=tie)
+    return recipes.tiny_llama(vocab_size=50, hidden_size=16, layers=2, heads=2, kv_heads=1, tie=tie)
 
 
 def batches(n=6, length=10, prompt=4, size=3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, 50, (n, length), generator=generator)
+    ids = torch.randint(0, 50, (n, length), generator=torch.Generator().manual_seed(seed))
     labels = ids.clone()
     labels[:, :prompt] = -100
     labels[1, 7:] = -100
-    mask = torch.ones_like(ids)
-    parts = [t.split(size) for t in (ids, labels, mask)]
-    return [
-        {"input_ids": i, "labels": y, "attention_mask": m} for i, y, m in zip(*parts, strict=True)
-    ]
+    parts = [t.split(size) for t in (ids, labels, torch.ones_like(ids))]
+    return [{"input_ids": i, "labels": y, "attention_mask": m}
+            for i, y, m in zip(*parts, strict=True)]
 
 
-def causal_loss(model, batch, row):
-    labels = batch["labels"][row, 1:]
-    logits = model(input_ids=batch["input_ids"][row : row + 1]).logits[0, :-1]
-    return nn.functional.cross_entropy(logits, labels)
+def close(a, b, rtol=1e-4, atol=1e-8):
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 def test_closed_form_equals_the_literal_step_on_the_output_layer():
     model = language_model().double()
-    found = don_nod_scores(model, batches(), lr=0.1)
-    rows = [(b, r) for b in batches() for r in range(3)]
-    for i, (batch, r) in enumerate(rows):
-        don, nod, loss = don_nod_step(
-            model, lambda m, b=batch, r=r: causal_loss(m, b, r), [model.lm_head.weight], lr=0.1
-        )
-        assert math.isclose(found["nod"][i], nod, rel_tol=1e-10)
-        assert math.isclose(found["don"][i], don, rel_tol=1e-9, abs_tol=1e-15)
-        assert math.isclose(found["loss"][i], loss, rel_tol=1e-10)
+    found, i = don_nod_scores(model, batches(), lr=0.1), 0
+    for batch in batches():
+        for r in range(3):
+            def loss(m, batch=batch, r=r):
+                logits = m(input_ids=batch["input_ids"][r : r + 1]).logits[0, :-1]
+                return nn.functional.cross_entropy(logits, batch["labels"][r, 1:])
+
+            expected = don_nod_step(model, loss, [model.lm_head.weight], lr=0.1)
+            ours = [found.don[i], found.nod[i], found.loss[i]]
+            np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-15)
+            i += 1
 
 
 def test_single_precision_is_close_to_double():
-    model = language_model()
-    single = don_nod_scores(model, batches(), lr=1e-3)
-    double = don_nod_scores(model.double(), batches(), lr=1e-3)
-    np.testing.assert_allclose(single["nod"], double["nod"], rtol=1e-4)
-    np.testing.assert_allclose(single["don"], double["don"], rtol=1e-2, atol=1e-8)
+    single = don_nod_scores(language_model(), batches())
+    double = don_nod_scores(language_model().double(), batches())
+    close(single.nod, double.nod, rtol=1e-4, atol=0)
+    close(single.don, double.don, rtol=1e-2)
+
+
+def test_confident_samples_keep_their_digits_in_single_precision():
+    "Where p is nearly 1 at the label, e is tiny: it must not drown in rounding."
+    rng = torch.Generator().manual_seed(0)
+    h, w = torch.randn(4, 3, 16, generator=rng), torch.randn(40, 16, generator=rng)
+    y = (h @ w.T).argmax(-1)
+    single, exact = (don_nod_from_hidden(3 * h.to(k), y, w.to(k), 1e-3)
+                     for k in (torch.float32, torch.float64))
+    close(single.nod, exact.nod, rtol=1e-3, atol=0)
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    st.integers(1, 5), st.integers(1, 6), st.integers(2, 7), st.integers(1, 9), st.integers(0, 999)
-)
-def test_triangle_inequality_and_linearity(b, t, v, d, seed):
-    generator = torch.Generator().manual_seed(seed)
-    h = torch.randn(b, t, d, generator=generator, dtype=torch.float64)
-    w = torch.randn(v, d, generator=generator, dtype=torch.float64)
-    bias = torch.randn(v, generator=generator, dtype=torch.float64)
-    y = torch.randint(0, v, (b, t), generator=generator)
-    one = don_nod_from_hidden(h, y, w, 0.1, bias)
-    two = don_nod_from_hidden(h, y, w, 0.2, bias)
+@given(*(st.integers(1, n) for n in (5, 6, 7, 9)), st.integers(1, 60), st.integers(0, 999))
+def test_properties(b, t, v, d, most, seed):
+    "|DON| <= NOD; NOD linear in the step; entropy minus loss; in parts as a whole."
+    rng = torch.Generator().manual_seed(seed)
+    h = torch.randn(b, t, d, generator=rng, dtype=torch.float64)
+    w = torch.randn(v, d, generator=rng, dtype=torch.float64)
+    bias = torch.randn(v, generator=rng, dtype=torch.float64)
+    y = torch.randint(0, v, (b, t), generator=rng)
+    one, two = (don_nod_from_hidden(h, y, w, lr, bias) for lr in (0.1, 0.2))
     assert (one.nod >= 0).all() and (one.don.abs() <= one.nod * (1 + 1e-9) + 1e-12).all()
-    torch.testing.assert_close(two.nod, 2 * one.nod)
+    close(two.nod, 2 * one.nod, 1e-9)
+    close(don_nod_from_hidden(h, y, w, 0.1, bias, max_elements=most), one, 1e-7, 1e-12)
+    small = don_nod_from_hidden(h, y, w, 1e-9)
+    entropy = torch.distributions.Categorical(logits=h @ w.T).entropy().mean(1)
+    close(small.don / 1e-9 * w.norm(), entropy - small.loss, 1e-5, 1e-5)
 
 
 def test_bias_is_part_of_the_probabilities_but_not_of_the_weight():
     torch.manual_seed(0)
-    layer = nn.Linear(6, 5).double()
-    x, y = torch.randn(4, 6).double(), torch.tensor([0, 1, 2, 3])
-    found = don_nod_from_hidden(x, y, layer.weight, 0.3, layer.bias)
+    layer, y = nn.Linear(6, 5).double(), torch.tensor([0, 1, 2, 3])
+    x = torch.randn(4, 6).double()
+    found = don_nod_scores(layer, (x, y), lr=0.3, closed_form=True)
     for i in range(4):
         don, nod, _ = don_nod_step(
-            layer,
-            lambda m, i=i: nn.functional.cross_entropy(m(x[i : i + 1]), y[i : i + 1]),
-            [layer.weight],
-            lr=0.3,
-        )
+            layer, lambda m, i=i: nn.functional.cross_entropy(m(x[i : i + 1]), y[i : i + 1]),
+            [layer.weight], lr=0.3)
         assert math.isclose(found.don[i], don, rel_tol=1e-9)
         assert math.isclose(found.nod[i], nod, rel_tol=1e-10)
 
 
+# ------------------------------------------------------------------ labels and batches
+
+
+def bert(kind):
+    from transformers import BertConfig
+
+    torch.manual_seed(0)
+    return kind(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1,
+                           num_attention_heads=2, intermediate_size=16, num_labels=4)).eval()
+
+
+def own_losses(model, batch):
+    n = len(batch["labels"])
+    return torch.stack([model(**{k: v[i : i + 1] for k, v in batch.items()}).loss
+                        for i in range(n)]).double()
+
+
+@pytest.mark.parametrize("closed_form", [True, False])
+@pytest.mark.parametrize("name", ["BertForTokenClassification", "BertForMaskedLM",
+                                  "BertForSequenceClassification"])
+def test_labels_of_other_models_are_not_shifted(name, closed_form):
+    import transformers
+
+    model, rng = bert(getattr(transformers, name)), torch.Generator().manual_seed(0)
+    ids, mask = torch.randint(3, 50, (3, 9), generator=rng), torch.ones(3, 9, dtype=torch.long)
+    labels = torch.randint(0, 4, (3, 9), generator=rng)
+    mask[1, 5:] = 0
+    labels[1, 5:] = -100
+    if "Sequence" in name:
+        labels = labels[:, 0]
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    found = don_nod_scores(model, [batch], closed_form=closed_form)
+    close(found.loss, own_losses(model, batch), 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("closed_form", [True, False])
+@pytest.mark.parametrize("ready", [True, False])
+def test_t5(closed_form, ready):
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
+        decoder_start_token_id=0, tie_word_embeddings=False)).eval()
+    ids, labels = torch.randint(3, 50, (2, 9)), torch.randint(3, 50, (2, 6))
+    batch = {"input_ids": ids, "labels": labels}
+    if ready:
+        batch["decoder_input_ids"] = model._shift_right(labels)
+    found = don_nod_scores(model, [batch], closed_form=closed_form)
+    close(found.loss, own_losses(model, {"input_ids": ids, "labels": labels}), 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("label", [-1, 50])
 @pytest.mark.parametrize("mode", ["independent", "trajectory"])
-@pytest.mark.parametrize("closed_form", ["auto", False])
+def test_a_label_that_is_no_class_is_refused(label, mode):
+    bad = batches()
+    bad[1]["labels"][0, 5] = label
+    with pytest.raises((ValueError, IndexError), match=f"{label}"):
+        don_nod_scores(language_model(), bad, mode=mode)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_trajectory_takes_batches_apart(drop_last):
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 6), torch.randint(0, 4, (8,))
+    net = nn.Linear(6, 4)
+    loader = DataLoader(TensorDataset(x, y), batch_size=3, drop_last=drop_last)
+    n = 6 if drop_last else 8
+    found = don_nod_scores(net, loader, mode="trajectory", lr=0.1)
+    close(found, don_nod_scores(net, (x[:n], y[:n]), mode="trajectory", lr=0.1))
+    assert len(found.don) == n
+    dicts = don_nod_scores(language_model(), batches(), mode="trajectory", lr=0.1)
+    close(dicts, don_nod_scores(language_model(), batches(size=1), mode="trajectory", lr=0.1))
+
+
+def test_padding_on_the_left_of_the_general_path():
+    ids = torch.randint(1, 50, (1, 6), generator=torch.Generator().manual_seed(0))
+    pad, none = torch.zeros(1, 3, dtype=torch.long), torch.full((1, 3), -100)
+    one = torch.ones_like(ids)
+    plain = {"input_ids": ids, "labels": ids, "attention_mask": one}
+    padded = {"input_ids": torch.cat([pad, ids], 1), "labels": torch.cat([none, ids], 1),
+              "attention_mask": torch.cat([pad, one], 1)}
+    model = language_model().double()
+    a, b = (don_nod_scores(model, [x], closed_form=False) for x in (plain, padded))
+    close(a.nod, b.nod, 1e-3)
+
+
+# ------------------------------------------------------------------ the model, and the data
+
+
+@pytest.mark.parametrize("mode, closed_form", [
+    ("independent", "auto"), ("independent", False), ("trajectory", "auto")])
 def test_scoring_leaves_the_model_as_it_was(mode, closed_form):
     model = language_model(tie=True)
     model.train()
     model.model.layers[0].eval()
     model.model.norm.weight.requires_grad_(False)
+    model.model.norm.weight.grad = torch.ones(16)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     flags = [p.requires_grad for p in model.parameters()]
     modes = [m.training for m in model.modules()]
-    data = batches(size=1) if mode == "trajectory" else batches()
-    don_nod_scores(model, data, mode=mode, closed_form=closed_form)
+    don_nod_scores(model, batches(), mode=mode, closed_form=closed_form)
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
     assert flags == [p.requires_grad for p in model.parameters()]
     assert modes == [m.training for m in model.modules()]
-    assert all(p.grad is None for p in model.parameters())
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == ["model.norm.weight"]
 
 
 def test_batched_equals_one_by_one_and_order_does_not_matter():
     model = language_model()
-    together = don_nod_scores(model, batches(size=6))
     alone = don_nod_scores(model, batches(size=1))
-    pd.testing.assert_frame_equal(together, alone, rtol=1e-4, atol=1e-8)
+    close(don_nod_scores(model, batches(size=6)), alone)
     backwards = don_nod_scores(model, batches(size=1)[::-1])
-    pd.testing.assert_frame_equal(
-        backwards[::-1].reset_index(drop=True), alone, rtol=1e-4, atol=1e-8
-    )
+    close(type(alone)(*(t.flip(0) for t in backwards)), alone)
 
 
 def test_several_layers_are_summed():
-    model = language_model()
-    names = ["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"]
+    model, names = language_model(), ["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"]
     both = don_nod_scores(model, batches(), layer=names)
-    parts = [don_nod_scores(model, batches(), layer=n) for n in names]
-    np.testing.assert_allclose(both["don"], parts[0]["don"] + parts[1]["don"], rtol=1e-9)
-    np.testing.assert_allclose(both["nod"], np.hypot(parts[0]["nod"], parts[1]["nod"]), rtol=1e-9)
+    first, second = (don_nod_scores(model, batches(), layer=n) for n in names)
+    close(both.don, first.don + second.don)
+    close(both.nod, torch.hypot(first.nod, second.nod))
 
 
 def test_soft_capped_logits_fall_back_to_the_general_path():
@@ -161,13 +250,9 @@ def test_soft_capped_logits_fall_back_to_the_general_path():
     torch.manual_seed(0)
     model, x, y = Capped(), torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
     found = don_nod_scores(model, (x, y))
-    literal = don_nod_step(
-        model,
-        lambda m: nn.functional.cross_entropy(m(x[:1]), y[:1]),
-        [model.head.weight],
-        lr=1e-3,
-    )
-    assert math.isclose(found["nod"][0], literal[1], rel_tol=1e-4)
+    literal = don_nod_step(model, lambda m: nn.functional.cross_entropy(m(x[:1]), y[:1]),
+                           [model.head.weight], lr=1e-3)
+    assert math.isclose(found.nod[0], literal[1], rel_tol=1e-4)
     with pytest.raises(ValueError, match="closed_form=True"):
         don_nod_scores(model, (x, y), closed_form=True)
 
@@ -186,70 +271,53 @@ def test_data_is_streamed(closed_form):
             yield batch
 
     found = don_nod_scores(language_model(), stream(), closed_form=closed_form)
-    assert len(found) == 30 and most <= 2
+    assert len(found.don) == 30 and most <= 2
 
 
-class OnDisk:
-    "A map-style data set that counts how many of its rows are asked for at a time."
-
-    def __init__(self, rows):
-        self.rows, self.asked = rows, []
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        self.asked.append(i)
-        return self.rows[i]
-
-
-def test_trajectory_reads_a_data_set_row_by_row():
-    rows = [{"prompt": f"{i} plus {i} is", "response": f" {2 * i}"} for i in range(7)]
+def rows_and_model(n):
     torch.manual_seed(0)
-    model = models.tiny_llama(vocab_size=260, hidden_size=16, layers=1, heads=2, kv_heads=1)
+    rows = [{"prompt": f"{i} plus {i} is", "response": f" {2 * i}"} for i in range(n)]
+    tokenizer = recipes.byte_tokenizer()
+    model = recipes.tiny_llama(vocab_size=260, hidden_size=16, layers=1, heads=2, kv_heads=1)
+    return rows, model, tokenizer
+
+
+def test_trajectory_reads_texts_row_by_row():
+    rows, model, tokenizer = rows_and_model(7)
+    asked = []
+
+    class OnDisk:
+        def __len__(self):
+            return len(rows)
+
+        def __getitem__(self, i):
+            asked.append(i)
+            return rows[i]
+
     seen = []
-    model.model.register_forward_pre_hook(lambda *_: seen.append(len(on_disk.asked)))
-    on_disk = OnDisk(rows)
-    found = don_nod_scores(model, on_disk, models.byte_tokenizer(), mode="trajectory", lr=0.1)
-    assert seen == list(range(1, 8)) and sorted(on_disk.asked) == list(range(7))
-    assert on_disk.asked != sorted(on_disk.asked)  # in random order
-    held = don_nod_scores(model, iter(rows), models.byte_tokenizer(), mode="trajectory", lr=0.1)
-    pd.testing.assert_frame_equal(found, held)
+    model.model.register_forward_pre_hook(lambda *_: seen.append(len(asked)))
+    found = don_nod_scores(model, OnDisk(), tokenizer, mode="trajectory", lr=0.1)
+    assert seen == list(range(1, 8)) and asked != sorted(asked) and sorted(asked) == list(range(7))
+    close(found, don_nod_scores(model, iter(rows), tokenizer, mode="trajectory", lr=0.1))
 
 
 def test_rows_of_a_dataset_are_scored_and_selected(tmp_path):
-    rows = [{"prompt": f"{i} plus {i} is", "response": f" {2 * i}"} for i in range(9)]
+    rows, model, tokenizer = rows_and_model(9)
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     on_disk = data.load(tmp_path / "rows.jsonl", split="train")
-    torch.manual_seed(0)
-    model = models.tiny_llama(vocab_size=260, hidden_size=16, layers=1, heads=2, kv_heads=1)
-    pruner = DonodPruner(keep=0.3).fit(model, on_disk, tokenizer=models.byte_tokenizer())
+    pruner = DonodPruner(keep=0.3).fit(model, on_disk, tokenizer=tokenizer)
     kept = on_disk.select(pruner.select())
-    assert len(kept) == math.ceil(0.3 * 9)
-    best = pruner.scores["closeness"].idxmax()
-    assert kept[0]["prompt"] == rows[best]["prompt"]
-    assert len(DonodPruner(keep=1.0).rank(pruner.scores).select()) == 9
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 60), st.integers(0, 999))
-def test_a_batch_in_parts_is_the_same_batch(b, t, max_elements, seed):
-    generator = torch.Generator().manual_seed(seed)
-    h = torch.randn(b, t, 4, generator=generator, dtype=torch.float64)
-    w = torch.randn(6, 4, generator=generator, dtype=torch.float64)
-    y = torch.randint(0, 6, (b, t), generator=generator)
-    whole = don_nod_from_hidden(h, y, w, 0.1)
-    parts = don_nod_from_hidden(h, y, w, 0.1, max_elements=max_elements)
-    torch.testing.assert_close(whole, parts)
+    assert len(kept) == 3 and kept[0]["prompt"] == rows[pruner.closeness.argmax()]["prompt"]
+    table = pd.DataFrame({k: v.numpy() for k, v in pruner.scores._asdict().items()})
+    assert (DonodPruner(0.3).rank(table).select() == pruner.select()).all()
 
 
 def test_the_closed_form_never_holds_more_logits_than_it_may():
-    h, w = torch.randn(8, 16, 32), torch.randn(2000, 32)
-    y = torch.randint(0, 2000, (8, 16))
-    one = 16 * 2000 * 4  # bytes of one sample's logits
-    whole, parts = (peak_memory(lambda n=n: don_nod_from_hidden(h, y, w, 0.1, max_elements=n))
-                    for n in (8 * 16 * 2000, 16 * 2000))
-    assert whole > 8 * one > 6 * one > parts
+    h, w = torch.randn(2, 64, 32), torch.randn(8000, 32)
+    y = torch.randint(0, 8000, (2, 64))
+    whole, parts = (peak_memory(lambda n=n: don_nod_from_hidden(h, y, w, 0.1, max_elements=n),
+                                "cpu") for n in (2 * 64 * 8000, 64 * 500))
+    assert parts < whole / 5  # a sample's 64 x 8000 would be half of it
 
 
 def test_half_precision_is_scored_in_single():
@@ -257,16 +325,8 @@ def test_half_precision_is_scored_in_single():
     single = don_nod_scores(model, batches())
     for dtype in (torch.bfloat16, torch.float16):
         half = don_nod_scores(copy.deepcopy(model).to(dtype), batches())
-        np.testing.assert_allclose(half["nod"], single["nod"], rtol=0.02)
-        np.testing.assert_allclose(half["don"], single["don"], rtol=0.2, atol=2e-5)
-
-
-def test_the_first_order_of_don_turns_with_the_step():
-    inner, norm = torch.tensor([0.3, -0.7]).double(), torch.tensor(5.0).double()
-    forth, back = (donod._from_products(inner, torch.ones(2).double(), norm, lr)[0]
-                   for lr in (1e-6, -1e-6))
-    torch.testing.assert_close(forth, -back, rtol=1e-4, atol=0)
-    torch.testing.assert_close(forth, -1e-6 * inner / norm, rtol=1e-4, atol=0)
+        close(half.nod, single.nod, rtol=0.02)
+        close(half.don, single.don, rtol=0.2, atol=2e-5)
 
 
 def test_a_wrapped_output_layer_is_scored_by_its_base_weight():
@@ -274,41 +334,22 @@ def test_a_wrapped_output_layer_is_scored_by_its_base_weight():
     plain = don_nod_scores(language_model(), batches())
     config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
     wrapped = peft.get_peft_model(language_model(), config)
-    name, layer = output_layer(wrapped)
-    assert name.endswith("lm_head.base_layer") and isinstance(layer, nn.Linear)
+    assert output_layer(wrapped)[0].endswith("lm_head.base_layer")
     with pytest.raises(ValueError, match="closed_form=True"):  # the LoRA changes the logits
         don_nod_scores(wrapped, batches(), closed_form=True)
-    found = don_nod_scores(wrapped, batches())
-    assert not np.allclose(found["loss"], plain["loss"])
+    assert not torch.allclose(don_nod_scores(wrapped, batches()).loss, plain.loss)
     with wrapped.disable_adapter():
-        off = don_nod_scores(wrapped, batches(), closed_form=True)
-    pd.testing.assert_frame_equal(off, plain, rtol=1e-5, atol=1e-9)
+        close(don_nod_scores(wrapped, batches(), closed_form=True), plain)
 
 
 def test_trajectory_with_a_tiny_step_ranks_like_independent():
-    model = language_model()
-    still = don_nod_scores(model, batches(size=1), lr=1e-7)
-    moving = don_nod_scores(model, batches(size=1), lr=1e-7, mode="trajectory")
-    np.testing.assert_allclose(moving["nod"], still["nod"], rtol=1e-3)
-    assert (moving["don"].rank() == still["don"].rank()).all()
+    still = don_nod_scores(language_model(), batches(), lr=1e-7)
+    moving = don_nod_scores(language_model(), batches(), lr=1e-7, mode="trajectory")
+    close(moving.nod, still.nod, rtol=1e-3)
+    assert torch.equal(moving.don.argsort(), still.don.argsort())
 
 
-def topsis_by_hand(m, w):
-    r = m / np.sqrt((m**2).sum(0))
-    v = r * w
-    best = np.array([v[:, 0].max(), v[:, 1].min()])
-    worst = np.array([v[:, 0].min(), v[:, 1].max()])
-    near, away = (np.sqrt(((v - p) ** 2).sum(1)) for p in (best, worst))
-    return away / (away + near)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(2, 30), st.integers(0, 9999))
-def test_topsis_agrees_with_its_definition(n, seed):
-    m = np.random.default_rng(seed).normal(size=(n, 2))
-    np.testing.assert_allclose(topsis(m, (0.5, 0.5)), topsis_by_hand(m, np.array([0.5, 0.5])))
-    order = np.random.default_rng(seed).permutation(n)
-    np.testing.assert_allclose(topsis(m[order]), topsis(m)[order])
+# ------------------------------------------------------------------ the ranking
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.8, 0.2)])
@@ -321,6 +362,8 @@ def test_topsis_agrees_with_pymcdm(weights):
         theirs = TOPSIS(normalization_function=vector_normalization)
         expected = theirs(m, np.array(weights), np.array([1, -1]))
         np.testing.assert_allclose(topsis(m, weights), expected, rtol=1e-9)
+        order = rng.permutation(len(m))
+        np.testing.assert_allclose(topsis(m[order]), topsis(m)[order])
 
 
 @pytest.mark.parametrize("normalization", ["vector", "minmax", "zscore"])
@@ -331,127 +374,110 @@ def test_every_normalisation_knows_the_best_and_the_worst(normalization):
     assert closeness.argmax() == 3 and closeness.argmin() == 7
 
 
-@pytest.mark.parametrize(
-    "call, words",
-    [
-        (lambda: topsis([[1.0, math.nan]]), "NaN"),
-        (lambda: topsis([[1.0, 2.0, 3.0]]), "shape"),
-        (lambda: topsis(np.empty((0, 2))), "shape"),
-        (lambda: topsis([[1.0, 2.0]], weights=(0, 0)), "weights"),
-        (lambda: topsis([[1.0, 2.0]], weights=(-1, 2)), "weights"),
-        (lambda: topsis([[1.0, 2.0]], normalization="l7"), "normalization"),
-        (lambda: DonodPruner(keep=0), "keep"),
-        (lambda: DonodPruner(keep=1.5), "keep"),
-        (lambda: DonodPruner().select(), "fit"),
-        (lambda: don_nod_scores(language_model(), []), "empty"),
-        (lambda: don_nod_scores(language_model(), batches(), lr=0), "positive"),
-        (lambda: don_nod_scores(language_model(), batches(), mode="sideways"), "mode"),
-        (lambda: don_nod_scores(language_model(), batches(), layer="no_such"), "no_such"),
-        (lambda: output_layer(nn.Sequential(nn.ReLU())), "layer="),
-    ],
-)
+def test_a_constant_column_counts_as_zero():
+    with pytest.warns(UserWarning, match="cannot tell"):
+        found = topsis([[1.0, 2], [3, 2]], normalization="minmax")
+    assert found.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("keep, n, kept", [(0.3, 10, 3), (0.3, 11, 4), (1.0, 7, 7), (0.01, 5, 1)])
+def test_how_many_are_kept(keep, n, kept):
+    table = pd.DataFrame({"don": np.arange(n) / 10, "nod": np.ones(n)})
+    assert len(DonodPruner(keep).rank(table).select()) == kept
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: topsis([[1.0, math.nan]]), "NaN"),
+    (lambda: topsis([[1.0, 2.0, 3.0]]), "shape"),
+    (lambda: topsis(np.empty((0, 2))), "shape"),
+    (lambda: topsis([[1.0, 2.0]], weights=(0, 0)), "weights"),
+    (lambda: topsis([[1.0, 2.0]], weights=(-1, 2)), "weights"),
+    (lambda: topsis([[1.0, 2.0]], normalization="l7"), "normalization"),
+    (lambda: DonodPruner(keep=0), "keep"),
+    (lambda: DonodPruner(keep=1.5), "keep"),
+    (lambda: DonodPruner().select(), "fit"),
+    (lambda: don_nod_scores(language_model(), []), "empty"),
+    (lambda: don_nod_scores(language_model(), [], mode="trajectory"), "empty"),
+    (lambda: don_nod_scores(language_model(), batches(), lr=0), "positive"),
+    (lambda: don_nod_scores(language_model(), batches(), mode="sideways"), "mode"),
+    (lambda: don_nod_scores(language_model(), batches(), layer="no_such"), "no_such"),
+    (lambda: don_nod_from_hidden(torch.ones(2, 3), torch.zeros(2).long(), torch.ones(4, 5), 1.0),
+     "do not fit"),
+    (lambda: don_nod_from_hidden(torch.full((1, 3), math.nan), torch.zeros(1).long(),
+                                 torch.ones(4, 3), 1.0), "NaN"),
+    (lambda: output_layer(nn.Sequential(nn.ReLU())), "layer="),
+])
 def test_bad_input_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
 
 
-@pytest.mark.parametrize("closed_form", ["auto", False])
-def test_a_sample_without_answer_is_refused(closed_form):
+@pytest.mark.parametrize("options", [{}, {"closed_form": False}, {"mode": "trajectory"}])
+def test_a_sample_without_answer_is_refused(options):
     bad = batches()
     bad[0]["labels"][2] = -100
     with pytest.raises(ValueError, match="answer token"):
-        don_nod_scores(language_model(), bad, closed_form=closed_form)
+        don_nod_scores(language_model(), bad, **options)
 
 
-def test_values_that_are_not_finite_are_refused():
-    model = language_model()
-    with torch.no_grad():
-        model.lm_head.weight[0, 0] = math.nan
-    with pytest.raises(ValueError, match="finite|infinite"):
-        don_nod_scores(model, batches(), closed_form="auto")
+# ------------------------------------------------------------------ the experiment
 
 
-def test_a_constant_column_warns():
-    with pytest.warns(UserWarning, match="cannot tell"):
-        topsis([[1.0, 2.0], [1.0, 3.0]], normalization="minmax")
-
-
-def test_answers_are_read_as_greedy_decoding_would_say_them():
+def toy():
     torch.manual_seed(0)
-    model = models.tiny_llama(vocab_size=260, hidden_size=16, layers=1, heads=2, kv_heads=1)
-    tokenizer = models.byte_tokenizer()
-    pairs = [(f"{i} and {i} are", f" {2 * i}{'x' * i}") for i in range(5)]
-    prompt = tokenizer("so", add_special_tokens=False)["input_ids"]
-    first = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
-    pairs.append(("so", tokenizer.decode([first])))  # what greedy decoding says
-    loglik, right = donod._read_answers(model.train(), tokenizer, pairs, batch_size=4)
-    sums, counts = continuation_log_probs(model, tokenizer, *map(list, zip(*pairs, strict=True)))
-    np.testing.assert_allclose(loglik, sums / counts, rtol=1e-4)
-    said = [len(tokenizer.decode([first])) == 1 and tokenizer(a)["input_ids"] == [first]
-            for _, a in pairs]
-    assert right == [100.0 * s for s in said] and right[-1] == 100 and model.training
+    tokenizer = recipes.byte_tokenizer()
+    return recipes.tiny_llama(vocab_size=len(tokenizer), hidden_size=16, layers=2, heads=2,
+                              kv_heads=1), tokenizer
 
 
-def test_the_swapped_answers_are_the_ones_that_are_marked():
-    clean = text_task(SMALL.replace(noise=0.0), seed=0)
-    noisy = text_task(SMALL, seed=0)
-    assert not clean.corrupted.any()
-    differs = np.array([a != b for a, b in zip(clean.train, noisy.train, strict=True)])
-    assert (differs == noisy.corrupted).all()
-    assert abs(noisy.corrupted.mean() - SMALL.noise) < 0.03
-    assert not {p for p, _ in noisy.train} & {p for p, _ in noisy.target}
+def test_one_seed_does_not_crash_and_resume_repeats_nothing(tmp_path, monkeypatch):
+    cfg = SMALL.replace(tracks=("digits",), seeds=(0,), budgets=(0.7,), shorter=(0.5,),
+                        turns=(0.0, 90.0), digits=Training(steps=3, lr=0.02))
+    report = told.experiment(cfg, start_run("donod", cfg, root=tmp_path))
+    assert {c.verdict for c in report.claims} == {"not decided at this scale"}
+    monkeypatch.setattr(told.Training, "fit", None)  # a resumed run trains nothing again
+    again = told.experiment(cfg, start_run("donod", cfg, root=tmp_path, resume=True))
+    assert str(again.claims) == str(report.claims)
 
 
-def tiny_world(folder):
-    "FULL in miniature: a random Llama, a byte tokenizer, and question-answer files."
-    model = models.tiny_llama(vocab_size=260, hidden_size=16, layers=2, heads=2, kv_heads=1)
-    model.save_pretrained(folder / "model")
-    models.byte_tokenizer().save_pretrained(folder / "model")
-    sets = folder / "sets"
-    sets.mkdir()
-    for split, n in (("train", 12), ("test", 5)):
-        rows = [{"question": f"{i} + {i}?", "answer": f"so #### {2 * i}"} for i in range(n)]
-        (sets / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return FULL.replace(
-        model=str(folder / "model"),
-        dataset=str(sets),
-        dataset_config=None,
-        other=str(sets),
-        other_split="test",
-        sft_steps=2,
-        sft_batch=4,
-        precision="no",
-        max_new_tokens=4,
-        device="cpu",
-        seeds=(0,),
-    )
+def test_resume_repeats_only_the_seed_that_is_missing(tmp_path, monkeypatch):
+    cfg = SMALL.replace(tracks=("digits",), seeds=(0, 1), budgets=(0.7,), shorter=(0.5,),
+                        turns=(0.0,), digits=Training(steps=2, lr=0.02))
+    fit, seeds = Training.fit, []
+
+    def until_seed_1(self, *args, **more):
+        seeds.append(more["seed"])
+        if seeds.count(1) == 3:
+            raise KeyboardInterrupt
+        return fit(self, *args, **more)
+
+    monkeypatch.setattr(told.Training, "fit", until_seed_1)
+    with pytest.raises(KeyboardInterrupt):
+        told.experiment(cfg, start_run("donod", cfg, root=tmp_path))
+    first = seeds.count(0)
+    told.experiment(cfg, start_run("donod", cfg, root=tmp_path, resume=True))
+    assert seeds.count(0) == first and seeds.count(1) == first + 1  # and the one cut short
 
 
-def test_full_scale_path_with_a_tiny_model(tmp_path):
-    cfg = tiny_world(tmp_path)
-    report = experiment(cfg, start_run("donod", cfg, "full", root=tmp_path / "runs"))
-    table = report.tables["llm"].set_index("subset")
-    assert list(table.index) == ["before fine-tuning", *cfg.subsets]
-    assert table["target match"].between(0, 100).all()
-    assert len(report.tables["scores"]) == 12 and "scores" in report.figures
+def test_full_scale_path(recorded, tmp_path, monkeypatch):
+    "The data as on the hub; a tiny model of the same architecture in place of the large one."
+    monkeypatch.setattr(told.models, "load", lambda *a, **k: toy())
+    cfg = FULL.replace(seeds=(0,), n_train=8, n_test=2, max_new_tokens=3, language=Training(
+        steps=2, batch_size=2, lr=1e-3), subsets=("all", "DONOD"))
+    report = launch("donod", cfg, root=tmp_path)
+    assert "openai/gsm8k@main#test" in recorded.asked
+    assert schemas.rows("openai/gsm8k@main#train") * 0.3 * 3 / 32 == pytest.approx(
+        FULL.language.steps, abs=1)
+    table = report.tables["language"]
+    assert table.groupby(["method", "part"]).size().eq(2).all()
+    assert not report.tables["scores"]["wrong"].any()
 
 
-def test_full_scale_path_with_two_processes(tmp_path):
-    cfg = tiny_world(tmp_path)
-    args = []
-    for name in ("model", "dataset", "dataset_config", "other", "other_split", "precision"):
-        args += [f"--{name.replace('_', '-')}", str(getattr(cfg, name))]
-    args += ["--sft-steps", "2", "--sft-batch", "4", "--max-new-tokens", "4", "--device", "cpu"]
-    args += ["--seeds", "0", "--subsets", "DONOD", "--root", str(tmp_path / "runs")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--standalone", "-m", "adaptlab", "run", "donod", "--scale", "full", *args]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    out = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
-    assert out.returncode == 0, out.stderr[-3000:]
-    assert out.stdout.count("report in") == 1
-
-
-def test_module_is_the_one_of_the_catalogue():
-    from adaptlab import catalog
-
-    assert catalog.find("donod").module == donod.__name__
+def test_subsets_and_reading():
+    pairs = Pairs.load("cldr_territories")
+    scores = don_nod_scores(*(lambda m, t: (m, pairs[:10], t))(*toy()))
+    subsets = choose_subsets(scores, 0.3, seed=0)
+    assert all(len(rows) == 3 for name, rows in subsets.items() if name != "all")
+    assert reader(FULL.read)("x #### 1,200") == "1,200"
+    with pytest.raises(ValueError, match="keep"):
+        SMALL.replace(keep=0)
