@@ -95,7 +95,7 @@ def sweep(
             frames += [head | row for row in ([rows] if isinstance(rows, dict) else rows)]
     return pd.DataFrame(frames)
 
-# %% ../../nbs/bench/04_compare.ipynb #6419edb3
+# %% ../../nbs/bench/04_compare.ipynb #d9935fdd
 def _paired(table: pd.DataFrame, column: str, by: str) -> pd.DataFrame:
     "One column per method, one row per seed or item."
     if missing := {"method", by, column} - set(table.columns):
@@ -134,8 +134,11 @@ def summary(
     for key, part in per_seed.groupby(keys, sort=False):
         row = dict(zip(keys, key, strict=True))
         for column in columns:
-            found = stats.over_seeds(part[column].to_numpy(float))
-            row |= {column: found.value, f"± {column}": found.high - found.value}
+            known = part[column].dropna().to_numpy(float)
+            row |= {column: np.nan, f"± {column}": np.nan}  # not measured for this method
+            if len(known):
+                found = stats.over_seeds(known)
+                row |= {column: found.value, f"± {column}": found.high - found.value}
         rows.append(row)
     found = pd.DataFrame(rows)
     return found.dropna(axis=1, how="all")  # one seed has no ±

@@ -64,7 +64,7 @@ class Config(BaseConfig):
 
 SMALL = Config()
 
-# %% ../../nbs/experiments/neuroada.ipynb #7d113615
+# %% ../../nbs/experiments/neuroada.ipynb #53f2604e
 VIT_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 
 
@@ -90,6 +90,7 @@ PREPARE = {
     "NeuroAda k=1": _neuroada,
     "k=1 random": partial(_neuroada, selection="random"),
     "k=1 gradient": partial(_neuroada, selection="gradient"),
+    "k=1 in the layer": partial(_neuroada, selection="random_layer"),
     "global": partial(_neuroada, selection="global"),
     "NeuroAda k=2": partial(_neuroada, k=2),
     "NeuroAda k=4": partial(_neuroada, k=4),
@@ -132,7 +133,7 @@ def _state(cfg: Config) -> pd.DataFrame:
                          **training_state_bytes(model, adam, masks)})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/neuroada.ipynb #fd1d83af
+# %% ../../nbs/experiments/neuroada.ipynb #986184e7
 CASES = [
     Versus("k = 1 beats LoRA of rank 1 with half the trained numbers", "NeuroAda k=1", "LoRA r=1",
            "new", "80.0 average, k = 1 on LLaMA-7B", "repository",
@@ -144,9 +145,12 @@ CASES = [
            "better than other small methods", "abstract"),
     Versus("a bypass for every neuron beats the largest weights of all layers", "NeuroAda k=1",
            "global", "new", "every neuron should move", "section 3"),
+    Versus("a random bypass for every neuron beats as many anywhere in the layer", "k=1 random",
+           "k=1 in the layer", "new", "every neuron should move", "section 3",
+           "by chance two neurons of three get one anyway"),
     Versus("the largest weights are better places than random ones", "NeuroAda k=1", "k=1 random",
            "new", "magnitude is the default", "ablations",
-           "they hold no larger share of the squared gradient"),
+           "they hold no larger share of the squared gradient, and that decides little"),
     Versus("the largest weights are better places than those of large gradients", "NeuroAda k=1",
            "k=1 gradient", "new", "magnitude is the default", "ablations",
            "large gradients are what a first step gains from, at the price of a dense pass"),
@@ -162,7 +166,7 @@ def _plot(table: pd.DataFrame, state: pd.DataFrame) -> Any:
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=(1.25, 1),
                                       layout="constrained")
-    rules = {"k=1 random", "k=1 gradient", "global"}
+    rules = {"k=1 random", "k=1 gradient", "k=1 in the layer", "global"}
     points = table.groupby("method", sort=False)["new"].mean().reset_index()
     points["trained"] = points["method"].map(state.set_index("method")["trained"])
     points = points.dropna()

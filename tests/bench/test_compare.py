@@ -139,3 +139,11 @@ def test_summary_has_means_and_half_widths():
     assert "± score" not in summary(TABLE[TABLE.seed == 0], ["score"])
     by = summary(TABLE.assign(task="t"), ["score"], by=["task"])
     assert by["task"].tolist() == ["t"] * 3
+
+
+def test_summary_of_what_was_not_measured_for_all():
+    table = pd.DataFrame([{"method": "a", "seed": s, "x": 1.0 + s, "y": math.nan} for s in (0, 1)]
+                         + [{"method": "b", "seed": s, "x": math.nan, "y": math.nan}
+                            for s in (0, 1)])
+    found = summary(table, ["x", "y"])
+    assert found["x"].tolist()[0] == 1.5 and math.isnan(found["x"][1]) and "y" not in found

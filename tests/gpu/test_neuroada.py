@@ -95,4 +95,4 @@ def test_masks_move_with_the_model():
 def test_small_experiment(tmp_path):
     cfg = SMALL.replace(seeds=(0,), device=DEVICE, tracks=("vision",))
     report = launch("neuroada", cfg, root=tmp_path)
-    assert len(report.claims) == 8
+    assert len(report.claims) == 9

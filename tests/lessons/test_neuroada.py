@@ -538,7 +538,8 @@ def test_full_scale_path_with_two_processes(tmp_path):
 def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch):
     "One seed gives no verdicts and no crash; what is done is not done again."
     monkeypatch.setattr(told, "PREPARE", {k: told.PREPARE[k] for k in (
-        "NeuroAda k=1", "k=1 random", "k=1 gradient", "global", "NeuroAda k=2", "NeuroAda k=4",
+        "NeuroAda k=1", "k=1 random", "k=1 gradient", "k=1 in the layer", "global",
+            "NeuroAda k=2", "NeuroAda k=4",
         "LoRA r=1", "BitFit")})
     cfg = SMALL.replace(seeds=(0,), tracks=("vision",), lrs=(3e-2,), full_lrs=(3e-3,),
                         images=(32, 32), vision=Training(steps=2, batch_size=8))
@@ -552,7 +553,7 @@ def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch):
     report = launch("neuroada", cfg, root=tmp_path, resume=True)
     assert len(tuned) == 1  # "full" was not there the first time
     decided = [c.verdict for c in report.claims if c.unit == "points"]
-    assert decided == ["not decided at this scale"] * 7
+    assert decided == ["not decided at this scale"] * 8
 
 
 def test_small_settings_compare_equal_counts():
