@@ -1,48 +1,66 @@
-"""DONOD's closed form against taking the probing step literally, on SmolLM2-135M, in one run."""
+"""DONOD's closed form against the plain forward pass, and against taking the step literally."""
 
-import time
-
-import numpy as np
+import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from clock import in_turn, row
 
-from adaptlab import models
-from adaptlab.domain.donod import SMALL, don_nod_scores, don_nod_step, text_task
-from adaptlab.train import causal_lm_collate
-
-
-def literal_scores(model, pairs, tokenizer, lr):
-    "One forward and one backward pass per sample, and copies of the output layer."
-    collate = causal_lm_collate(tokenizer)
-    params = [model.get_output_embeddings().weight]
-    rows = []
-    for pair in pairs:
-        batch = collate([pair])
-
-        def loss_fn(m, batch=batch):
-            hidden = m.model(input_ids=batch["input_ids"]).last_hidden_state.detach()
-            logits = m.lm_head(hidden)[0, :-1]
-            return nn.functional.cross_entropy(logits, batch["labels"][0, 1:])
-
-        rows.append(don_nod_step(model, loss_fn, params, lr)[:2])
-    return np.array(rows)
+from adaptlab import models, modules
+from adaptlab.bench.testbeds import Pairs
+from adaptlab.domain.donod import don_nod_from_hidden, don_nod_scores, don_nod_step
+from adaptlab.text import causal_lm_collate
 
 
-def test_closed_form_against_literal_steps(benchmark):
-    model, tokenizer = models.load("smollm2", device="cpu")
-    pairs = text_task(SMALL, seed=0).train[:16]
-    with torch.no_grad():
-        don_nod_scores(model, pairs[:2], tokenizer)  # warm up
+@pytest.fixture(scope="module")
+def base():
+    "SmolLM2-135M (49,152 tokens) in single precision, and a batch of eight pairs."
+    model, tokenizer = models.load("smollm2", device="cpu", dtype="float32")
+    pairs = [Pairs.load("cldr_territories")[i] for i in range(8)]
+    return model.eval(), causal_lm_collate(tokenizer)(pairs)
 
-    found = benchmark.pedantic(
-        lambda: don_nod_scores(model, pairs, tokenizer, lr=1e-3), rounds=3, iterations=1
-    )
-    start = time.perf_counter()
-    literal = literal_scores(model, pairs, tokenizer, 1e-3)
-    seconds = time.perf_counter() - start
-    np.testing.assert_allclose(found["nod"], literal[:, 1], rtol=1e-3)
-    np.testing.assert_allclose(found["don"], literal[:, 0], rtol=1e-2, atol=1e-9)
-    ratio = seconds / benchmark.stats.stats.median
-    benchmark.extra_info["literal / closed form"] = round(ratio, 2)
-    print(f"\nDONOD, {len(pairs)} samples: the closed form is {ratio:.1f} times as fast")
-    assert ratio > 1
+
+def test_against_the_forward_pass(base):
+    model, batch = base
+
+    def forward():
+        with torch.no_grad():
+            modules.call(model, batch)
+
+    batches = [batch] * 6  # the first batch is also asked whether the closed form applies
+    ours, plain = in_turn(lambda: don_nod_scores(model, batches),
+                          lambda: [forward() for _ in batches], rounds=3)
+    row("DONOD, 48 samples of SmolLM2, against the forward pass", ours, plain, bound=2.0)
+
+
+def test_the_probe_against_the_layer(base):
+    "Of every token of a long answer: what comes on top of the logits, which the forward pass has."
+    weight = base[0].lm_head.weight.detach()
+    h, y = torch.randn(1, 122, weight.shape[1]), torch.randint(0, len(weight), (1, 122))
+    norm = weight.norm().double()
+    ours, logits = in_turn(lambda: don_nod_from_hidden(h, y, weight, 1e-3, norm=norm),
+                           lambda: F.linear(h, weight), rounds=5)
+    row("DONOD, probe of 122 tokens, V = 49,152, against its logits", ours, logits)
+
+
+def test_against_literal_steps(base):
+    model, batch = base
+    params = [model.lm_head.weight]
+
+    def literal():
+        found = []
+        for i in range(2):
+            one = {k: v[i : i + 1] for k, v in batch.items()}
+            hidden = modules.layer_inputs(model, "lm_head", one)["lm_head"][0, :-1].detach()
+
+            def loss(m, hidden=hidden, one=one):
+                return F.cross_entropy(m.lm_head(hidden), one["labels"][0, 1:])
+
+            found.append(don_nod_step(model, loss, params, 1e-3)[:2])
+        return torch.tensor(found).double()
+
+    two = {k: v[:2] for k, v in batch.items()}
+    ours, theirs = don_nod_scores(model, [two]), literal()
+    torch.testing.assert_close(ours.nod, theirs[:, 1], rtol=1e-3, atol=0)
+    torch.testing.assert_close(ours.don, theirs[:, 0], rtol=1e-2, atol=1e-9)
+    row("DONOD, closed form against literal steps",
+        *in_turn(lambda: don_nod_scores(model, [two]), literal, rounds=3), bound=1.0)
