@@ -864,7 +864,7 @@ def pretrain(
     return fit(model, windows, _model_loss, steps=steps, batch_size=batch_size, lr=lr,
                **{"schedule": one_cycle(lr, steps), "clip": 1.0, **options})
 
-# %% ../../nbs/inference/02_ttm.ipynb #c7589457
+# %% ../../nbs/inference/02_ttm.ipynb #f510856d
 class Errors(NamedTuple):
     "Errors of a forecaster on a set of windows."
 
@@ -905,7 +905,7 @@ def freeze_backbone(
     model.backbone.requires_grad_(False)
     return model
 
-# %% ../../nbs/inference/02_ttm.ipynb #e8e78c06
+
 def fine_tune(
     model: nn.Module,  # trained in place; ends with the weights that were best on `val`
     train: Windows,  # windows to learn from
