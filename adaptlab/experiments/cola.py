@@ -6,8 +6,9 @@
 __all__ = ['METHODS', 'SMALL', 'FULL', 'experiment', 'Config', 'Question', 'pairs', 'tokenised', 'questions', 'boxed_answer',
            'Judge', 'search_all', 'batches', 'searches', 'search_results', 'per_question', 'summary', 'transfer']
 
-# %% ../../nbs/experiments/cola.ipynb #a24a9133
+# %% ../../nbs/experiments/cola.ipynb #941e4a69
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -148,7 +149,7 @@ def questions(
             f"{cfg.max_tokens}: raise it (0: any length), or take other data")
     return found
 
-# %% ../../nbs/experiments/cola.ipynb #22d528df
+# %% ../../nbs/experiments/cola.ipynb #56435e42
 def boxed_answer(
     text: str,  # what the model wrote
 ) -> str:  # the inside of its last `\boxed{}`; without one, its last number; else the text
@@ -160,8 +161,8 @@ def boxed_answer(
             level += {"{": 1, "}": -1}.get(text[i], 0)
             if level == 0:
                 return text[begin:i].strip()
-    number = evaluate.final_number(text, after=None)
-    return text.strip() if number is None else f"{number:g}"
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)
+    return numbers[-1] if numbers else text.strip()
 
 
 class Judge:

@@ -14,29 +14,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from adaptlab import models
-from adaptlab.experiment import start_run
+import schemas
+from adaptlab import data, evaluate, models, recipes
+from adaptlab.bench.report import load_report
+from adaptlab.bench.runs import launch, start_run
+from adaptlab.experiments import cola as lab
+from adaptlab.experiments.cola import FULL, SMALL, Judge, boxed_answer, experiment, questions
 from adaptlab.testtime import cola
 from adaptlab.testtime.cola import (
-    FULL,
-    SMALL,
     ChainOfLayersSearch,
     PathBatch,
     PathExecutor,
     PrefixCache,
     SearchResult,
-    boxed_answer,
     depth_statistics,
-    experiment,
     find_layers,
     layer_path,
     legal_edits,
-    questions,
     random_edit_paths,
     random_edit_search,
     repeat_block,
     run_path,
-    same_answer,
     search_many,
     skip_block,
     teacher_forced_match,
@@ -56,7 +54,7 @@ def family(name):
     more = {"intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     kv = {"num_key_value_heads": 2, "head_dim": 8}
     if name == "llama":
-        model = models.tiny_llama(vocab_size=100, hidden_size=32, layers=4)
+        model = recipes.tiny_llama(vocab_size=100, hidden_size=32, layers=4)
     elif name == "gpt2":
         gpt2 = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
         model = t.GPT2LMHeadModel(
@@ -429,8 +427,8 @@ def test_statistics_by_hand():
 
 def test_answers():
     assert boxed_answer(r"\boxed{\frac{3}{4}}") == r"\frac{3}{4}"
-    assert same_answer(r"\frac{3}{4}", "0.75") and same_answer("75%", "0.75")
-    assert not same_answer("x", "y") and same_answer(" Paris", "paris")
+    assert evaluate.same_answer(r"\frac{3}{4}", "0.75") and evaluate.same_answer("75%", "0.75")
+    assert not evaluate.same_answer("x", "y") and evaluate.same_answer(" Paris", "paris")
     assert boxed_answer("no number") == "no number" and boxed_answer("a 1/2") == "1/2"
 
 
@@ -504,9 +502,9 @@ def test_a_reward_outside_the_usual_range_warns():
 def tiny_world(folder, **changes):
     "FULL in miniature: a random Llama, a byte tokenizer, and questions with options."
     torch.manual_seed(0)
-    model = models.tiny_llama(hidden_size=16, layers=3, heads=2, kv_heads=1)
+    model = recipes.tiny_llama(hidden_size=16, layers=3, heads=2, kv_heads=1)
     model.save_pretrained(folder / "model")
-    tokenizer = models.byte_tokenizer()
+    tokenizer = recipes.byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<bos>{{ m['content'] }}\n{% endfor %}"
     tokenizer.save_pretrained(folder / "model")
     sets = folder / "sets"
@@ -518,14 +516,14 @@ def tiny_world(folder, **changes):
     ]  # fmt: skip
     (sets / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return FULL.replace(
-        model=str(folder / "model"), dataset=str(sets), dataset_config=None, dtype="float32",
-        n_samples=5, n_simulations=10, device="cpu", chunk=3, batch=2, n_timed=1, **changes,
+        model=str(folder / "model"), dataset=str(sets / "test.jsonl"), dtype="float32",
+        n_samples=5, n_simulations=10, device="cpu", chunk=3, batch=2, **changes,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("check", ["teacher_forced", "generate"])
 def test_full_scale_path_with_a_tiny_model(tmp_path, check):
-    cfg = tiny_world(tmp_path, check=check, max_new_tokens=4)
+    cfg = tiny_world(tmp_path, judge=check, max_new_tokens=4)
     report = experiment(cfg, start_run("cola", cfg, "full", root=tmp_path / "runs"))
     table = report.tables["methods"].set_index("method")
     assert list(table.index) == list(cfg.methods)
@@ -533,17 +531,15 @@ def test_full_scale_path_with_a_tiny_model(tmp_path, check):
     assert (table["executed paths"] <= 10).all()
     assert table.loc["random edits", "executed paths"] == table.loc["both", "executed paths"]
     assert report.tables["paths"]["sample"].nunique() == 5
-    assert {"accuracy", "depth"} <= report.figures.keys() and report.claims
-    calls = report.tables["timing"].set_index("way")["layer calls"]
-    assert calls["together"] <= calls["shared"] < calls["alone"]
+    assert {"main", "depth"} <= report.figures.keys() and report.claims
 
 
 def test_full_scale_path_with_two_processes(tmp_path):
     cfg = tiny_world(tmp_path)
     alone = experiment(cfg, start_run("cola", cfg, "full", root=tmp_path / "alone"))
     args = []
-    for name in ("model", "dataset", "dataset_config", "dtype", "n_samples", "n_simulations",
-                 "device", "chunk", "batch", "n_timed"):  # fmt: skip
+    for name in ("model", "dataset", "dtype", "n_samples", "n_simulations",
+                 "device", "chunk", "batch"):  # fmt: skip
         args += [f"--{name.replace('_', '-')}", str(getattr(cfg, name))]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--standalone", "-m", "adaptlab", "run", "cola", "--scale", "full", *args]
@@ -552,8 +548,6 @@ def test_full_scale_path_with_two_processes(tmp_path):
     out = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
     assert out.returncode == 0, out.stderr[-3000:]
     assert out.stdout.count("report in") == 1
-    from adaptlab.experiment import load_report
-
     found = load_report(next((tmp_path / "runs").rglob("report.json")).parent)
     names = ["sample", "method", "path", "reward"]
     both = found.tables["paths"][names], alone.tables["paths"][names]
@@ -562,45 +556,45 @@ def test_full_scale_path_with_two_processes(tmp_path):
 
 def test_questions_are_checked(tmp_path):
     cfg = tiny_world(tmp_path)
-    tokenizer = models.byte_tokenizer()
+    tokenizer = recipes.byte_tokenizer()
     with pytest.raises(ValueError, match="no column"):
         questions(cfg.replace(answer="nothing", chat=False), tokenizer, 0)
     q = questions(cfg.replace(chat=False), tokenizer, 0)[0]
     assert "\nA. " in q.prompt and q.answer in (" A", " B")
-    short = models.tiny_llama(max_length=16)
-    for judge in cola.JUDGES.values():
+    short = recipes.tiny_llama(max_length=16)
+    for kind in ("teacher_forced", "generate"):
         with pytest.raises(ValueError, match="context"):
-            judge(short, tokenizer, [q], SMALL)
+            Judge(short, tokenizer, [q], SMALL.replace(judge=kind))
         with pytest.raises(ValueError, match="need a token"):
-            judge(short, tokenizer, [q._replace(answer_ids=[])], SMALL)
+            Judge(short, tokenizer, [q._replace(answer_ids=[])], SMALL.replace(judge=kind))
     with pytest.raises(ValueError, match="none within max_tokens = 3"):
         questions(cfg.replace(max_tokens=3, chat=False), tokenizer, 0)
     with pytest.raises(ValueError, match="chat = False"):
         questions(cfg, tokenizer, 0)
     with pytest.raises(ValueError, match="methods"):
-        experiment(cfg.replace(methods=("both", "luck")), None)
+        cfg.replace(methods=("both", "luck"))
 
 
 def test_a_data_set_without_questions(tmp_path, monkeypatch):
-    cfg, full = tiny_world(tmp_path), cola.data.load
-    monkeypatch.setattr(cola.data, "load", lambda *a, **k: full(*a, **k).select([]))
+    cfg, full = tiny_world(tmp_path), data.load
+    monkeypatch.setattr(lab.data, "load", lambda *a, **k: full(*a, **k).select([]))
     with pytest.raises(ValueError, match="holds 0 questions"):
-        questions(cfg, models.byte_tokenizer(), 0)
+        questions(cfg, recipes.byte_tokenizer(), 0)
 
 
 def test_one_method_and_no_controls(tmp_path):
     cfg = tiny_world(tmp_path, methods=("skip",), n_transfer=0)
-    cfg = cfg.replace(n_timed=0, chat=False, max_tokens=0)
+    cfg = cfg.replace(chat=False, max_tokens=0)
     report = experiment(cfg, start_run("cola", cfg, "full", root=tmp_path / "runs"))
     assert list(report.tables["methods"]["method"]) == ["skip"]
-    assert not len(report.tables["transfer"]) and not len(report.tables["timing"])
+    assert not len(report.tables["transfer"])
     paths = report.tables["paths"]
     assert (paths["path"].str.split().str.len() <= 3).all()  # nothing was repeated
 
 
 def test_both_judges_agree_on_short_answers():
     "Teacher forcing in a batch says what writing with a cache says, path by path."
-    model, tokenizer = family("llama"), models.byte_tokenizer()
+    model, tokenizer = family("llama"), recipes.byte_tokenizer()
     paths = [path for _, path in random_jobs(8, 1)]
     prompts = IDS.tolist() + IDS[:, :5].tolist()
     for path in paths[:4]:  # answers that some paths get right
@@ -610,8 +604,8 @@ def test_both_judges_agree_on_short_answers():
                 written = model.generate(
                     torch.tensor([ids]), max_new_tokens=3, do_sample=False, eos_token_id=[0]
                 )[0, len(ids) :].tolist()
-            sample.append(cola.Question("", tokenizer.decode(written), ids, written))
-        forced = cola.JUDGES["teacher_forced"](model, tokenizer, sample, SMALL)
+            sample.append(lab.Question("", tokenizer.decode(written), ids, written))
+        forced = Judge(model, tokenizer, sample, SMALL)
         jobs = [(row, p) for row in range(len(sample)) for p in paths]
         for (row, p), reward in zip(jobs, forced(jobs), strict=True):
             q = sample[row]
@@ -643,22 +637,118 @@ def test_a_chain_saved_as_a_checkpoint(tmp_path):
 
 
 def save_with_tokenizer(folder):
-    models.byte_tokenizer().save_pretrained(folder)
+    recipes.byte_tokenizer().save_pretrained(folder)
     return folder
-
-
-def test_shares_have_honest_intervals():
-    none, all_ = cola._share([False] * 10), cola._share([True] * 10)
-    assert none.value == 0 < none.high < 30 and 70 < all_.low < all_.value == 100
-    from scipy.stats import binomtest
-
-    reference = binomtest(7, 20).proportion_ci(method="wilson")
-    share = cola._share([True] * 7 + [False] * 13)
-    np.testing.assert_allclose([share.low, share.high], 100 * np.array(reference), rtol=1e-5)
-    assert cola._share([]) is None
 
 
 def test_module_is_the_one_of_the_catalogue():
     from adaptlab import catalog
 
     assert catalog.find("cola").module == cola.__name__
+
+
+def test_full_asks_for_what_the_hub_has(recorded, tmp_path):
+    tokenizer = recipes.byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    found = questions(FULL.replace(n_samples=20), tokenizer, 0)
+    assert recorded.asked == [FULL.dataset] and len(found) == 20
+    assert schemas.rows(FULL.dataset) >= FULL.n_samples
+    assert all(q.answer in tuple("ABCD1234") and "\n" in q.prompt for q in found)
+    other = FULL.replace(dataset="allenai/ai2_arc@ARC-Challenge#test", n_samples=2)
+    assert len(questions(other, tokenizer, 0)) == 2
+    with pytest.raises(ValueError, match="column"):
+        questions(FULL.replace(answer="gold"), tokenizer, 0)
+
+
+def test_resume_repeats_nothing(tmp_path, monkeypatch):
+    cfg = tiny_world(tmp_path)
+    root, real, done = tmp_path / "runs", lab.search_all, []
+
+    def counted(judge, numbers, cfg, seed):
+        done.append(sorted(numbers))
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return real(judge, numbers, cfg, seed)
+
+    monkeypatch.setattr(lab, "search_all", counted)
+    with pytest.raises(KeyboardInterrupt):
+        launch("cola", cfg, root=root, progress=False)
+    report = launch("cola", cfg, root=root, resume=True, progress=False)
+    assert sorted(sum(done[:2], [])) == [0, 1, 2]  # the first chunk
+    assert sorted(sum(done[3:], [])) == [3, 4]  # only the second is done again
+    assert len(report.tables["items"]) == 5 * len(cfg.methods)
+
+
+STD = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+       "intermediate_size": 48}
+GPT = {"n_embd": 32, "n_layer": 4, "n_head": 4}
+MORE = {
+    "gpt_neo": {"hidden_size": 32, "num_layers": 4, "num_heads": 4,
+                "attention_types": [[["global", "local"], 2]]},
+    "bloom": {"hidden_size": 32, "n_layer": 4, "n_head": 4},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 4, "state_size": 8},
+    "mixtral": {**STD, "num_key_value_heads": 2, "num_local_experts": 2,
+                "output_router_logits": True},
+    "xglm": {"d_model": 32, "num_layers": 4, "attention_heads": 4, "ffn_dim": 48},
+    "opt": {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "ffn_dim": 48,
+            "word_embed_proj_dim": 32},
+    "mpt": {"d_model": 32, "n_layers": 4, "n_heads": 4},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "alibi": True},
+    "phi": STD, "codegen": {**GPT, "rotary_dim": 4}, "gptj": {**GPT, "rotary_dim": 4},
+}
+
+
+def made(kind, **settings):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    special = {"vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, **{**special, **settings})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", MORE)
+def test_more_architectures_run(kind):
+    "Paths, cached generation, shared prefixes and batches."
+    model, cache = made(kind, **MORE[kind]), PrefixCache()
+    paths = [(0, 1, 2, 3), (0, 3), (0, 1, 1, 1, 2, 3)]
+    rows = [IDS[0].tolist(), IDS[1, :5].tolist(), IDS[0, 2:].tolist()]
+    batch = iter(PathBatch(model, rows, [2] * 3)([(r, p) for p in paths for r in range(3)]))
+    with torch.no_grad():
+        for path in paths:
+            for row in rows:
+                alone = run_path(model, torch.tensor([row]), path)[0, -2:]
+                torch.testing.assert_close(next(batch), alone, atol=1e-4, rtol=1e-3)
+            fresh = run_path(model, IDS, path)
+            torch.testing.assert_close(run_path(model, IDS, path, cache), fresh)
+            with layer_path(model, path):
+                fast, slow = (model.generate(IDS, max_new_tokens=4, do_sample=False, use_cache=c,
+                                             eos_token_id=-1, pad_token_id=0)
+                              for c in (True, False))
+            assert torch.equal(fast, slow)
+
+
+def test_other_architectures_are_refused_in_words():
+    rwkv = made("rwkv", hidden_size=32, num_hidden_layers=4, attention_hidden_size=32)
+    for call in (lambda: run_path(rwkv, IDS, (0, 1), PrefixCache()),
+                 lambda: PathBatch(rwkv, IDS.tolist(), [1, 1])):
+        with pytest.raises(ValueError, match="not supported by PrefixCache"):
+            call()
+    assert torch.isfinite(run_path(rwkv, IDS, (0, 1, 1))).all()  # without sharing it runs
+    jamba = made("jamba", **STD, num_experts=2, attn_layer_period=2, attn_layer_offset=1,
+                 use_mamba_kernels=False, mamba_d_state=4)
+    with layer_path(jamba, (0, 1, 1, 3)), pytest.raises(ValueError, match="cache"):
+        jamba.generate(IDS, max_new_tokens=2)
+    bart = made("bart", d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+                decoder_attention_heads=4)
+    bart.config.is_encoder_decoder = True
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        find_layers(bart)
+
+
+def test_shared_slots_refuse_a_cache_for_a_skip_too():
+    model = family("llama")
+    with layer_path(model, (1, 2, 3), share_slots=True), pytest.raises(ValueError, match="slots"):
+        model(IDS)
+    with layer_path(model, (0, 1, 2, 3), share_slots=True):
+        model(IDS)
