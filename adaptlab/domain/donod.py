@@ -94,7 +94,7 @@ def _from_products(inner: Tensor, squared: Tensor, norm: Tensor,
     after = (norm**2 + change).clamp_min(0).sqrt()
     return change / (after + norm), lr * squared.clamp_min(0).sqrt()
 
-# %% ../../nbs/domain/01_donod.ipynb #adaa006f
+# %% ../../nbs/domain/01_donod.ipynb #8488b6ab
 def _norm(weight: Tensor) -> Tensor:
     "The Frobenius norm: rows in single precision, their sum in double."
     kind = torch.promote_types(weight.dtype, torch.float32)
@@ -108,7 +108,7 @@ def _check_shapes(hidden: Tensor, labels: Tensor, weight: Tensor, lr: float) -> 
         raise ValueError(f"hidden {tuple(hidden.shape)}, labels {tuple(labels.shape)} and weight "
                          f"{tuple(weight.shape)} do not fit: [B, T, d], [B, T], [V, d] are needed")
 
-
+# %% ../../nbs/domain/01_donod.ipynb #adf8712a
 @torch.no_grad()
 def don_nod_from_hidden(
     hidden: Tensor,  # [B, T, d] inputs of the output layer (or [B, d]: one prediction per sample)
@@ -145,7 +145,7 @@ def don_nod_from_hidden(
                          "finite")
     return Scores(don, nod, n, loss / n)
 
-# %% ../../nbs/domain/01_donod.ipynb #176161ab
+# %% ../../nbs/domain/01_donod.ipynb #16da72f8
 _NORMALISE = {  # name -> what is taken off a column, and what it is divided by
     "vector": lambda m: (np.zeros(m.shape[1]), np.sqrt((m**2).sum(0))),
     "minmax": lambda m: (m.min(0), m.max(0) - m.min(0)),
@@ -163,7 +163,7 @@ def _check_criteria(m: np.ndarray, w: np.ndarray, normalization: str, columns: i
     if normalization not in _NORMALISE:
         raise ValueError(f"normalization = {normalization!r}: choose one of {list(_NORMALISE)}")
 
-
+# %% ../../nbs/domain/01_donod.ipynb #904f3e9d
 def topsis(
     matrix: Any,  # [N, K] criteria
     weights: Sequence[float] | None = None,  # [K] importance; None: equal
@@ -190,7 +190,7 @@ def topsis(
     total = away + near
     return np.where(total > 0, away / np.where(total > 0, total, 1), 0.5)
 
-# %% ../../nbs/domain/01_donod.ipynb #b778f074
+# %% ../../nbs/domain/01_donod.ipynb #0a6974a3
 def output_layer(
     model: nn.Module,  # a transformers model, or any module that ends in a linear layer
 ) -> tuple[str, nn.Module]:  # its name and the layer
@@ -209,7 +209,7 @@ def output_layer(
                          "say which layer to look at with layer='name'")
     return linears[-1]
 
-
+# %% ../../nbs/domain/01_donod.ipynb #85169e2a
 def _find_layers(model: nn.Module, layer: str | Sequence[str]) -> dict[str, nn.Module]:
     "The layers to score, by name."
     if layer == "output":
@@ -325,7 +325,7 @@ def per_sample_products(
     squared = [g.flatten(1).double().square().sum(1) for g in grads.values()]
     return torch.stack(inner, 1), torch.stack(squared, 1), losses.double()
 
-# %% ../../nbs/domain/01_donod.ipynb #3b0e7a75
+# %% ../../nbs/domain/01_donod.ipynb #164be4e8
 def _targets(model: nn.Module, batch: Any) -> Tensor:
     "The labels, as positions predict them: [B], or [B, T] ([B, T - 1] in a causal model)."
     labels = modules.labels_of(batch)
@@ -340,7 +340,7 @@ def _closed_scores(model: nn.Module, name: str, layer: nn.Linear, norm: Tensor, 
         hidden = hidden[:, :-1]
     return don_nod_from_hidden(hidden, labels, layer.weight, lr, layer.bias, norm=norm)
 
-
+# %% ../../nbs/domain/01_donod.ipynb #8acb57f7
 def _unpadded(model: nn.Module, batch: Any) -> list[Any]:
     "The batch without its mask; in single samples, cut, where padding would be seen."
     if not isinstance(batch, Mapping) or "attention_mask" not in batch:
