@@ -207,7 +207,7 @@ class SoupResult:
     history: list[Trial]  # every model that was tried, in order
     score: float  # of the finished soup, on the held-out data
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #55425232
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #c7cc446a
 def _stirred(
     mean: Mapping[str, Tensor],  # of n models
     n: int,  # models in it
@@ -219,13 +219,22 @@ def _stirred(
         for name, spec in new.specs.items():
             if name in new.aliases:
                 continue
-            value = new[name]
-            if spec.is_float:
-                wide = value.to(arithmetic.work_dtype(torch.float32, spec.dtype))
-                old = mean.get(name)
-                value = wide if old is None else torch.lerp(old, wide.to(old.device), 1 / (n + 1))
-                signs[name] = value.sum()
-            trial[name] = value
+            if not spec.is_float:
+                trial[name] = new[name].clone()
+                continue
+            dtype, old = arithmetic.work_dtype(torch.float32, spec.dtype), mean.get(name)
+            device = spec.device if old is None else old.device
+            trial[name] = out = torch.empty(spec.shape, dtype=dtype, device=device)
+            step, signs[name] = None if device.type == "cpu" else max(spec.numel, 1), 0
+            for start, stop in arithmetic.spans(spec.numel, step):  # what a cache can hold
+                piece = new.read(name, start, stop).to(device, dtype)
+                into = out.view(-1)[start:stop]
+                if old is None:
+                    into.copy_(piece)
+                else:
+                    torch.lerp(old.view(-1)[start:stop], piece, 1 / (n + 1), out=into)
+                signs[name] = signs[name] + into.sum()
+            signs[name] = torch.as_tensor(signs[name], dtype=torch.float64, device=device)
     for name, sign in arithmetic.read_out(signs).items():
         if not math.isfinite(sign) and not trial[name].isfinite().all():
             arithmetic.blame([new], [name], name)
@@ -250,7 +259,7 @@ def _checked(
         first.specs, lambda name, *span: state.read(renamed[name], *span), first.aliases,
         state.label, state.about)
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #b84912f4
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #a215fbc7
 def _plan(
     scores: Sequence[float],  # of each model alone
     order: Sequence[int] | None,  # as told; None: best first
@@ -306,9 +315,8 @@ def greedy_soup(
         history.append(Trial(i, scores[i], score, accepted))
         if accepted:
             mean, best, ingredients = trial, score, [*ingredients, i]
-    soup = {n: t.clone() for n, t in _rounded(mean, first).items() if n not in first.aliases}
-    soup = {n: soup[first.aliases.get(n, n)] for n in first}
-    return SoupResult(soup, ingredients, scores, history, best)
+    trial = state = None
+    return SoupResult(_rounded(mean, first), ingredients, scores, history, best)
 
 # %% ../../nbs/arithmetic/01_model_soups.ipynb #719a7d64
 def _outline(

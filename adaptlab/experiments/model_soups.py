@@ -502,7 +502,7 @@ def _adapt(model: nn.Module, bed: Bed, seed: int, *, name: str, cfg: Config, run
     model.load_state_dict(RECIPES[name](cfg, bed, paths, scores, model))
     return None
 
-# %% ../../nbs/experiments/model_soups.ipynb #9a99d6df
+# %% ../../nbs/experiments/model_soups.ipynb #e4526324
 FILES, MOVED = "the code's result files, ImageNet", "the code's result files, mean of 5 shifts"
 NARROW = "what a label decides is decided alike by all members"
 CASES = [
@@ -550,8 +550,9 @@ def rank_correlation(
     y: str,  # another one
 ) -> stats.Estimate:  # Spearman's, its mean and interval over seeds
     "Whether more of one goes with more of the other."
-    return stats.over_seeds([part[x].rank().corr(part[y].rank())
-                             for _, part in pairs.groupby("seed")])
+    found = [part[x].rank().corr(part[y].rank()) for _, part in pairs.groupby("seed")]
+    found = [f for f in found if math.isfinite(f)]  # not defined where one of them never moves
+    return stats.over_seeds(found) if found else stats.Estimate(*3 * [math.nan], 0)
 
 # %% ../../nbs/experiments/model_soups.ipynb #7ed1666a
 STARS = {"best single model": ("black", "o"), "uniform soup": ("blue", "*"),

@@ -3,10 +3,8 @@
 import copy
 import gc
 import json
-import os
 import re
-import subprocess
-import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -22,17 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from adaptlab import adapters, models
-from adaptlab import experiment as core
-from adaptlab.arithmetic import model_soups as lesson
-from adaptlab.evaluate import peak_memory
+from adaptlab import adapter_files, adapters, recipes
 from adaptlab.arithmetic.model_soups import (
-    FULL,
-    SMALL,
     LearnedSoup,
-    LossPlane,
     angle,
-    estimate,
     greedy_soup,
     interpolate,
     interpolation_advantage,
@@ -41,15 +32,19 @@ from adaptlab.arithmetic.model_soups import (
     merged_state_dict,
     recalibrate_batchnorm,
     soup_ensemble_gap,
-    train_copies,
     uniform_soup,
 )
+
+from adaptlab.bench.runs import launch
+from adaptlab.evaluate import peak_memory
+from adaptlab.experiments import model_soups as lab
+from adaptlab.experiments.model_soups import FULL, SMALL
 
 
 def family(k, spread=0.1, sizes=(8, 16, 3), seed=0):
     "Networks around a common centre, and the centre."
     torch.manual_seed(seed)
-    start = models.MLP(sizes).eval()
+    start = recipes.MLP(sizes).eval()
     copies = [copy.deepcopy(start) for _ in range(k)]
     for model in copies:
         for p in model.parameters():
@@ -93,7 +88,7 @@ def test_uniform_is_the_mean(k, shape, dtype, seed) -> None:
 def test_averaged_model_agrees() -> None:
     "Property 2: torch's own running average, updated once per model, BatchNorm included."
     torch.manual_seed(0)
-    nets = [models.SmallCNN(channels=(4, 8)) for _ in range(4)]
+    nets = [recipes.SmallCNN(channels=(4, 8)) for _ in range(4)]
     for net in nets:
         net.train()(torch.rand(8, 1, 8, 8))
     reference = AveragedModel(nets[0], use_buffers=True)
@@ -220,7 +215,7 @@ def test_greedy_keeps_few_models_in_memory(tmp_path) -> None:
                 assert peak < (most + 0.5) * 4 * size  # and the pieces in work
     finally:
         gc.enable()
-    assert len(reads) == 2 * (2 * k + 1)  # score, trial; the first once more, to compare with
+    assert len(reads) == 2 * 2 * k  # to score each alone, and to add it
 
 
 def test_tied_weights_stay_tied() -> None:
@@ -339,12 +334,12 @@ def test_the_template_stays_the_users() -> None:
     torch.testing.assert_close(pot(X.double()).float(), host(X), atol=1e-5, rtol=1e-5)
     pot.fit((X.double(), Y), epochs=2, batch_size=40)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    held = [p for m in pot._stack.model.modules() for p in m._parameters.values()]
+    held = [p for m in pot._skeleton[0].modules() for p in m._parameters.values()]
     assert all(p is None or p.is_meta for p in held)
     assert pot.raw.shape == (3, 2)  # the tied weight, and two biases
-    assert pot._stack.model.first.weight is pot._stack.model.second.weight
+    assert pot._skeleton[0].first.weight is pot._skeleton[0].second.weight
     with torch.device("meta"):
-        empty = models.MLP((8, 16, 3))
+        empty = recipes.MLP((8, 16, 3))
     for call in (lambda: LearnedSoup(empty, COPIES), lambda: greedy_soup(COPIES, accuracy, empty)):
         with pytest.raises(ValueError, match="meta device"):
             call()
@@ -398,24 +393,6 @@ def test_second_order(seed) -> None:
         assert gap.true == 0 and gap.predicted == 0
 
 
-def test_lines_and_planes() -> None:
-    a, b, c = (m.state_dict() for m in COPIES[:3])
-    for t, end in ((0.0, a), (1.0, b)):
-        torch.testing.assert_close(interpolate(a, b, t), dict(end))
-    zero = {"w": torch.zeros(2)}
-    assert angle({"w": torch.tensor([1.0, 0])}, {"w": torch.tensor([1.0, 1])}, zero) == (
-        pytest.approx(45))
-    plane = LossPlane.through(a, b, c)
-    mix = uniform_soup([a, b, c], plane.shares(0.3, 0.4), allow_negative=True)
-    moved = torch.cat([(mix[k] - a[k]).flatten() for k in a])
-    assert float(moved.norm()) == pytest.approx(0.5, rel=1e-4)
-    with pytest.raises(ValueError, match="one line"):
-        LossPlane.through(a, b, interpolate(a, b, 0.3))
-    assert interpolation_advantage(COPIES[0], COPIES[0], accuracy, START) == pytest.approx(0)
-    known = interpolation_advantage(a, b, accuracy, START, scores=(0.0, 0.0))
-    assert known == accuracy(_filled(uniform_soup([a, b])))
-
-
 def _filled(state):
     model = copy.deepcopy(START)
     model.load_state_dict(state)
@@ -428,7 +405,7 @@ def _filled(state):
 def test_recalibration() -> None:
     "Statistics become those of the soup on the data; nothing else changes."
     torch.manual_seed(0)
-    nets = [models.SmallCNN(channels=(4, 8)) for _ in range(2)]
+    nets = [recipes.SmallCNN(channels=(4, 8)) for _ in range(2)]
     x = torch.rand(64, 1, 8, 8)
     soup, host = uniform_soup(nets), nets[0]
     before = {k: v.clone() for k, v in host.state_dict().items()}
@@ -498,8 +475,8 @@ def test_peft_models_are_merged(tmp_path) -> None:
     soup = uniform_soup(pair)
     deltas = [m.base_model.model.head.get_delta_weight("default") for m in pair]
     torch.testing.assert_close(soup["head.weight"], base.head.weight + sum(deltas) / 2)
-    ours = [adapters.from_peft(copy.deepcopy(base), tmp_path / str(i)) for i in range(2)]
-    folder = adapters.to_peft(lora_soup(ours), tmp_path / "soup", base_model_name="toy")
+    ours = [adapter_files.from_peft(copy.deepcopy(base), tmp_path / str(i)) for i in range(2)]
+    folder = adapter_files.to_peft(lora_soup(ours), tmp_path / "soup", base_model_name="toy")
     back = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder)
     torch.testing.assert_close(back(X), _filled(soup)(X), atol=1e-5, rtol=1e-5)
 
@@ -549,7 +526,7 @@ SPOILT = broken(STATE, **{"head.bias": torch.tensor([0.0, torch.nan, 0.0])})
 
 
 @pytest.mark.parametrize("make", [uniform_soup, partial(greedy_soup, score_fn=lambda s: 0.0),
-                                  lambda c: LearnedSoup(models.MLP((8, 16, 3)), c)])
+                                  lambda c: LearnedSoup(recipes.MLP((8, 16, 3)), c)])
 @pytest.mark.parametrize("given, error, words", [
     ([], ValueError, "empty"),
     (STATE, TypeError, "list"),
@@ -561,7 +538,7 @@ SPOILT = broken(STATE, **{"head.bias": torch.tensor([0.0, torch.nan, 0.0])})
      "head.bias"),
     ([STATE, SPOILT], ValueError, "model 1.*|head.bias"),
     ([SPOILT], ValueError, "head.bias"),
-    ([models.MLP((8, 16, 3)), nn.Linear(8, 3)], TypeError, "classes"),
+    ([recipes.MLP((8, 16, 3)), nn.Linear(8, 3)], TypeError, "classes"),
     ([STATE, broken(STATE, **{"head.bias": torch.empty(3, device="meta")})], ValueError, "meta"),
     ([STATE, "nowhere.safetensors"], FileNotFoundError, "nowhere"),
 ])
@@ -572,7 +549,7 @@ def test_bad_ingredients(make, given, error, words) -> None:
 
 def test_which_model_is_spoilt_is_said() -> None:
     for make in (uniform_soup, partial(greedy_soup, score_fn=lambda s: 0.0),
-                 lambda c: LearnedSoup(models.MLP((8, 16, 3)), c)):
+                 lambda c: LearnedSoup(recipes.MLP((8, 16, 3)), c)):
         with pytest.raises(ValueError, match="model 1") as error:
             make([STATE, SPOILT, STATE])
         assert "head.bias" in str(error.value)
@@ -597,7 +574,7 @@ def test_bad_weights(weights, words) -> None:
     ({"scores": [1.0, 2.0, float("nan"), 0.0, 0.0]}, ValueError, "finite"),
     ({"tie": "maybe"}, ValueError, "accept"),
     ({"model": nn.Linear(2, 2)}, ValueError, "different tensors"),
-    ({"model": models.MLP((8, 17, 3))}, ValueError, "shape"),
+    ({"model": recipes.MLP((8, 17, 3))}, ValueError, "shape"),
 ])
 def test_bad_greedy_arguments(options, error, words) -> None:
     with pytest.raises(error, match=words):
@@ -605,9 +582,9 @@ def test_bad_greedy_arguments(options, error, words) -> None:
 
 
 def test_other_bad_arguments() -> None:
-    net = models.MLP((8, 16, 3))
+    net = recipes.MLP((8, 16, 3))
     with pytest.raises(ValueError, match="different tensors"):
-        LearnedSoup(models.MLP((8, 16, 16, 3)), COPIES)
+        LearnedSoup(recipes.MLP((8, 16, 16, 3)), COPIES)
     with pytest.raises(ValueError, match="matches"):
         LearnedSoup(net, COPIES, per=[r"^layers"])
     with pytest.raises(ValueError, match="match no parameter"):
@@ -617,7 +594,7 @@ def test_other_bad_arguments() -> None:
     with pytest.raises(TypeError, match="modules"):
         logit_ensemble([STATE])
     with pytest.raises(ValueError, match="same classes"):
-        logit_ensemble([models.MLP((8, 3)), models.MLP((8, 4))])(X)
+        logit_ensemble([recipes.MLP((8, 3)), recipes.MLP((8, 4))])(X)
     with pytest.raises(ValueError, match="alpha"):
         soup_ensemble_gap(net, STATE, STATE, [(X, Y)], alpha=1.2)
     with pytest.raises(TypeError, match="iterator"):
@@ -630,51 +607,109 @@ def test_other_bad_arguments() -> None:
         interpolate(STATE, STATE, float("inf"))
     with pytest.raises(ValueError, match="floating"):
         uniform_soup(COPIES, dtype=torch.int32)
+
+
+def test_lines() -> None:
+    a, b = (m.state_dict() for m in COPIES[:2])
+    for t, end in ((0.0, a), (1.0, b)):
+        torch.testing.assert_close(interpolate(a, b, t), dict(end))
+    zero = {"w": torch.zeros(2)}
+    assert angle({"w": torch.tensor([1.0, 0])}, {"w": torch.tensor([1.0, 1])}, zero) == (
+        pytest.approx(45))
+    assert interpolation_advantage(COPIES[0], COPIES[0], accuracy, START) == pytest.approx(0)
+
+
+# ------------------------------------------------------------------ faults
+
+
+class WithAdapter(nn.Module):
+    "A plain network one of whose layers happens to be called adapter."
+
+    def __init__(self):
+        super().__init__()
+        self.adapter = nn.Linear(3, 3)
+        self.A, self.B = nn.Linear(3, 2), nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self.B(self.A(self.adapter(x)))
+
+
+def test_a_module_called_adapter_is_a_plain_module() -> None:
+    nets = [WithAdapter() for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        soup = uniform_soup([n.state_dict() for n in nets])
+        greedy = greedy_soup(nets, lambda m: 0.0, nets[0])
+    mean = (nets[0].adapter.weight + nets[1].adapter.weight) / 2
+    for state in (soup, greedy.state_dict, LearnedSoup(nets[0], nets).to_state_dict()):
+        torch.testing.assert_close(state["adapter.weight"], mean.detach())
+
+
+@pytest.mark.parametrize("a, b", [
+    ("x.lora_A.weight", "x.lora_B.weight"), ("x.lora_down.weight", "x.lora_up.weight"),
+    ("x.lora_embedding_A", "x.lora_embedding_B"), ("x.adaptlab.A", "x.adaptlab.B")])
+def test_bare_factors_are_refused(a, b) -> None:
+    states = [{a: torch.ones(2, 3), b: torch.ones(3, 2)}] * 2
+    for make in (uniform_soup, partial(greedy_soup, score_fn=lambda s: 0.0)):
+        with pytest.raises(ValueError, match="average of A and B"):
+            make(states)
+
+
+@pytest.mark.parametrize("make", [
+    uniform_soup, lambda m: greedy_soup(m, lambda s: 0.0), lambda m: LearnedSoup(m[0], m)])
+def test_other_configs_are_named(make) -> None:
+    "Same shapes, another order of the labels."
+    nets = [recipes.tiny_bert(n_classes=2) for _ in range(2)]
+    nets[0].config.id2label = {0: "neg", 1: "pos"}
+    nets[1].config.id2label = {0: "pos", 1: "neg"}
+    with pytest.warns(UserWarning, match="id2label"):
+        make(nets)
+
+
+def test_learned_soup_with_batchnorm() -> None:
+    "Running statistics are mixed without a gradient; training works, and they do not move."
+    torch.manual_seed(0)
+    nets = [recipes.SmallCNN(channels=(4, 8)) for _ in range(3)]
+    for net in nets:
+        net.train()(torch.rand(8, 1, 8, 8))
+        net.eval()
+    x, y = torch.rand(20, 1, 8, 8), torch.randint(10, (20,))
+    pot = LearnedSoup(nets[0], nets)
+    before = F.cross_entropy(pot(x), y)
+    pot.fit((x, y), epochs=5)
+    assert F.cross_entropy(pot(x), y) < before
+    soup = pot.to_state_dict()
+    assert not any(t.requires_grad for t in soup.values())
+    key = next(n for n in soup if n.endswith("running_var"))
+    mix = sum(w * n.state_dict()[key] for w, n in zip(pot.alpha().detach().mean(0), nets,
+                                                      strict=True))
+    torch.testing.assert_close(soup[key], mix)
+
+
+# ------------------------------------------------------------------ the experiment
+
+
+TINY = SMALL.replace(seeds=(0,), members=2, epochs=(1, 1), sizes=(64, 64), pairs=1,
+                     limit_seeds=1, learned={"epochs": 1}, training={"batch_size": 16})
+
+
+def test_one_seed_does_not_crash_and_resume_repeats_nothing(tmp_path, monkeypatch) -> None:
+    with monkeypatch.context() as m:
+        m.setattr(lab, "_figure", lambda *a: 1 / 0)  # stopped after the last stage of the sweep
+        with pytest.raises(ZeroDivisionError):
+            launch("model_soups", TINY, root=tmp_path, progress=False)
+    monkeypatch.setattr(lab, "train_members", lambda *a: 1 / 0)
+    monkeypatch.setattr(lab, "_limits", lambda *a: None)
+    report = launch("model_soups", TINY, root=tmp_path, resume=True, progress=False)
+    assert len(list(tmp_path.glob("model_soups/*"))) == 1
+    assert {"main", "limits"} <= set(report.figures)
+
+
+def test_training_side_by_side_is_refused_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match="together"):
+        SMALL.replace(mixup=(0.0, 0.5))
     with pytest.raises(ValueError, match="BatchNorm"):
-        train_copies(models.SmallCNN(), [{}], X, Y, [{}])
-    with pytest.raises(ValueError, match="recipes"):
-        train_copies(net, [STATE], X, Y, [])
-
-
-# ------------------------------------------------------------------ the sweep
-
-
-def test_stacked_training_is_plain_training() -> None:
-    "A copy in the stack is what a plain loop with torch's AdamW gives."
-    recipe = {"lr": 3e-3, "weight_decay": 0.1, "epochs": 3, "smoothing": 0.1, "seed": 5}
-    other = {"lr": 1e-3, "weight_decay": 0.0, "epochs": 1, "seed": 6, "noise": 0.3, "mixup": 0.5}
-    start = START.state_dict()
-    found = train_copies(START, [start, start], X, Y, [other, recipe], 8, warmup=2, clip=0.5)
-    model = copy.deepcopy(START)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 2, 15)
-    stream = lesson.train.IndexStream(40, 8, seed=5)
-    for step in range(15):
-        rows = stream.step(step)
-        F.cross_entropy(model(X[rows]), Y[rows], label_smoothing=0.1).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    torch.testing.assert_close(dict(model.state_dict()), found[1], atol=1e-5, rtol=1e-4)
-    alone = train_copies(START, [start], X, Y, [other], 8, warmup=2, clip=0.5)
-    torch.testing.assert_close(alone[0], found[0], atol=1e-6, rtol=1e-5)
-
-
-def test_both_trainers_run_the_same_experiment(tmp_path) -> None:
-    "The small experiment, tiny, with members trained one by one: same structure, same claims."
-    tiny = SMALL.replace(seeds=(0, 1), members=2, epochs=(1, 1), limit=120, pairs=2, grid=3,
-                         scratch=2, learned_epochs=1, noise=(0.0, 0.0), mixup=(0.0, 0.0),
-                         warmup=0, batch_size=16)
-    reports = [core.launch("model_soups", tiny.replace(trainer=t), root=tmp_path / t)
-               for t in ("stacked", "one_by_one")]
-    first, second = (r.tables["accuracy"] for r in reports)
-    assert first.drop(columns="recipe").sub(second.drop(columns="recipe")).abs().max().max() < 3
-    assert [c.text for c in reports[0].claims] == [c.text for c in reports[1].claims]
-    assert {"scatter", "growth", "basin", "seeds", "theory"} <= set(reports[0].figures)
-
-
-# ------------------------------------------------------------------ full scale, tiny
+        lab.train_copies(recipes.SmallCNN(), [{}], X, Y, [{}], SMALL.training)
 
 
 @pytest.fixture(scope="module")
@@ -709,103 +744,25 @@ def tiny_clip(tmp_path_factory) -> Path:
     return root
 
 
-def tiny_full(root: Path, **changes):
-    "`FULL`, with a tiny model, tiny data and few members."
-    return FULL.replace(**{
-        "model": str(root / "clip"), "data": str(root / "data"), "members": 2, "epochs": (1, 2),
-        "lr": (1e-4, 1e-3), "batch_size": 8, "warmup": 2, "held_out": 0.3, "pairs": 1, "grid": 3,
-        "device": "cpu", "precision": "no", "workers": 2, "checkpoint_every": 2, "probe_l2": 1e-3,
-        **changes})
+def test_full_on_a_tiny_clip(tiny_clip, tmp_path) -> None:
+    "The paper's set-up through the same code."
+    cfg = FULL.replace(
+        model=str(tiny_clip / "clip"), data=str(tiny_clip / "data"), members=2, epochs=(1, 2),
+        held_out=0.3, pairs=1, device="cpu", workers=2,
+        training={"batch_size": 8, "warmup": 2, "precision": "no"})
+    report = launch("model_soups", cfg, root=tmp_path, progress=False)
+    assert len(report.tables["each"]) == 3  # the starting point is a candidate, too
+    states = sorted(tmp_path.rglob("members/*.safetensors"))
+    assert len(states) == 3 and report.claims
+    bed = lab.make_bed(cfg, 0)
+    assert bed.test["fewer"].groups == [[0], [2]] or len(bed.test["fewer"].groups) == 2
+    assert sorted(map(len, bed.test["renamed"].groups)) == [1, 2]
 
 
-def test_full_scale_and_resume(tiny_clip, tmp_path, monkeypatch) -> None:
-    "The paper's set-up on a tiny CLIP; stopped in the second member, it goes on from there."
-    cfg, train_one, done = tiny_full(tiny_clip), lesson._train_one, []
-
-    def stops(*args):
-        if len(done) == 1:
-            raise KeyboardInterrupt
-        done.append(1)
-        return train_one(*args)
-
-    monkeypatch.setattr(lesson, "_train_one", stops)
-    with pytest.raises(KeyboardInterrupt):
-        core.launch("model_soups", cfg, root=tmp_path)
-    first = next(tmp_path.rglob("members/seed0-0.safetensors"))
-    written = first.stat().st_mtime_ns
-    monkeypatch.setattr(lesson, "_train_one", train_one)
-    report = core.launch("model_soups", cfg, root=tmp_path, resume=True)
-    assert first.stat().st_mtime_ns == written and len(list(tmp_path.glob("*/*"))) == 1
-    table = report.tables["accuracy"].set_index("recipe")
-    assert {"test", "fewer", "renamed", "shifts"} <= set(table.columns)
-    assert len(report.tables["sweep"]) == 3  # the starting point is a candidate, too
-    assert not list(tmp_path.rglob("checkpoints/*"))
-    assert all(c.holds is True or c.reason for c in report.claims)
-    states = [load_file(p) for p in sorted(tmp_path.rglob("members/*.safetensors"))]
-    uniform = load_file(next(tmp_path.rglob("soups/*uniform-soup.safetensors")))
-    torch.testing.assert_close(uniform, uniform_soup(states))
-
-
-def test_two_processes(tiny_clip, tmp_path) -> None:
-    "The same on two processes: members and accuracies are those of one."
-    changes = {"mixup": (0.0, 0.0), "augment_ops": (0, 0), "epochs": (1, 1), "pairs": 0}
-    alone = core.launch("model_soups", tiny_full(tiny_clip, **changes), root=tmp_path / "one")
-    cfg = tiny_full(tiny_clip, **changes)
-    options = []
-    for name, value in cfg.to_dict().items():
-        if value != FULL.to_dict()[name]:
-            values = value if isinstance(value, list) else [value]
-            options += ["--" + name.replace("_", "-"), *map(str, values)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-               "--master_port", "29561", "-m", "adaptlab", "run", "model_soups", "--scale", "full",
-               "--root", str(tmp_path / "two"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    names = sorted(p.name for p in (tmp_path / "one").rglob("members/*"))
-    for name in names:
-        one, two = (load_file(next((tmp_path / where).rglob(f"members/{name}")))
-                    for where in ("one", "two"))
-        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
-    other = core.load_report(next((tmp_path / "two").rglob("report")))
-    keys = ["test", "fewer", "renamed"]
-    gap = (alone.tables["accuracy"][keys] - other.tables["accuracy"][keys]).abs()
-    assert float(gap.max().max()) <= 100 / 8  # at most one image that is on the edge
-
-
-def test_bad_image_folders(tiny_clip, tmp_path) -> None:
-    with pytest.raises(ValueError, match="train"):
-        lesson._images_task(tiny_full(tiny_clip, data=str(tmp_path)), 0)
-    models.tiny_bert().save_pretrained(tmp_path / "bert")
-    with pytest.raises(ValueError, match="CLIP"):
-        lesson._images_task(tiny_full(tiny_clip, model=str(tmp_path / "bert")), 0)
-    images = lesson._Images(tiny_clip / "data" / "fewer", 32)
-    with pytest.raises(ValueError, match="classes.json"):
-        lesson._groups(images, ["red", "green"])
-    (tmp_path / "train" / "nothing").mkdir(parents=True)
-    with pytest.raises(ValueError, match="no images"):
-        lesson._Images(tmp_path / "train", 32)
-
-
-@pytest.mark.parametrize("op", range(len(lesson._AUGMENTATIONS)))
-def test_augmentations(op) -> None:
-    "Every image operation keeps size and mode, at all magnitudes and both signs."
+def test_image_operations_keep_size_and_mode() -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3)).astype(np.uint8)
     image = PIL.Image.fromarray(pixels)
-    for strength in (0.0, 0.5, 1.0):
-        for sign in (-1.0, 1.0):
-            out = lesson._AUGMENTATIONS[op](image, strength, sign)
+    for change in lab._operations().values():
+        for m in (-1.0, -0.5, 0.0, 0.5, 1.0):
+            out = change(image, m)
             assert out.size == image.size and out.mode == "RGB"
-
-
-def test_estimate_counts() -> None:
-    "The numbers of ViT-B/32 come out of the architecture."
-    with torch.device("meta"):
-        clip = lesson._ClipClassifier(transformers.CLIPModel(transformers.CLIPConfig()), 1000)
-        pixels = torch.empty(2, 3, 224, 224)
-    size = sum(p.numel() for p in clip.parameters())
-    assert 87.5e6 < size < 89e6
-    need = estimate(FULL, clip, pixels, 1_281_167, 160_000).set_index("what")["amount"]
-    assert need["memory, learned soup"] == pytest.approx(72 * 4 * size / 1e9)
-    half = estimate(FULL.replace(members=35), clip, pixels, 1_281_167, 160_000)
-    assert half.set_index("what")["amount"]["hours, compute"] < 0.55 * need["hours, compute"]
