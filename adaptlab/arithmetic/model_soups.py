@@ -7,7 +7,7 @@ __all__ = ['Candidate', 'merged_state_dict', 'uniform_soup', 'lent', 'Trial', 'S
            'logit_ensemble', 'interpolate', 'angle', 'interpolation_advantage', 'SoupEnsembleGap', 'soup_ensemble_gap',
            'recalibrate_batchnorm', 'lora_soup']
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #3bbfcb3a
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #18c0abde
 import copy
 import math
 import re
@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -39,7 +40,26 @@ def merged_state_dict(
         return adapters.merge_and_unload(copy.deepcopy(model)).state_dict()
     return model.state_dict()
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #78a87960
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #72948e60
+def _opened(
+    source: Mapping | str | Path,  # a state dict, or a path to safetensors
+) -> arithmetic.LazyState:
+    "Weights as they lie; files are mapped into memory, so that nothing is copied to look at them."
+    state = checkpoints.open_state(source)
+    path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
+    if path is None or path.suffix == ".json":  # an index is read tensor by tensor
+        return state
+    mapped = {}
+    for file, names in (checkpoints.weight_files(path) if path.is_dir() else {path: None}).items():
+        held = load_file(file)
+        mapped |= {n: held[n] for n in names or held if held[n].numel()}
+    tensors = {n: mapped.get(n, torch.empty(s.shape, dtype=s.dtype))
+               for n, s in state.specs.items()}
+    return arithmetic.LazyState(
+        state.specs, lambda n, start, stop: tensors[n].view(-1)[start:stop], state.aliases,
+        state.label, state.about)
+
+
 def _state(
     candidate: Candidate,  # whatever may go into the pot
     name: str,  # what messages call it
@@ -49,7 +69,7 @@ def _state(
         state = arithmetic.as_state(merged_state_dict(candidate))
         state.about = partial(arithmetic.about_model, candidate)
     elif isinstance(candidate, (Mapping, str, Path)):
-        state = copy.copy(checkpoints.open_state(candidate))
+        state = copy.copy(_opened(candidate))
     elif callable(candidate):
         return _state(candidate(), name)
     else:
@@ -121,7 +141,7 @@ def uniform_soup(
         states = [s.cast(lambda _: dtype) for s in states]
     return dict(arithmetic.linear_combination(states, shares))
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #07bc1ee5
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #391fe122
 def _sources(
     model: nn.Module,  # the architecture
     state: arithmetic.LazyState,  # weights for it
@@ -150,7 +170,7 @@ def _sources(
 def lent(
     model: nn.Module,  # the architecture; has its own weights back afterwards
     weights: Candidate,  # weights for it
-) -> Iterator[nn.Module]:
+) -> Iterator[nn.Module]:  # the model, filled
     "Lend weights to a model, in eval mode and without gradients. Raises if they do not fit."
     state = weights if isinstance(weights, arithmetic.LazyState) else _state(weights, "")
     own, names = model.state_dict(keep_vars=True), _sources(model, state)
@@ -207,40 +227,40 @@ class SoupResult:
     history: list[Trial]  # every model that was tried, in order
     score: float  # of the finished soup, on the held-out data
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #c7cc446a
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #7f4bc1a3
+def _finite(
+    tensors: Mapping[str, Tensor],  # made from the new model
+    new: arithmetic.LazyState,  # the new model
+) -> Mapping[str, Tensor]:  # the same tensors
+    "ValueError that names what of the new model is NaN or infinite: one sum per tensor."
+    signs = {n: t.sum() for n, t in tensors.items() if t.is_floating_point()}
+    for name, sign in arithmetic.read_out(signs).items():
+        if not math.isfinite(sign) and not tensors[name].isfinite().all():
+            arithmetic.blame([new], [name], name)
+    return tensors
+
+
+@torch.no_grad()
 def _stirred(
     mean: Mapping[str, Tensor],  # of n models
     n: int,  # models in it
     new: arithmetic.LazyState,  # one more
 ) -> dict[str, Tensor]:
-    "The mean of n + 1 models, floating-point tensors in float32 or better; checked for NaN."
-    trial, signs = {}, {}
-    with torch.no_grad():
-        for name, spec in new.specs.items():
-            if name in new.aliases:
-                continue
-            if not spec.is_float:
-                trial[name] = new[name].clone()
-                continue
-            dtype, old = arithmetic.work_dtype(torch.float32, spec.dtype), mean.get(name)
-            device = spec.device if old is None else old.device
-            trial[name] = out = torch.empty(spec.shape, dtype=dtype, device=device)
-            step, signs[name] = None if device.type == "cpu" else max(spec.numel, 1), 0
-            for start, stop in arithmetic.spans(spec.numel, step):  # what a cache can hold
-                piece = new.read(name, start, stop).to(device, dtype)
-                into = out.view(-1)[start:stop]
-                if old is None:
-                    into.copy_(piece)
-                else:
-                    torch.lerp(old.view(-1)[start:stop], piece, 1 / (n + 1), out=into)
-                signs[name] = signs[name] + into.sum()
-            signs[name] = torch.as_tensor(signs[name], dtype=torch.float64, device=device)
-    for name, sign in arithmetic.read_out(signs).items():
-        if not math.isfinite(sign) and not trial[name].isfinite().all():
-            arithmetic.blame([new], [name], name)
+    "The mean of n + 1 models, floating-point tensors in float32 or better."
+    trial = {}
+    for name, spec in new.specs.items():
+        if name in new.aliases:
+            continue
+        if not spec.is_float or not n:
+            wide = arithmetic.work_dtype(torch.float32, spec.dtype) if spec.is_float else spec.dtype
+            trial[name] = new[name].to(wide, copy=True)
+        else:
+            old = mean[name]
+            trial[name] = torch.lerp(old, new[name].to(old.device, old.dtype), 1 / (n + 1))
+    _finite(trial, new)
     return {name: trial[new.aliases.get(name, name)] for name in new}
 
-
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #a73785ae
 def _checked(
     candidate: Candidate,  # the next one
     i: int,  # its number
@@ -259,25 +279,7 @@ def _checked(
         first.specs, lambda name, *span: state.read(renamed[name], *span), first.aliases,
         state.label, state.about)
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #a215fbc7
-def _plan(
-    scores: Sequence[float],  # of each model alone
-    order: Sequence[int] | None,  # as told; None: best first
-    k: int,  # models
-) -> list[int]:
-    "The order in which models are tried; of equal scores the earlier model comes first."
-    if len(scores) != k:
-        raise ValueError(f"{len(scores)} scores for {k} models: give one each")
-    if not all(map(math.isfinite, scores)):
-        raise ValueError(f"scores = {scores}: they must be finite numbers")
-    if order is None:
-        return sorted(range(k), key=lambda i: -scores[i])
-    found = [int(i) for i in order]
-    if sorted(found) != list(range(k)):
-        raise ValueError(f"order = {found}: it must name each of the models 0 to {k - 1} once")
-    return found
-
-
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #b6f5f054
 def greedy_soup(
     candidates: Sequence[Candidate],  # k models; paths and functions are read when needed
     score_fn: Callable,  # state dict (or the filled `model`) -> number, higher is better
@@ -300,7 +302,7 @@ def greedy_soup(
         for i, candidate in enumerate(found):
             state = _checked(candidate, i, first)
             first = first or _outline(state)
-            scores.append(_score(score_fn, model, _stirred({}, 0, state), f"model {i}"))
+            scores.append(_score(score_fn, model, _finite(state.load(), state), f"model {i}"))
     scores = [float(s) for s in scores]
     tried = _plan(scores, order, len(found))
     state = _checked(found[tried[0]], tried[0], first)
@@ -318,7 +320,25 @@ def greedy_soup(
     trial = state = None
     return SoupResult(_rounded(mean, first), ingredients, scores, history, best)
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #719a7d64
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #13197d95
+def _plan(
+    scores: Sequence[float],  # of each model alone
+    order: Sequence[int] | None,  # as told; None: best first
+    k: int,  # models
+) -> list[int]:
+    "The order in which models are tried; of equal scores the earlier model comes first."
+    if len(scores) != k:
+        raise ValueError(f"{len(scores)} scores for {k} models: give one each")
+    if not all(map(math.isfinite, scores)):
+        raise ValueError(f"scores = {scores}: they must be finite numbers")
+    if order is None:
+        return sorted(range(k), key=lambda i: -scores[i])
+    found = [int(i) for i in order]
+    if sorted(found) != list(range(k)):
+        raise ValueError(f"order = {found}: it must name each of the models 0 to {k - 1} once")
+    return found
+
+
 def _outline(
     state: arithmetic.LazyState,  # of the first model
 ) -> arithmetic.LazyState:
@@ -337,7 +357,7 @@ def _rounded(
     seen = {n: t.to(first.specs[n].dtype) for n, t in tensors.items() if n not in first.aliases}
     return {n: seen[first.aliases.get(n, n)] for n in tensors}
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #b62799ac
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #e98ec14c
 class _Mix(torch.autograd.Function):
     "α [k] times a stack [k, ...], in α's precision; only the stack as it is, is kept for backward."
 
@@ -375,7 +395,21 @@ def _rows(
         raise ValueError(f"patterns {idle} match no parameter that an earlier one leaves over")
     return hits
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #ee99ef39
+
+def _stacked(
+    states: Sequence[arithmetic.LazyState],  # the k models
+    names: Sequence[str],  # what each of them calls one tensor
+    device: torch.device,  # where the stack goes
+) -> Tensor:
+    "One tensor of all models, [k, ...]; integers are those of the first. ValueError for NaN."
+    parts = [s[n].detach().to(device) for s, n in zip(states, names, strict=True)]
+    stack = torch.stack(parts) if parts[0].is_floating_point() else parts[0].clone()
+    if not stack.isfinite().all():
+        for state, name in zip(states, names, strict=True):
+            arithmetic.blame([state], [name], name)
+    return stack
+
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #44404d95
 class LearnedSoup(nn.Module):
     """β · f(x; Σ αᵢ θᵢ), α = softmax(`raw`) row by row, `raw` = 0 and β = 1 at first (Appendix I).
 
@@ -403,15 +437,9 @@ class LearnedSoup(nn.Module):
             raise ValueError("the model has no parameters to mix")
         self._rows = dict(zip(names, _rows(names, per), strict=True))
         self._home = None if stack_device is None else torch.device(stack_device)
-        device, self._stacks = modules.device_of(model), {}
-        for name in dict.fromkeys(self._names.values()):
-            parts = [s[n[name]].detach().to(self._home or device)
-                     for s, n in zip(states, sources, strict=True)]
-            stack = torch.stack(parts) if parts[0].is_floating_point() else parts[0].clone()
-            if not stack.isfinite().all():
-                for state, source in zip(states, sources, strict=True):
-                    arithmetic.blame([state], [source[name]], name)
-            self._stacks[name] = stack
+        device = modules.device_of(model)
+        self._stacks = {name: _stacked(states, [n[name] for n in sources], self._home or device)
+                        for name in dict.fromkeys(self._names.values())}
         held = {id(t): nn.Parameter(t.detach().to("meta"), requires_grad=False)
                 if isinstance(t, nn.Parameter) else t.to("meta") for t in own.values()}
         self._skeleton = (copy.deepcopy(model, held).eval(),)  # in a tuple: no part of this module

@@ -276,7 +276,7 @@ class Pictures(torch.utils.data.Dataset):
         with ThreadPoolExecutor(self.workers) as pool:
             return torch.stack(list(pool.map(lambda i: self[i][0], rows.tolist())))
 
-# %% ../../nbs/experiments/model_soups.ipynb #aaffcb70
+# %% ../../nbs/experiments/model_soups.ipynb #23387d09
 class ClipClassifier(nn.Module):
     "CLIP's image encoder, and a linear head on its normalised features."
 
@@ -294,6 +294,7 @@ class ClipClassifier(nn.Module):
         return F.normalize(self.projection(self.encoder(pixel_values=x).pooler_output), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
+        "Logits [N, C]."
         return self.head(self.features(x))
 
 
