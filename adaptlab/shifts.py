@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CORRUPTIONS', 'gaussian_noise', 'shot_noise', 'blur', 'pixelate', 'contrast', 'brightness', 'rotate', 'corrupt',
-           'iid_stream', 'sorted_stream', 'label_shift']
+           'iid_stream', 'sorted_stream', 'label_shift', 'parse_shift', 'named_shift', 'zipf_shares', 'stream_order']
 
 # %% ../nbs/core/08_shifts.ipynb #6bfaeff7
 import difflib
@@ -234,3 +234,71 @@ def label_shift(
         if count:
             picked.append(rng.choice(groups[c], count) if replace else groups[c][:count])
     return torch.from_numpy(rng.permutation(np.concatenate(picked)))
+
+# %% ../nbs/core/08_shifts.ipynb #8144b594
+def parse_shift(
+    shift: str,  # "clean", "rotation-3", or a mixture "blur-2+shot_noise-3"
+) -> list[tuple[str, int] | None]:  # (corruption, severity) of each part; None: clean
+    "What a shift is made of. `ValueError` for an unknown one."
+    kinds: list[tuple[str, int] | None] = []
+    for part in shift.split("+"):
+        kind, _, severity = part.rpartition("-")
+        if part != "clean" and (kind not in CORRUPTIONS or severity not in tuple("12345")):
+            raise ValueError(f"shift {part!r}: 'clean' or a corruption with its severity, such as "
+                             f"'blur-2'; the corruptions are {list(CORRUPTIONS)}")
+        kinds.append(None if part == "clean" else (kind, int(severity)))
+    return kinds
+
+
+def named_shift(
+    x: Tensor,  # images, float [B, C, H, W] in [0, 1]
+    shift: str,  # what `parse_shift` takes
+    indices: Tensor,  # number of each image in its data set, int64 [B]
+) -> Tensor:  # like x
+    "Images under a shift that is given by its name."
+    kinds, out = parse_shift(shift), x.clone()
+    for row, i in enumerate(indices.tolist()):
+        if kind := kinds[i % len(kinds)]:
+            out[row] = corrupt(x[row][None], *kind, seed=i)[0]
+    return out
+
+# %% ../nbs/core/08_shifts.ipynb #bac09e8c
+def zipf_shares(
+    n_classes: int,  # K
+    seed: int = 0,  # of the draws
+    top: float = 0.1,  # the largest `top` of the classes...
+    most: float = 0.9,  # ...must hold less than this share of the samples, else draw again
+) -> Tensor:  # class shares, float64 [K], sum 1
+    """Random class shares: heavy-tailed, but not one class alone.
+
+    Raises `ValueError` when no draw in a thousand is accepted.
+    """
+    rng, largest = np.random.default_rng(seed), max(1, int(top * n_classes))
+    for _ in range(1000):
+        shares = rng.zipf(2.0, n_classes).astype(float)
+        shares /= shares.sum()
+        if np.sort(shares)[-largest:].sum() < most:
+            return torch.from_numpy(shares)
+    raise ValueError(f"{largest} of {n_classes} classes always held {most:.0%}: raise `most`")
+
+
+def stream_order(
+    labels: Tensor,  # class of each sample, int64 [N]
+    stream: str,  # "iid", "class" or another key of `groups`; "+zipf" adds a label shift
+    n: int | None = None,  # length of the stream at most
+    seed: int = 0,  # of everything random
+    groups: dict[str, Tensor] | None = None,  # what else samples can be grouped by: int64 [N]
+) -> Tensor:  # indices, int64 [<= n]
+    "The order of arrival: a random subset, then grouped. `ValueError` for an unknown stream."
+    key, plus, prior = stream.partition("+")
+    keys = {"class": labels, **(groups or {})}
+    if (key != "iid" and key not in keys) or (plus and prior != "zipf"):
+        raise ValueError(f"stream {stream!r}: 'iid' or one of {list(keys)}, and '+zipf' or not")
+    index = iid_stream(labels, seed)
+    if prior:
+        present = labels.unique()
+        shares = torch.zeros(int(present.max()) + 1, dtype=torch.float64)
+        shares[present] = zipf_shares(len(present), seed)
+        index = label_shift(labels, shares, len(labels), seed)
+    index = index[:n]
+    return index if key == "iid" else index[sorted_stream(keys[key][index], seed)]

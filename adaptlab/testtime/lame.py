@@ -7,13 +7,12 @@ __all__ = ['nearest_neighbors', 'knn_affinity', 'lame_energy', 'LameInfo', 'lapl
            'linear_affinity', 'lame', 'logits_and_features', 'Probabilities', 'LAME', 'OnlineAdaptation', 'AdaBN',
            'Tent', 'ShotIM', 'PseudoLabel']
 
-# %% ../../nbs/testtime/01_lame.ipynb #6370bb59
+# %% ../../nbs/testtime/01_lame.ipynb #48cb05b2
 import copy
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -119,26 +118,22 @@ def _aggregate(z: Tensor, affinity: Tensor) -> Tensor:  # W z [N, K], for a matr
         return torch.zeros_like(z)
     return F.embedding_bag(affinity, z, mode="sum")
 
-# %% ../../nbs/testtime/01_lame.ipynb #228bbeeb
+# %% ../../nbs/testtime/01_lame.ipynb #08498e52
 def _check_affinity(affinity: Tensor, log_q: Tensor) -> Tensor:
     "An affinity that fits the logits: W in their dtype, or lists."
-    n = len(log_q)
-    if not torch.is_tensor(affinity) or affinity.ndim != 2:
+    n, lists = len(log_q), torch.is_tensor(affinity) and affinity.dtype == torch.int64
+    if not torch.is_tensor(affinity) or not (lists or affinity.is_floating_point()):
         raise TypeError("affinity: give a float tensor [N, N] or int64 neighbour lists [N, k]")
     if affinity.device != log_q.device:
         raise ValueError(f"affinity is on {affinity.device}, the logits are on {log_q.device}")
-    if affinity.is_floating_point():
-        if affinity.shape != (n, n) or not torch.isfinite(affinity).all():
-            raise ValueError(f"affinity of shape {tuple(affinity.shape)}: for {n} samples it must "
-                             f"be [{n}, {n}], without NaN or infinity")
-        return affinity.to(log_q.dtype)
-    if affinity.dtype != torch.int64:
-        raise TypeError(f"affinity is {affinity.dtype}: give float weights or int64 neighbours")
-    if len(affinity) != n:
-        raise ValueError(f"{len(affinity)} neighbour lists for {n} samples in the logits")
-    if affinity.numel() and not 0 <= int(affinity.min()) <= int(affinity.max()) < n:
+    if affinity.ndim != 2 or len(affinity) != n or not (lists or affinity.shape == (n, n)):
+        raise ValueError(f"affinity of shape {tuple(affinity.shape)}: {n} samples need weights "
+                         f"[{n}, {n}], or {n} neighbour lists")
+    if lists and affinity.numel() and not 0 <= int(affinity.min()) <= int(affinity.max()) < n:
         raise ValueError(f"neighbour lists must hold indices from 0 to {n - 1}")
-    return affinity
+    if not lists and not torch.isfinite(affinity).all():
+        raise ValueError("affinity contains NaN or infinity")
+    return affinity if lists else affinity.to(log_q.dtype)
 
 
 def lame_energy(
@@ -226,8 +221,8 @@ def linear_affinity(
     with _full_precision(unit):
         return unit @ unit.T
 
-# %% ../../nbs/testtime/01_lame.ipynb #645a0743
-def _batch_affinity(features: Tensor, affinity: Any, k: int, symmetric: bool) -> Tensor:
+# %% ../../nbs/testtime/01_lame.ipynb #6b646b2a
+def _batch_affinity(features: Tensor, affinity: Any, k: int) -> Tensor:
     "The affinity of one batch: W [N, N], or neighbour lists [N, k]."
     if callable(affinity):
         return affinity(features)
@@ -240,20 +235,15 @@ def _batch_affinity(features: Tensor, affinity: Any, k: int, symmetric: bool) ->
         raise ValueError(f"affinity = {affinity!r}: 'knn', 'rbf', 'linear' or a function of x")
     if n == 1:
         return _checked(features, "features").new_zeros(1, 1)  # nobody to agree with
-    k = min(k, n - 1)
-    return knn_affinity(features, k, True) if symmetric else nearest_neighbors(features, k)
+    return nearest_neighbors(features, min(k, n - 1))
 
-# %% ../../nbs/testtime/01_lame.ipynb #e96fdac7
+# %% ../../nbs/testtime/01_lame.ipynb #3cc5ffc3
 def lame(
     logits: Tensor,  # of the frozen classifier, one test batch [N, K]
     features: Tensor,  # input of its last linear layer [N, d]
     affinity: Literal["knn", "rbf", "linear"] | Callable[[Tensor], Tensor] = "knn",  # x -> W
     k: int = 5,  # neighbours (knn), or the rank that sets the width (rbf)
-    *,
-    symmetric: bool = False,  # symmetrise the knn affinity
-    weight: float = 1.0,  # λ
-    max_steps: int = 100,  # at most this many updates
-    tol: float = 1e-8,  # stopping rule of `laplacian_optimization`
+    **settings: Any,  # weight, max_steps, tol of `laplacian_optimization`
 ) -> Tensor:  # assignments [N, K]
     """LAME on the outputs of one batch: affinities of the features, then the iteration.
 
@@ -265,10 +255,9 @@ def lame(
     if logits.shape[:1] != features.shape[:1]:
         raise ValueError(f"logits {tuple(logits.shape)} and features {tuple(features.shape)}: both "
                          "need one row per sample of the same batch")
-    w = _batch_affinity(features, affinity, k, symmetric)
-    return laplacian_optimization(logits, w, weight, max_steps, tol)
+    return laplacian_optimization(logits, _batch_affinity(features, affinity, k), **settings)
 
-# %% ../../nbs/testtime/01_lame.ipynb #86d463f2
+# %% ../../nbs/testtime/01_lame.ipynb #ee0affab
 def _head_name(model: nn.Module, layer: str | nn.Module | None) -> str:
     "The full name of the classifier's head: named, given, or (None) the last `nn.Linear`."
     modules = dict(model.named_modules())
@@ -278,11 +267,8 @@ def _head_name(model: nn.Module, layer: str | nn.Module | None) -> str:
             raise ValueError("the model has no nn.Linear: name the layer whose input are the "
                              f"features with feature_layer=...: {[n for n in modules if n][-20:]}")
         return linears[-1]
-    if isinstance(layer, nn.Module):
-        names = [n for n, m in modules.items() if m is layer]
-    else:
-        ends = [n for n in modules if n.endswith(f".{layer}")]
-        names = [layer] if layer in modules else ends
+    names = [n for n, m in modules.items() if m is layer or n == layer]
+    names = names or [n for n in modules if n.endswith(f".{layer}")]
     if len(names) != 1:
         problem = f"could be any of {names}" if names else "is not a layer of the model"
         raise ValueError(f"feature_layer {layer!r} {problem}; its linear layers are {linears}")
@@ -324,7 +310,7 @@ def logits_and_features(
                          "feature_layer=...")
     return logits, features
 
-# %% ../../nbs/testtime/01_lame.ipynb #44c72e39
+# %% ../../nbs/testtime/01_lame.ipynb #5bcd54a4
 class Probabilities(torch.Tensor):
     """Class probabilities [N, K] that also answer `.logits`, as a model's output does.
 
@@ -352,17 +338,12 @@ class LAME(nn.Module):
         feature_layer: str | nn.Module | None = None,  # its head; None: the last `nn.Linear`
         affinity: Literal["knn", "rbf", "linear"] | Callable[[Tensor], Tensor] = "knn",  # x -> W
         k: int = 5,  # neighbours (knn), or the rank that sets the width (rbf)
-        *,
-        symmetric: bool = False,  # symmetrise the knn affinity
-        weight: float = 1.0,  # λ
-        max_steps: int = 100,  # at most this many updates
-        tol: float = 1e-8,  # stopping rule of `laplacian_optimization`
+        **settings: Any,  # weight, max_steps, tol of `laplacian_optimization`
     ):
         super().__init__()
         head = _head_name(model, feature_layer)  # fails here if there is none
         self.feature_layer = None if feature_layer is None else head
-        self.settings = {"affinity": affinity, "k": k, "symmetric": symmetric}
-        self.settings |= {"weight": weight, "max_steps": max_steps, "tol": tol}
+        self.settings = {"affinity": affinity, "k": k, **settings}
         if not callable(affinity):
             lame(torch.zeros(3, 2), torch.eye(3), **self.settings)  # wrong settings fail here
         self.model = model
@@ -373,33 +354,7 @@ class LAME(nn.Module):
         found = logits_and_features(self.model, self.feature_layer, *args, **kwargs)
         return lame(*found, **self.settings).as_subclass(Probabilities)
 
-# %% ../../nbs/testtime/01_lame.ipynb #a95e5c8b
-class _NoVariance(ValueError):
-    "BatchNorm would see one value per channel."
-
-
-def _check_variance(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    "Hook before a BatchNorm layer that uses the batch's statistics."
-    if inputs[0].numel() <= inputs[0].shape[1]:
-        raise _NoVariance("one value per channel has no variance, and the model's BatchNorm uses "
-                          "the batch's own: give N >= 1 images, or N >= 2 rows of features")
-
-
-@contextmanager
-def _checked_variance(layers: list[nn.Module], train: bool) -> Iterator[None]:
-    "Layers in one mode; BatchNorm that uses a batch's statistics refuses one without variance."
-    norms = [m for m in layers if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    hooks = [m.register_forward_pre_hook(_check_variance)
-             for m in norms if train or m.running_mean is None]
-    try:
-        for m in layers:
-            m.train(train)
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
+# %% ../../nbs/testtime/01_lame.ipynb #bb8537a0
 def _usable(value: Any) -> Any:
     "Tensors made in inference mode can't be part of a gradient: copies of them, nested or not."
     if torch.is_tensor(value):
@@ -408,7 +363,7 @@ def _usable(value: Any) -> Any:
         return type(value)(map(_usable, value))
     return {k: _usable(v) for k, v in value.items()} if type(value) is dict else value
 
-# %% ../../nbs/testtime/01_lame.ipynb #70b7a340
+# %% ../../nbs/testtime/01_lame.ipynb #e807c353
 class OnlineAdaptation(nn.Module):
     """Base of the methods that adapt a network on its test batches: on a copy, never the original.
 
@@ -465,24 +420,28 @@ class OnlineAdaptation(nn.Module):
             self.model.eval()
             args, kwargs, before = _usable(args), _usable(kwargs), self.state()
             try:
-                return self._adapt_and_predict(args, kwargs, before)
+                self._adapt(args, kwargs, before)
+                with torch.no_grad():
+                    log_p = _log_probabilities(logits_of(self.model.eval()(*args, **kwargs)))
             except BaseException:
                 self.restore(before)
                 raise
+        return log_p.exp().as_subclass(Probabilities)
 
-    def _adapt_and_predict(self, args: tuple, kwargs: dict, before: tuple) -> Probabilities:
-        "One batch; whoever calls puts the state back when it fails."
+    def _adapt(self, args: tuple, kwargs: dict, before: tuple) -> None:
+        "Learn from one batch, if it can be learned from."
+        for m in self.norms:
+            m.train()
         try:
-            with torch.enable_grad(), _checked_variance(self.norms, train=True):
+            with torch.enable_grad():
                 self.learn(_log_probabilities(logits_of(self.model(*args, **kwargs))))
-        except _NoVariance:
+        except ValueError as error:  # one sample has no variance: PyTorch refuses it
+            if "more than 1 value per channel" not in str(error):
+                raise
             self.restore(before)
         if not all(v.isfinite().all() for m in self.norms for v in m.state_dict().values()):
             raise ValueError("this batch leads to NaN or infinity in the normalisation layers: "
                              "nothing was learned from it; check its inputs, or lower lr")
-        with torch.no_grad(), _checked_variance(self.norms, train=False):
-            log_p = _log_probabilities(logits_of(self.model(*args, **kwargs)))
-        return log_p.exp().as_subclass(Probabilities)
 
 # %% ../../nbs/testtime/01_lame.ipynb #7d48e6a7
 class AdaBN(OnlineAdaptation):

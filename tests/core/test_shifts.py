@@ -47,6 +47,47 @@ def test_label_shift_without_replacement():
         shifts.label_shift(y, [0.5, 0.5], 8, replace=False)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_zipf_shares(seed):
+    for n_classes in (2, 10, 1000):
+        shares = shifts.zipf_shares(n_classes, seed=seed)
+        assert shares.shape == (n_classes,) and (shares > 0).all()
+        torch.testing.assert_close(shares.sum(), torch.tensor(1.0, dtype=torch.float64))
+        assert shares.sort().values[-max(1, n_classes // 10) :].sum() < 0.9
+    assert torch.equal(shifts.zipf_shares(10, seed=seed), shifts.zipf_shares(10, seed=seed))
+    strict = shifts.zipf_shares(100, seed, top=0.2, most=0.8)
+    assert strict.sort().values[-20:].sum() < 0.8
+
+
+def test_streams_by_name():
+    labels = torch.arange(6).repeat(20)
+    for n in (None, 50):
+        iid = shifts.stream_order(labels, "iid", n, seed=1)
+        grouped = shifts.stream_order(labels, "class", n, seed=1)
+        assert set(iid.tolist()) == set(grouped.tolist()) and len(iid) == (n or 120)
+        assert (labels[grouped].diff() != 0).sum() == 5
+    video = torch.arange(120) // 30
+    by_video = shifts.stream_order(labels, "video", seed=2, groups={"video": video})
+    assert (video[by_video].diff() != 0).sum() == 3
+    shifted = shifts.stream_order(labels, "iid+zipf", seed=3)
+    assert labels[shifted].bincount(minlength=6).max() > 2 * 20
+    sparse = torch.tensor([0, 7] * 20)  # classes that do not occur get no share
+    assert set(sparse[shifts.stream_order(sparse, "class+zipf")].tolist()) <= {0, 7}
+
+
+@pytest.mark.parametrize("message, call", [
+    ("stream 'sorted'", lambda: shifts.stream_order(torch.arange(4), "sorted")),
+    ("stream 'iid.pareto'", lambda: shifts.stream_order(torch.arange(4), "iid+pareto")),
+    ("raise `most`", lambda: shifts.zipf_shares(10, most=0.1)),
+    ("corruptions are", lambda: shifts.parse_shift("fog-2")),
+    ("corruptions are", lambda: shifts.parse_shift("blur-6")),
+    ("corruptions are", lambda: shifts.parse_shift("clean+")),
+])
+def test_names_are_refused(message, call):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 # corruptions
 
 IMAGES = st.builds(
@@ -80,6 +121,19 @@ def test_corruptions_do_not_touch_the_global_generator():
     for kind in shifts.CORRUPTIONS:
         shifts.corrupt(torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1)), kind, 3)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_named_shifts():
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    index = torch.tensor([5, 2, 9, 4])
+    assert shifts.parse_shift("clean+shot_noise-3") == [None, ("shot_noise", 3)]
+    assert torch.equal(shifts.named_shift(x, "clean", index), x)
+    out, before = shifts.named_shift(x, "blur-2+shot_noise-3", index), x.clone()
+    torch.testing.assert_close(out[[1, 3]], shifts.corrupt(x[[1, 3]], "blur", 2))
+    for row in (0, 2):  # the noise depends on the image's number alone
+        expected = shifts.corrupt(x[row][None], "shot_noise", 3, seed=int(index[row]))
+        assert torch.equal(out[row][None], expected)
+    assert torch.equal(x, before)
 
 
 def test_float64_and_float16_images():

@@ -10,7 +10,7 @@ import transformers
 
 from adaptlab.bench import cost
 from adaptlab.bench.runs import launch
-from adaptlab.experiments.lame import FULL, SMALL, make_bed, measure, adapt
+from adaptlab.experiments.lame import FULL, SMALL, adapt, make_bed
 from adaptlab.testtime.lame import (
     LAME,
     AdaBN,
@@ -132,7 +132,7 @@ def test_full_shape(tmp_path):
     for name in ("LAME", "AdaBN", "Tent"):
         with bed.fresh() as model:
             adapted = adapt(model, bed, 0, name)
-            found = measure("test", cfg.batch_size)(adapted, bed)
+            found = bed.test.accuracy(adapted)
             assert len(found) == 1 and 0 <= found[0]["accuracy"] <= 100
             row(f"ResNet-50, a batch of 64, {name}", *clock(lambda a=adapted: a(x)),
                 counted=f"{counted:.1f} GiB" if name == "Tent" else "")
