@@ -40,7 +40,7 @@ def merged_state_dict(
         return adapters.merge_and_unload(copy.deepcopy(model)).state_dict()
     return model.state_dict()
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #72948e60
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #f35e9acf
 def _opened(
     source: Mapping | str | Path,  # a state dict, or a path to safetensors
 ) -> arithmetic.LazyState:
@@ -59,7 +59,7 @@ def _opened(
         state.specs, lambda n, start, stop: tensors[n].view(-1)[start:stop], state.aliases,
         state.label, state.about)
 
-
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #f5481b49
 def _state(
     candidate: Candidate,  # whatever may go into the pot
     name: str,  # what messages call it
@@ -409,7 +409,7 @@ def _stacked(
             arithmetic.blame([state], [name], name)
     return stack
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #44404d95
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #a8b1e754
 class LearnedSoup(nn.Module):
     """β · f(x; Σ αᵢ θᵢ), α = softmax(`raw`) row by row, `raw` = 0 and β = 1 at first (Appendix I).
 
@@ -444,8 +444,7 @@ class LearnedSoup(nn.Module):
                 if isinstance(t, nn.Parameter) else t.to("meta") for t in own.values()}
         self._skeleton = (copy.deepcopy(model, held).eval(),)  # in a tuple: no part of this module
         self._fixed = {n: b for n, b in self._skeleton[0].named_buffers() if n not in own}
-        dtype = next(own[n].dtype for n in names)
-        here = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
+        here = {"dtype": torch.promote_types(own[names[0]].dtype, torch.float32), "device": device}
         self.raw = nn.Parameter(torch.zeros(max(self._rows.values()) + 1, len(states), **here))
         self.beta = nn.Parameter(torch.ones((), **here))
 

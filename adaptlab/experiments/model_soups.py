@@ -636,7 +636,7 @@ def _each(cfg: Config, bed: Bed, paths: list[Path], seed: int) -> pd.DataFrame:
                                       else None).mean()).T for p in paths]
     return pd.concat(rows, ignore_index=True).assign(seed=seed)
 
-# %% ../../nbs/experiments/model_soups.ipynb #e3d762fe
+# %% ../../nbs/experiments/model_soups.ipynb #5623fe44
 def fresh_start(
     model: nn.Module,  # the architecture
     seed: int,  # of the draw
@@ -700,7 +700,7 @@ def _limits(cfg: Config, run: Run, report: Report) -> None:
     report.claim("Without a common starting point the soup keeps less than half of its members' "
                  "accuracy", measured=gap("other starts", "uniform soup", "members (mean)", 0.5),
                  below=0, paper="stated, no figure", source="Section 1", unit="points",
-                 why="too few steps from their starts")
+                 why="small networks after few steps; the lesson looks closer")
     report.claim(f"At {worst:g} times the rates the uniform soup is worse than its members",
                  measured=gap(f"{worst:g} x the rates", "uniform soup", "members (mean)"), below=0,
                  paper="stated, no figure", source="Section 3", unit="points",
