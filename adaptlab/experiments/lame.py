@@ -72,7 +72,7 @@ def prepare(
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
     return (shifts.named_shift((x * std + mean).clamp(0, 1), shift, indices) - mean) / std
 
-# %% ../../nbs/experiments/lame.ipynb #0f658f22
+# %% ../../nbs/experiments/lame.ipynb #d7be9871
 def _augment(x: Tensor) -> Tensor:
     "Each image turned by up to 20 degrees, with noise of standard deviation up to 0.1."
     angle = torch.deg2rad(40 * torch.rand(len(x)) - 20)
@@ -80,10 +80,6 @@ def _augment(x: Tensor) -> Tensor:
     spots = F.affine_grid(F.pad(rows, (0, 1)), list(x.shape), align_corners=False)
     turned = F.grid_sample(x, spots, align_corners=False)
     return (turned + 0.1 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)).clamp(0, 1)
-
-
-def _augmented_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(_augment(batch[0])), batch[1])
 
 
 _SMALL: dict[str, tuple[Callable[[], nn.Module], float]] = {  # architecture, learning rate
@@ -103,8 +99,8 @@ def small_network(
     def fit(model: nn.Module) -> None:
         digits = data.as_tensors(image_data("mnist5k#train")[0])
         adam = partial(torch.optim.Adam, lr=lr)
-        train.fit(model, digits, _augmented_loss, optimizer=adam, epochs=6, batch_size=64,
-                  device="cpu", progress=False, seed=seed)
+        train.fit(model, digits, lambda m, b: F.cross_entropy(m(_augment(b[0])), b[1]),
+                  optimizer=adam, epochs=6, batch_size=64, device="cpu", progress=False, seed=seed)
 
     def build() -> nn.Module:
         return architecture().to(memory_format=torch.channels_last)  # faster convolutions

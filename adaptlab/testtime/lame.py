@@ -363,7 +363,7 @@ def _usable(value: Any) -> Any:
         return type(value)(map(_usable, value))
     return {k: _usable(v) for k, v in value.items()} if type(value) is dict else value
 
-# %% ../../nbs/testtime/01_lame.ipynb #e807c353
+# %% ../../nbs/testtime/01_lame.ipynb #13f20451
 class OnlineAdaptation(nn.Module):
     """Base of the methods that adapt a network on its test batches: on a copy, never the original.
 
@@ -389,7 +389,7 @@ class OnlineAdaptation(nn.Module):
         if not self.norms:
             wanted = " or ".join(kind.__name__.strip("_") for kind in self.adapts)
             raise ValueError(f"no {wanted} layer with {layers!r} in its name: nothing to adapt; "
-                             f"the model's layers of this kind: {list(named) or 'none'}")
+                             f"there are {list(named) or 'none'}")
         for m in self.norms:
             m.momentum = bn_momentum  # only BatchNorm reads it
         self.optimizer: torch.optim.Optimizer | None = None
