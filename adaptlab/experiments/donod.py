@@ -140,18 +140,17 @@ def auroc(
     wrong: np.ndarray,  # [n] bool
 ) -> stats.Estimate:  # 0.5: knows nothing; 95 % interval by bootstrap over samples
     "Probability that a wrong sample has a larger score than a right one."
-    def one(rows: np.ndarray) -> float:
-        hit = wrong[rows]
-        ranks = pd.Series(score[rows]).rank().to_numpy()
-        bad = int(hit.sum())
-        if bad in (0, len(hit)):
-            return 0.5
-        return (ranks[hit].sum() - bad * (bad + 1) / 2) / (bad * (len(hit) - bad))
+    from scipy.stats import rankdata
 
-    def statistic(rows: np.ndarray, axis: int) -> list[float]:
-        return [one(r.astype(int)) for r in rows]
+    def statistic(rows: np.ndarray, axis: int) -> np.ndarray:
+        rows = rows.astype(int)
+        hit, ranks = wrong[rows], rankdata(score[rows], axis=1)
+        bad = hit.sum(1)
+        pairs = bad * (hit.shape[1] - bad)
+        won = (ranks * hit).sum(1) - bad * (bad + 1) / 2
+        return np.where(pairs > 0, won / np.maximum(pairs, 1), 0.5)
 
-    return stats.bootstrap(np.arange(len(score), dtype=float), statistic, n_resamples=100)
+    return stats.bootstrap(np.arange(len(score), dtype=float), statistic)
 
 
 def _detection(scores: Scores, wrong: np.ndarray) -> list[dict[str, Any]]:

@@ -99,7 +99,7 @@ def _budget_table(cfg: Config) -> pd.DataFrame:
                              "weights": 5 * d * r_p + 2 * d * r_s, "missed": float(missed)})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/hydra.ipynb #6210c882
+# %% ../../nbs/experiments/hydra.ipynb #3ea44fb7
 def _budget(cfg: Config, run: Run, report: Report) -> None:
     "What each kind of update can reach at most."
     table = report.table("budget", run.stage("budget", partial(_budget_table, cfg)))
@@ -108,10 +108,10 @@ def _budget(cfg: Config, run: Run, report: Report) -> None:
         versus(report, mixed, [Versus(
             f"for a task that mixes known and new, Hydra's best update misses less than the best "
             f"{rival} one with as many weights", "Hydra", rival, "missed", "the motivation",
-            "section 3", "the mixture of these targets suits one head")],
+            "section 3", "the mixture of these targets suits one branch")],
             unit="of the target", lower=True)
 
-# %% ../../nbs/experiments/hydra.ipynb #85c12dd3
+# %% ../../nbs/experiments/hydra.ipynb #a6293f62
 def _ranks(name: str) -> dict[str, tuple[int, int]]:
     "Ranks (parallel, sequential) on o_proj and on fc2."
     return {"LoRA": {"o_proj": (4, 0), "fc2": (4, 0)},
@@ -135,9 +135,9 @@ def _bed(seed: int, task: str, cfg: Config) -> Bed:
 
 
 def _adapt(model: nn.Module, bed: Bed, seed: int, lr: float, *, method: str, cfg: Config) -> None:
-    "Attach the branches and train them with the head."
+    "Attach the branches and train them with the classifier."
     set_seed(seed)
-    if method == "head":
+    if method == "classifier":
         adapters.attach(model, {}, also_train=("head",))
     else:
         makers = {}
@@ -167,7 +167,7 @@ def _look(model: nn.Module, bed: Bed) -> dict[str, float]:
 def _accuracy(model: nn.Module, part: tuple) -> float:
     return 100 * float(evaluate.accuracy(evaluate.predict(model, part[0]), part[1]).value)
 
-# %% ../../nbs/experiments/hydra.ipynb #50153d67
+# %% ../../nbs/experiments/hydra.ipynb #fa31e576
 def _plot(cfg: Config, report: Report) -> Any:
     "Left: the best update of each kind. Right: differences on the digits."
     import matplotlib.pyplot as plt
@@ -184,13 +184,13 @@ def _plot(cfg: Config, report: Report) -> Any:
         left.set_xticks(range(len(table)), table.index)
         left.set(xlabel="rank of the (known, new) part of the target",
                  ylabel="missed by the best update (%)")
-        left.set_title("Both heads win where the task is mixed")
+        left.set_title("Both branches win where the task is mixed")
         left.legend()
     table = report.tables["vision"]
     rows = {}
     for task in cfg.tasks:
         part = table[table["task"] == task]
-        for rival in ("LoRA", "sequential", "head"):
+        for rival in ("LoRA", "sequential", "classifier"):
             rows[f"{task}: over {rival}"] = differences(part, "Hydra", rival, "accuracy")
     plots.differences(rows, unit="points of accuracy", fmt="+.1f", ax=right)
     right.set_title("Hydra on the digits")
@@ -198,10 +198,10 @@ def _plot(cfg: Config, report: Report) -> Any:
 
 
 def _vision(cfg: Config, run: Run, report: Report) -> None:
-    "Hydra against each of its heads alone, and against training the head only."
+    "Hydra against each of its branches alone, and against training the classifier only."
     plots.use_style()
     methods = {m: Method(partial(_adapt, method=m, cfg=cfg), grid(lr=cfg.lrs))
-               for m in ("head", "LoRA", "sequential", "Hydra")}
+               for m in ("classifier", "LoRA", "sequential", "Hydra")}
     tables = []
     for task in cfg.tasks:
         found = sweep(run, task, methods, partial(_bed, task=task, cfg=cfg), cfg.seeds, _look,
@@ -216,8 +216,8 @@ def _vision(cfg: Config, run: Run, report: Report) -> None:
                "76.5 vs 76.1 (RepAdapter, VTAB)", "repository", near)], unit="points")
     hydra = table[table["method"] == "Hydra"]
     gap = hydra.groupby("seed")[["sequential share", "parallel share"]].mean()
-    report.claim("the sequential head's change lies more in W's leading directions than the "
-                 "parallel head's", measured=stats.over_seeds(
+    report.claim("the sequential branch's change lies more in W's leading directions than the "
+                 "parallel one's (in part by construction)", measured=stats.over_seeds(
                      gap["sequential share"] - gap["parallel share"]), above=0,
                  paper="general vs task-specific features", source="analysis",
                  why="short runs leave much of the random down-projection")
