@@ -197,7 +197,8 @@ class BaseConfig:
     def changes(self, other: "BaseConfig") -> pd.DataFrame:
         "The settings that differ from those of `other`, such as `FULL.changes(SMALL)`."
         mine, theirs = flat_settings(self.to_dict()), flat_settings(other.to_dict())
-        rows = {k: (str(theirs.get(k)), str(v)) for k, v in mine.items() if v != theirs.get(k)}
+        rows = {k: [str(v).replace("\n", " \N{DOWNWARDS ARROW WITH CORNER LEFTWARDS} ")
+                    for v in (theirs.get(k), v)] for k, v in mine.items() if v != theirs.get(k)}
         return pd.DataFrame.from_dict(rows, orient="index", columns=["there", "here"])
 
     def digest(self) -> str:
