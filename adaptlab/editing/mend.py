@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from ..modules import Conv1D
 
 from .. import adapters
 from ..cache import atomic_path, atomic_write_text

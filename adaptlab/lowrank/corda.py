@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from ..modules import Conv1D
 
 from .. import adapters, modules
 from ..adapters import Adapter, FrozenLayer
