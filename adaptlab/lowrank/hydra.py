@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Branch', 'HydraConfig', 'HydraLinear', 'inject_hydra', 'parameter_count', 'branch_report']
 
-# %% ../../nbs/lowrank/02_hydra.ipynb #b5e8179f
+# %% ../../nbs/lowrank/02_hydra.ipynb #6ac56ef4
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -48,7 +49,7 @@ class HydraConfig:
         if self.init not in ("kaiming", "xavier", "normal"):
             raise ValueError(f"init = {self.init!r}: give 'kaiming', 'xavier' or 'normal'")
 
-# %% ../../nbs/lowrank/02_hydra.ipynb #f4a08739
+# %% ../../nbs/lowrank/02_hydra.ipynb #a20fd248
 def _down(rank: int, width: int, init: str, where: Mapping) -> nn.Parameter:
     "A down-projection [rank, width]: random, as the official code does for its three suites."
     weight = torch.empty(rank, width, **where)
@@ -60,7 +61,14 @@ def _down(rank: int, width: int, init: str, where: Mapping) -> nn.Parameter:
         nn.init.normal_(weight, std=0.02)
     return nn.Parameter(weight)
 
-# %% ../../nbs/lowrank/02_hydra.ipynb #bfaca305
+
+def _warn_above(rank: int, most: int) -> None:
+    "A branch of more rank than a layer has sides only costs more."
+    if rank > most:
+        warnings.warn(f"rank {rank} is more than the {most} that a branch here can use",
+                      stacklevel=4)
+
+# %% ../../nbs/lowrank/02_hydra.ipynb #88687148
 class HydraLinear(adapters.Adapter):
     """Two low-rank branches on a frozen Linear or Conv1D (equation 4 of the paper).
 
@@ -83,6 +91,8 @@ class HydraLinear(adapters.Adapter):
         self.r_parallel, self.r_sequential, self.scale = r_parallel, r_sequential, scale
         self.dropout, self.branch_bias, self.init = dropout, branch_bias, init
         n, where = self.out_features, self.factory
+        _warn_above(r_parallel, min(n, self.in_features))
+        _warn_above(r_sequential, min(n, self.in_features))
         self.A_parallel = _down(r_parallel, self.in_features, init, where)
         self.A_sequential = _down(r_sequential, n, init, where)
         self.B_parallel = nn.Parameter(torch.zeros(n, r_parallel, **where))

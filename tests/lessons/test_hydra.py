@@ -267,3 +267,9 @@ def test_a_step_through_fit_moves_the_branches_only():
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) if name in before else p.any()
     assert partial(HydraLinear, r_parallel=1)(nn.Linear(2, 2)).config()["r_parallel"] == 1
+
+
+@pytest.mark.parametrize("ranks", [{"r_parallel": 4}, {"r_sequential": 4}])
+def test_more_rank_than_sides_is_warned_about(ranks):
+    with pytest.warns(UserWarning, match="rank 4 is more than the 3"):
+        HydraLinear(nn.Linear(5, 3), **ranks)
