@@ -346,27 +346,6 @@ def _read_stage(stem: Path) -> tuple[bool, Any]:
             path.replace(path.with_name(path.name + ".damaged"))
     return False, None
 
-# %% ../../nbs/bench/00_runs.ipynb #6edc9587
-class _NotebookFile:
-    "A file for tqdm: one line of a notebook's output, which is empty once all is done."
-
-    def __init__(self):
-        self.handle = None
-
-    def write(self, text: str) -> None:
-        "Show the text in place of the one before."
-        from IPython.display import display
-
-        line = text.strip()
-        shown = {"text/html": f"<pre>{line}</pre>" if line else "", "text/plain": line}
-        if self.handle is not None:
-            self.handle.update(shown, raw=True)
-        elif line:
-            self.handle = display(shown, raw=True, display_id=True)
-
-    def flush(self) -> None:
-        "Every write is shown at once."
-
 # %% ../../nbs/bench/00_runs.ipynb #62f9ebd8
 class _Progress:
     "One line that names the stage, how many are done, and the seconds; it vanishes at the end."
@@ -387,7 +366,9 @@ class _Progress:
         if self.bar is None:
             from tqdm import tqdm
 
-            where = {"file": _NotebookFile(), "ncols": 100} if self.notebook else {}
+            from adaptlab.train import NotebookLine  # not at start-up: it loads torch
+
+            where = {"file": NotebookLine(), "ncols": 100} if self.notebook else {}
             self.bar = tqdm(bar_format="{desc}", leave=False, **where)
         self.last = seconds
         self.bar.set_description_str(f"stage {name} ({self.done} done, {seconds:.0f} s)")

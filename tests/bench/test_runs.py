@@ -617,11 +617,11 @@ def test_a_notebook_shows_a_line_and_keeps_nothing_of_it(invented):
     from nbclient import NotebookClient
 
     code = textwrap.dedent("""
-        from adaptlab.bench import runs
+        from adaptlab import train
         from adaptlab.bench.runs import launch
         told = []
-        write = runs._NotebookFile.write
-        runs._NotebookFile.write = lambda self, text: (told.append(text.strip()), write(self, text))
+        write = train.NotebookLine.write
+        train.NotebookLine.write = lambda self, text: (told.append(text.strip()), write(self, text))
         report = launch("lame")
         print([t for t in told if t])
     """)
