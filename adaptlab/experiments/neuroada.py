@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'VIT_LINEARS', 'PREPARE', 'CASES', 'experiment', 'ALPACA', 'FULL', 'PAPER_RUNS', 'Config', 'reader']
 
-# %% ../../nbs/experiments/neuroada.ipynb #2a0ae926
+# %% ../../nbs/experiments/neuroada.ipynb #2fb18d41
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from .. import adapters, evaluate, models, modules, text
-from ..bench import plots
+from ..bench import plots, rivals
 from ..bench.compare import Method, Versus, differences, grid, sweep, versus
 from ..bench.report import Report
 from ..bench.runs import BaseConfig, Run, bounded, tracks
-from ..bench.testbeds import Bed, Pairs, digits, questions
+from ..bench.testbeds import Bed, Pairs, accuracy, digits, questions
 from ..sparse.neuroada import (
     NeuroAda, NeuroAdaConfig, count_trainable, training_state_bytes, wrap_masked)
 from ..train import Training, set_seed
@@ -64,26 +64,13 @@ class Config(BaseConfig):
 
 SMALL = Config()
 
-# %% ../../nbs/experiments/neuroada.ipynb #53f2604e
+# %% ../../nbs/experiments/neuroada.ipynb #c7e8c94a
 VIT_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 
 
 def _neuroada(model: nn.Module, bed: Bed, seed: int, **options: Any) -> None:
     cfg = NeuroAdaConfig(target_modules=VIT_LINEARS, seed=seed, **options)
     NeuroAda.wrap(model, cfg, [bed.train])
-
-
-def _lora(model: nn.Module, bed: Bed, seed: int) -> None:
-    adapters.attach(model, partial(adapters.LoraAdapter, rank=1, alpha=1), VIT_LINEARS)
-
-
-def _bitfit(model: nn.Module, bed: Bed, seed: int) -> None:
-    names = adapters.match_layers(model, VIT_LINEARS)
-    adapters.attach(model, {}, also_train=tuple(f"{n}.bias" for n in names))
-
-
-def _everything(model: nn.Module, bed: Bed, seed: int) -> None:
-    model.requires_grad_(True)
 
 
 PREPARE = {
@@ -94,23 +81,10 @@ PREPARE = {
     "global": partial(_neuroada, selection="global"),
     "NeuroAda k=2": partial(_neuroada, k=2),
     "NeuroAda k=4": partial(_neuroada, k=4),
-    "LoRA r=1": _lora,
-    "BitFit": _bitfit,
-    "full": _everything,
+    "LoRA r=1": rivals.lora(1, VIT_LINEARS),
+    "BitFit": rivals.bitfit(VIT_LINEARS),
+    "full": rivals.full(),
 }
-
-
-def _tune(model: nn.Module, bed: Bed, seed: int, lr: float, *, prepare: Callable,
-          cfg: Config) -> None:
-    "Prepare the model and train it."
-    set_seed(seed)
-    prepare(model, bed, seed)
-    cfg.vision.fit(model, bed.train, modules.cross_entropy, lr=lr, seed=seed, device=cfg.device,
-                   progress=False)
-
-
-def _accuracy(model: nn.Module, part: tuple) -> float:
-    return 100 * float(evaluate.accuracy(evaluate.predict(model, part[0]), part[1]).value)
 
 # %% ../../nbs/experiments/neuroada.ipynb #0572e5b7
 def _state(cfg: Config) -> pd.DataFrame:
@@ -133,7 +107,7 @@ def _state(cfg: Config) -> pd.DataFrame:
                          **training_state_bytes(model, adam, masks)})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/neuroada.ipynb #986184e7
+# %% ../../nbs/experiments/neuroada.ipynb #e9d1bec9
 CASES = [
     Versus("k = 1 beats LoRA of rank 1 with half the trained numbers", "NeuroAda k=1", "LoRA r=1",
            "new", "80.0 average, k = 1 on LLaMA-7B", "repository",
@@ -194,14 +168,14 @@ def _plot(table: pd.DataFrame, state: pd.DataFrame) -> Any:
 def _vision(cfg: Config, run: Run, report: Report) -> None:
     "Turned digits: accuracy against trained numbers, and the paper's choices one by one."
     plots.use_style()
-    methods = {"before": Method(lambda model, bed, seed: None)}
-    methods |= {name: Method(partial(_tune, prepare=prepare, cfg=cfg),
-                             grid(lr=cfg.full_lrs if name == "full" else cfg.lrs))
+    methods = {"before": rivals.untouched()}
+    methods |= {name: rivals.trained(
+        prepare, cfg.vision, cfg.full_lrs if name == "full" else cfg.lrs, device=cfg.device)
                 for name, prepare in PREPARE.items()}
     table = sweep(run, "vision", methods, partial(digits, turn=cfg.turn, sizes=cfg.images),
                   cfg.seeds,
-                  lambda m, bed: {"new": _accuracy(m, bed.test), "old": _accuracy(m, bed.old)},
-                  choose=lambda m, bed: _accuracy(m, bed.choose))
+                  lambda m, bed: {"new": accuracy(m, bed.test), "old": accuracy(m, bed.old)},
+                  choose=lambda m, bed: accuracy(m, bed.choose))
     state = run.stage("vision-state", partial(_state, cfg))
     report.table("vision", table)
     report.table("state", state)
@@ -293,7 +267,7 @@ def _memory(cfg: Config, bed: Bed) -> pd.DataFrame:
         rows.append({"method": method, "weights MB": weights / 1e6, "step MB": peak / 1e6})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/neuroada.ipynb #07ebe027
+# %% ../../nbs/experiments/neuroada.ipynb #3356385a
 def _language(cfg: Config, run: Run, report: Report) -> None:
     "A language model learns pairs: NeuroAda against random positions and LoRA."
     for method in cfg.methods + cfg.memory_methods:
@@ -310,7 +284,7 @@ def _language(cfg: Config, run: Run, report: Report) -> None:
                               model=tuple(loaded)))
         return made[-1]
 
-    methods = {"before": Method(lambda model, bed, seed: None)}
+    methods = {"before": rivals.untouched()}
     methods |= {m: Method(partial(_teach, method=m, cfg=cfg, run=run),
                           grid(lr=cfg.lora_lrs if m == "LoRA" else cfg.language_lrs))
                 for m in cfg.methods}

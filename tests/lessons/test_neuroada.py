@@ -548,8 +548,8 @@ def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch):
         launch("neuroada", cfg, root=tmp_path)
     monkeypatch.undo()
     tuned = []
-    real = told._tune
-    monkeypatch.setattr(told, "_tune", lambda *a, **k: tuned.append(a) or real(*a, **k))
+    real = Training.fit
+    monkeypatch.setattr(Training, "fit", lambda *a, **k: tuned.append(a) or real(*a, **k))
     report = launch("neuroada", cfg, root=tmp_path, resume=True)
     assert len(tuned) == 1  # "full" was not there the first time
     decided = [c.verdict for c in report.claims if c.unit == "points"]

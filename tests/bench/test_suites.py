@@ -1,0 +1,98 @@
+"""GLUE and photographs: the body is kept, parts share nothing, scores are the suites' own."""
+
+import pytest
+import torch
+
+from adaptlab import data, recipes
+from adaptlab.bench import suites
+from adaptlab.bench.compare import Method
+from adaptlab.bench.runs import BaseConfig, start_run
+
+
+def test_scores_of_glue():
+    logits = torch.tensor([[2.0, 0], [0, 1], [3, 0], [0, 5]])
+    assert suites.glue_score("mrpc", logits, torch.tensor([0, 1, 0, 0])) == 75
+    assert suites.glue_score("cola", logits, torch.tensor([0, 1, 0, 1])) == 100
+    scores = suites.glue_score("stsb", torch.tensor([[1.0], [2], [3]]), torch.tensor([2.0, 4, 6]))
+    assert scores == pytest.approx(100)
+
+
+@pytest.fixture
+def roberta(tmp_path):
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    torch.manual_seed(0)
+    RobertaForMaskedLM(RobertaConfig(
+        vocab_size=260, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=70, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2)).save_pretrained(tmp_path / "roberta")
+    recipes.byte_tokenizer().save_pretrained(tmp_path / "roberta")
+    return str(tmp_path / "roberta")
+
+
+def test_glue_keeps_the_body_and_cuts_validation_in_two(roberta, recorded):
+    from adaptlab import models
+
+    bed, other = (suites.glue(s, "stsb", roberta, max_length=32, device="cpu") for s in (0, 1))
+    body = models.load(roberta, device="cpu").model.roberta.state_dict()
+    for made in (bed, other):
+        own = made.model.roberta.state_dict()
+        assert all(torch.equal(v, own[k]) for k, v in body.items() if "pooler" not in k)
+    heads = [b.model.classifier.dense.weight for b in (bed, other)]
+    assert not torch.equal(*heads) and bed.model.config.num_labels == 1
+    rows = [{tuple(r) for r in p["input_ids"].tolist()} for p in (bed.choose, bed.test)]
+    assert not rows[0] & rows[1] and bed.choose["labels"].is_floating_point()
+    assert recorded.asked[0] == "nyu-mll/glue@stsb#train"
+    with pytest.raises(ValueError, match="give one of cola"):
+        suites.glue(0, "wnli", roberta)
+
+
+def test_every_task_of_glue_gives_a_row_per_method(roberta, recorded, tmp_path):
+    run = start_run("hydra", BaseConfig(), root=tmp_path / "runs")
+    table = suites.glue_sweep(run, {"before": Method(lambda model, bed, seed: None)}, suites.GLUE,
+                              (0,), model=roberta, max_length=16, device="cpu")
+    assert list(table["task"]) == list(suites.GLUE) and table["score"].between(-100, 100).all()
+
+
+def test_photos_come_in_the_order_asked_for():
+    rows, labels = suites.image_data("mnist5k#validation")
+    every = suites.Photos(rows, labels, None)
+    x, y = data.as_tensors(rows.select([5, 2]))
+    assert torch.equal(every.pixels([5, 2]), x) and torch.equal(every.labels[[5, 2]], y)
+    part = every.subset([9, 5, 2])
+    batch = part.__getitems__([1, 2])
+    assert torch.equal(torch.stack([b[0] for b in batch]), x) and len(part) == 3
+    with pytest.raises(ValueError, match="one for each"):
+        suites.Photos(rows, labels[:-1], None)
+    with pytest.raises(ValueError, match="add one of #train"):
+        suites.image_data("mnist5k")
+
+
+class Reads(torch.nn.Module):
+    "Says the mean of the pixels' rows: a picture of ones is class 0."
+
+    def forward(self, x):
+        return torch.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], 1)
+
+
+def test_accuracy_on_photos_is_counted_over_batches():
+    rows, labels = suites.image_data("mnist5k#validation")
+    part = suites.Photos(rows, (torch.arange(len(labels)) % 4 == 0).long(), None)
+    assert suites.photo_accuracy(Reads(), part, batch_size=300) == pytest.approx(25.0)
+
+
+def test_photos_bed_sets_pictures_aside(tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    ViTForImageClassification(ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        image_size=28, patch_size=7)).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path / "vit")
+    bed = suites.photos(0, "mnist5k#validation", "mnist5k#test", str(tmp_path / "vit"), held=0.25,
+                        device="cpu")
+    assert (len(bed.train), len(bed.choose), len(bed.test)) == (750, 250, 1000)
+    assert bed.model.classifier.out_features == 10
+    assert bed.train[0][0].shape == (3, 28, 28) and 0 <= suites.photo_accuracy(
+        bed.model, bed.choose) <= 100
+    with pytest.raises(ValueError, match="held = 1"):
+        suites.photos(0, "mnist5k#validation", "mnist5k#test", held=1)
