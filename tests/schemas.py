@@ -93,6 +93,21 @@ def _image_features() -> dict[str, Any]:
     return {"image": Image(), "label": ClassLabel(num_classes=1000)}
 
 
+def _photos(sizes: dict[str, int], classes: int, image: str = "image", label: str = "label",
+            other: tuple[str, ...] = ()) -> Schema:
+    "Photographs in classes, in the columns of the data set."
+    def row(i: int) -> dict[str, Any]:
+        made = _image(i)
+        return {image: made["image"], label: i * 37 % classes, **dict.fromkeys(other, 0)}
+
+    def features() -> dict[str, Any]:
+        from datasets import ClassLabel, Image
+
+        return {image: Image(), label: ClassLabel(num_classes=classes)}
+
+    return Schema(sizes, row, features=features)
+
+
 def _letter_features() -> dict[str, Any]:
     from datasets import ClassLabel
 
@@ -234,6 +249,12 @@ SCHEMAS: dict[str, Schema] = {  # "id" or "id@configuration"
     "ILSVRC/imagenet-1k": Schema(
         {"train": 1_281_167, "validation": 50_000, "test": 100_000}, _image,
         features=_image_features),
+    "uoft-cs/cifar10": _photos({"train": 50_000, "test": 10_000}, 10, "img"),
+    "uoft-cs/cifar100": _photos({"train": 50_000, "test": 10_000}, 100, "img", "fine_label",
+                                ("coarse_label",)),
+    "blanchon/EuroSAT_RGB": _photos({"train": 16_200, "validation": 5_400, "test": 5_400}, 10),
+    "nelorth/oxford-flowers": _photos({"train": 7_169, "test": 1_020}, 102),
+    "tanganke/stanford_cars": _photos({"train": 8_144, "test": 8_041}, 196),
     # series: one per row; the name of the column of values differs
     **{f"autogluon/chronos_datasets@{name}": Schema({"train": n}, row) for name, n, row in (
         ("monash_australian_electricity", 5, _series(("target",), minutes=30)),
@@ -254,6 +275,7 @@ MODELS = {  # base models that presets name
     "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-3B-Instruct", "Qwen/Qwen2.5-0.5B",
     "EleutherAI/gpt-neo-2.7B", "distilbert/distilgpt2", "yahma/llama-7b-hf",
     "FacebookAI/roberta-base", "openai/clip-vit-base-patch32", "google/vit-base-patch16-224",
+    "google/vit-base-patch16-224-in21k",
     "microsoft/resnet-18", "microsoft/resnet-50", "microsoft/resnet-101",
     "timm/efficientnet_b4.ra2_in1k",
 }
