@@ -23,7 +23,7 @@ def test_trains_and_merges(dtype):
     model, ids = llama("smollm2", layers=2, dtype=dtype), token_ids(2, 64)
     with torch.no_grad():
         base = model(input_ids=ids).logits.float()
-    get_loldu_model(model, LoLDUConfig(rank=64))
+    get_loldu_model(model, LoLDUConfig(rank=32))
     with torch.no_grad():
         start = model(input_ids=ids).logits.float()
     assert (start - base).norm() <= 1e-5 * base.norm()  # the change is exactly zero
