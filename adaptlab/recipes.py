@@ -101,7 +101,7 @@ class SmallCNN(_Classifier):
             raise ValueError(f"images must be {need}, not {list(x.shape)}")
         return self.blocks(x).mean(dim=(2, 3))
 
-# %% ../nbs/core/05_recipes.ipynb #e059952a
+# %% ../nbs/core/05_recipes.ipynb #73837bdd
 class _Attention(nn.Module):
     "Multi-head self-attention, each projection a layer of its own (so that it can be adapted)."
 
@@ -120,20 +120,24 @@ class _Attention(nn.Module):
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
+_ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
+
+
 class _Block(nn.Module):
     "Pre-norm transformer block: attention, then a two-layer MLP, each added to its input."
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, act: str):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim), _Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim)
         self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.act = _ACTIVATIONS[act]()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + self.fc2(self.act(self.fc1(self.norm2(x))))
 
-# %% ../nbs/core/05_recipes.ipynb #29ef4766
+# %% ../nbs/core/05_recipes.ipynb #9903fc3d
 class TinyViT(_Classifier):
     "A vision transformer: patches as tokens, a class token, learned positions."
 
@@ -146,8 +150,11 @@ class TinyViT(_Classifier):
         heads: int = 4,  # attention heads
         n_classes: int = 10,  # outputs
         in_channels: int = 1,  # 1 grey, 3 colour
+        act: str = "gelu",  # activation of the MLPs: "gelu", "relu"
     ):
         super().__init__()
+        if act not in _ACTIVATIONS:
+            raise ValueError(f"act = {act!r}: give one of {', '.join(_ACTIVATIONS)}")
         check_whole(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth,
                       heads=heads, n_classes=n_classes, in_channels=in_channels)
         if image_size % patch_size:
@@ -159,7 +166,7 @@ class TinyViT(_Classifier):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         tokens = 1 + (image_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, tokens, dim))
-        self.blocks = nn.Sequential(*[_Block(dim, heads) for _ in range(depth)])
+        self.blocks = nn.Sequential(*[_Block(dim, heads, act) for _ in range(depth)])
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, n_classes)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -300,13 +307,16 @@ def cached(
     load_model(model, folder / "model.safetensors")
     return model.eval()
 
-# %% ../nbs/core/05_recipes.ipynb #36cf90b5
+# %% ../nbs/core/05_recipes.ipynb #399a24fb
 _MNIST = {"task": "digits", "data": "mnist5k", "n_train": 4000, "batch_size": 64, "seed": 0}
 RECIPES: dict[str, dict[str, Any]] = {
     "mlp-mnist": {**_MNIST, "sizes": [784, 128, 10], "epochs": 15, "lr": 3e-3},
     "cnn-mnist": {**_MNIST, "channels": [8, 16, 32], "epochs": 8, "lr": 5e-3},
     "vit-mnist": {
         **_MNIST, "patch_size": 7, "dim": 64, "depth": 3, "heads": 4, "epochs": 10, "lr": 3e-3},
+    "vit-mnist-relu": {
+        **_MNIST, "patch_size": 7, "dim": 64, "depth": 3, "heads": 4, "epochs": 10, "lr": 3e-3,
+        "act": "relu"},
     "bert-languages": {
         "task": "language of a country's name", "data": "cldr_territories",
         "languages": ["ar", "de", "el", "fi", "hi", "ru", "tr", "uk"], "train_share": 0.8,
@@ -373,7 +383,7 @@ def _prose_data(recipe: dict[str, Any]) -> tuple[tuple[Tensor, ...], tuple[Tenso
     cut = int(recipe["train_share"] * len(ids))
     return (ids[:cut],), (ids[cut:],)
 
-# %% ../nbs/core/05_recipes.ipynb #94b7cde6
+# %% ../nbs/core/05_recipes.ipynb #a6686cfa
 def recipe_data(
     name: str,  # a key of `RECIPES`
     **overrides: Any,  # fields of the recipe to change
@@ -395,8 +405,9 @@ def _build(recipe: dict[str, Any]) -> nn.Module:
         return MLP(r["sizes"])
     if name == "cnn-mnist":
         return SmallCNN(r["channels"])
-    if name == "vit-mnist":
-        return TinyViT(28, r["patch_size"], r["dim"], r["depth"], r["heads"])
+    if name in ("vit-mnist", "vit-mnist-relu"):
+        return TinyViT(28, r["patch_size"], r["dim"], r["depth"], r["heads"],
+                       act=r.get("act", "gelu"))
     size = {k: r[k] for k in ("hidden_size", "layers", "heads")}
     if name == "bert-languages":
         return tiny_bert(**size, n_classes=len(r["languages"]), max_length=r["length"])

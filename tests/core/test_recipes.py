@@ -186,3 +186,16 @@ def test_cached_trains_on_the_cpu_whatever_the_default_device_is(tmp_path, monke
     with torch.device("meta"):
         model = recipes.cached({"name": "here"}, lambda: nn.Linear(2, 2), lambda model: None)
     assert model.weight.device.type == "cpu" and model.weight.isfinite().all()
+
+
+def test_the_activation_of_a_vit_is_a_module_that_can_be_chosen():
+    torch.manual_seed(0)
+    smooth, sharp = recipes.TinyViT(dim=16, depth=1), recipes.TinyViT(dim=16, depth=1, act="relu")
+    sharp.load_state_dict(smooth.state_dict())
+    seen = {}
+    for name, model in (("gelu", smooth), ("relu", sharp)):
+        model.blocks[0].act.register_forward_hook(lambda m, i, o, n=name: seen.update({n: o}))
+        model(torch.rand(2, 1, 28, 28))
+    assert (seen["relu"] == 0).any() and (seen["relu"] >= 0).all() and (seen["gelu"] < 0).any()
+    with pytest.raises(ValueError, match="act = 'elu'"):
+        recipes.TinyViT(act="elu")
