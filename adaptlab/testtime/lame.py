@@ -61,7 +61,7 @@ def _check_k(k: int, most: int | None = None) -> int:
         return most
     return k
 
-# %% ../../nbs/testtime/01_lame.ipynb #c0ed2f73
+# %% ../../nbs/testtime/01_lame.ipynb #517f8fff
 @torch.no_grad()
 def nearest_neighbors(
     x: Tensor,  # features [N, d], any scale: rows are normalised here
@@ -88,11 +88,7 @@ def knn_affinity(
     k: int = 5,  # neighbours per sample
     symmetric: bool = False,  # (W + Wᵀ)/2 instead of W
 ) -> Tensor:  # W [N, N], float
-    """w_ij = 1 when j is among the k nearest neighbours of i, else 0 (the paper's kNN).
-
-    The diagonal is zero and each row sums to min(k, N-1), twins or not. W is not symmetric
-    unless asked for. Raises as `nearest_neighbors` does.
-    """
+    "w_ij = 1 when j is among the k nearest neighbours of i, else 0; raises as they do."
     x = _checked(x, "features")
     w = x.new_zeros(len(x), len(x)).scatter_(1, nearest_neighbors(x, k), 1.0)
     return (w + w.T) / 2 if symmetric else w
@@ -149,7 +145,7 @@ def lame_energy(
     kl = torch.special.xlogy(Z, Z) - Z * log_q
     return kl.sum() - 0.5 * weight * (_aggregate(Z, W) * Z).sum()
 
-# %% ../../nbs/testtime/01_lame.ipynb #4a66ef11
+# %% ../../nbs/testtime/01_lame.ipynb #8dbb81d1
 @dataclass(frozen=True)
 class LameInfo:
     "How an iteration went."
@@ -184,7 +180,7 @@ def laplacian_optimization(
     for step in range(1, max_steps + 1):
         scores = torch.add(log_q, _aggregate(z, w), alpha=weight)
         z = scores.softmax(1)
-        previous, s = s, float((z.amax(1).log() - scores.amax(1)).sum())
+        previous, s = s, -float(scores.logsumexp(1).sum())
         if return_info:
             energies.append(float(lame_energy(z, log_q, w, weight)))
         if step > 2 and abs(s - previous) <= tol * abs(previous):  # <=: S may be exactly 0
@@ -354,7 +350,7 @@ class LAME(nn.Module):
         found = logits_and_features(self.model, self.feature_layer, *args, **kwargs)
         return lame(*found, **self.settings).as_subclass(Probabilities)
 
-# %% ../../nbs/testtime/01_lame.ipynb #bb8537a0
+# %% ../../nbs/testtime/01_lame.ipynb #2f397aa4
 def _usable(value: Any) -> Any:
     "Tensors made in inference mode can't be part of a gradient: copies of them, nested or not."
     if torch.is_tensor(value):
@@ -363,13 +359,9 @@ def _usable(value: Any) -> Any:
         return type(value)(map(_usable, value))
     return {k: _usable(v) for k, v in value.items()} if type(value) is dict else value
 
-# %% ../../nbs/testtime/01_lame.ipynb #13f20451
+# %% ../../nbs/testtime/01_lame.ipynb #d51cd4e8
 class OnlineAdaptation(nn.Module):
-    """Base of the methods that adapt a network on its test batches: on a copy, never the original.
-
-    This class itself changes no prediction. Raises `ValueError` when there is nothing to adapt, or
-    a batch leads to NaN or infinity; then nothing is learned from that batch.
-    """
+    "Base of the methods that adapt a copy of a network; a batch that leads to NaN teaches nothing."
 
     adapts: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._BatchNorm,)  # kinds of layers
 
@@ -411,8 +403,8 @@ class OnlineAdaptation(nn.Module):
         "Forget all batches: back to the source model."
         self.restore(self._source)
 
-    def learn(self, log_p: Tensor) -> None:  # log-probabilities of the batch [N, K]
-        "Train on the batch; here: nothing."
+    def loss(self, log_p: Tensor) -> Tensor | None:  # log p [N, K] -> scalar; None: no step
+        "What to minimise on a batch; here: nothing."
 
     def forward(self, *args: Any, **kwargs: Any) -> Probabilities:  # [N, K], with `.logits`
         "Adapt on one batch, then predict it; arguments as the model's."
@@ -434,7 +426,11 @@ class OnlineAdaptation(nn.Module):
             m.train()
         try:
             with torch.enable_grad():
-                self.learn(_log_probabilities(logits_of(self.model(*args, **kwargs))))
+                loss = self.loss(_log_probabilities(logits_of(self.model(*args, **kwargs))))
+                if loss is not None:
+                    self.optimizer.zero_grad()
+                    loss.backward()
+                    self.optimizer.step()
         except ValueError as error:  # one sample has no variance: PyTorch refuses it
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -443,7 +439,7 @@ class OnlineAdaptation(nn.Module):
             raise ValueError("this batch leads to NaN or infinity in the normalisation layers: "
                              "nothing was learned from it; check its inputs, or lower lr")
 
-# %% ../../nbs/testtime/01_lame.ipynb #7d48e6a7
+# %% ../../nbs/testtime/01_lame.ipynb #b7aa095f
 class AdaBN(OnlineAdaptation):
     """Replace BatchNorm's stored statistics by those of the test batches (Li et al. 2016, online).
 
@@ -461,7 +457,7 @@ class AdaBN(OnlineAdaptation):
             raise ValueError("nothing to adapt: no BatchNorm layer stores statistics "
                              "(track_running_stats=False), each batch is normalised by its own")
 
-# %% ../../nbs/testtime/01_lame.ipynb #4bb1894b
+
 class Tent(OnlineAdaptation):
     """Minimise the entropy of predictions by SGD on scale and shift of normalisation layers.
 
@@ -491,14 +487,6 @@ class Tent(OnlineAdaptation):
     def loss(self, log_p: Tensor) -> Tensor | None:  # log p [N, K] -> scalar; None: no step
         "Mean entropy of the predictions."
         return -(log_p.exp() * log_p).sum(1).mean()
-
-    def learn(self, log_p: Tensor) -> None:  # log-probabilities of the batch [N, K]
-        "One step down the loss."
-        loss = self.loss(log_p)
-        if loss is not None:
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
 
 # %% ../../nbs/testtime/01_lame.ipynb #c5ca898f
 class ShotIM(Tent):

@@ -17,6 +17,7 @@ from torch import nn
 from adaptlab import recipes
 from adaptlab.bench import cost
 from adaptlab.bench.runs import launch, start_run
+from adaptlab.bench.suites import Photos, image_data
 from adaptlab.experiments import lame as told
 from adaptlab.experiments.lame import (
     FULL,
@@ -679,10 +680,10 @@ def full_scale(tmp_path_factory):
 def tiny_full(root, **changes):
     "`FULL`, with the tiny stand-ins."
     stand_ins = {
-        "model": str(root / "resnet"), "networks": (str(root / "vit"),),
+        "model": str(root / "resnet"),
         "validation_data": f"{root / 'validation'}#train",
         "test_data": f"{root / 'test'}#train", "seeds": (0, 1),
-        "validation_seeds": (100,), "batch_size": 8, "batch_sizes": (4,), "workers": 2,
+        "validation_seeds": (100,), "batch_size": 8, "workers": 2,
         "validation_streams": ("iid", "class"), "lrs": (0.1,), "adabn_momenta": (0.3,),
     }
     return FULL.replace(**stand_ins | {"device": "cpu"} | changes)
@@ -695,8 +696,8 @@ def test_full_scale_path(full_scale, tmp_path, monkeypatch):
     tested = report.tables["tested"]
     assert len(tested) == 2 * 4 * 2 * (1 + len(cfg.methods))  # shifts, streams, seeds, methods
     assert tested["accuracy"].between(0, 100).all()
-    assert set(report.tables["networks"]["network"]) == {cfg.model, *cfg.networks}
-    assert {"main", "change", "ablation"} == set(report.figures) and len(report.claims) == 10
+    assert set(report.tables) == {"tuning", "cross", "tested", "change", "ablation"}
+    assert set(report.figures) == {"main"} and len(report.claims) == 6
     run.close()
     monkeypatch.setattr(Scenarios, "accuracy", None)  # a resumed run measures nothing again
     again = told.experiment(cfg, start_run("lame", cfg, "full", root=tmp_path, resume=True))
@@ -707,7 +708,7 @@ def test_full_scale_path(full_scale, tmp_path, monkeypatch):
 def test_full_scale_by_corruption_and_with_a_transformer(full_scale, tmp_path):
     cfg = tiny_full(
         full_scale, streams=("corruption",), shifts=("blur-2+shot_noise-3",),
-        methods=("LAME", "Tent"), seeds=(0,), model=str(full_scale / "vit"), networks=(),
+        methods=("LAME", "Tent"), seeds=(0,), model=str(full_scale / "vit"),
     )
     report = told.experiment(cfg, start_run("lame", cfg, "full", root=tmp_path))
     assert set(report.tables["tested"]["stream"]) == {"corruption"}
@@ -718,14 +719,14 @@ def test_full_scale_by_corruption_and_with_a_transformer(full_scale, tmp_path):
 def test_one_seed_and_few_methods(tmp_path):
     "No interval, no crash, and no verdict that needs one."
     cfg = SMALL.replace(
-        seeds=(0,), methods=("LAME", "AdaBN"), networks=(), shifts=("clean",), batch_sizes=(32,),
+        seeds=(0,), methods=("LAME", "AdaBN"), shifts=("clean",),
         streams=("iid", "class"), validation_shifts=("clean",), n_test=128, n_validation=128,
         adabn_momenta=(1.0,), neighbors=(3,),
     )
     report = launch("lame", cfg, root=tmp_path, progress=False)
     verdicts = {c.text: c.verdict for c in report.claims}
     grouped = next(v for k, v in verdicts.items() if "far better than the source" in k)
-    assert grouped == "not decided at this scale" and len(report.claims) == 8
+    assert grouped == "not decided at this scale" and len(report.claims) == 6
     lame_rows = report.tables["tested"].query("method == 'LAME'")
     assert set(lame_rows["setting"]) == {"affinity=knn, k=3"}
 
@@ -745,15 +746,15 @@ def test_full_builds_its_data(recorded, tmp_path):
         assert int(scenarios.labels.max()) > 100  # class numbers, not positions in a sorted list
     assert recorded.asked == [FULL.validation_data]
     assert schemas.rows(FULL.validation_data) == FULL.n_validation
-    assert {FULL.model, *FULL.networks} <= schemas.MODELS
+    assert FULL.model in schemas.MODELS
 
 
 def test_images_go_through_the_processor(full_scale):
-    dataset, labels = told.image_data(f"{full_scale / 'test'}#train")
+    dataset, labels = image_data(f"{full_scale / 'test'}#train")
     processor = told.load_network(str(full_scale / "resnet"), device="cpu")[1]
     some = torch.tensor([4, 0, 11, 7])
     expected = processor([dataset[i]["image"] for i in some.tolist()], return_tensors="pt")
-    found = prepare(dataset, "clean", processor, some)
+    found = prepare(Photos(dataset, labels, processor), "clean", some)
     torch.testing.assert_close(found, expected["pixel_values"], atol=1e-5, rtol=0)
     assert labels.bincount().tolist() == [10, 10, 10]
 
@@ -770,7 +771,7 @@ def test_white_is_white_in_every_mode(mode, value):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(2)})
     rows = datasets.Dataset.from_dict(
         {"image": [datasets.Image().encode_example(picture)], "label": [0]}, features=features)
-    found = prepare(rows, "clean", processor, torch.tensor([0]))
+    found = prepare(Photos(rows, torch.tensor([0]), processor), "clean", torch.tensor([0]))
     assert found.shape == (1, 3, 8, 8) and found.min() == 1
 
 
@@ -812,7 +813,7 @@ def test_a_method_that_learns_starts_anew_in_every_stream():
 
 def test_full_is_the_papers_set_up():
     assert FULL.batch_size == 64 and len(FULL.seeds) == 10 and len(FULL.streams) == 4
-    assert len(FULL.networks) + 1 == 5 and FULL.neighbors == (1, 3, 5)
+    assert FULL.neighbors == (1, 3, 5)
     assert all(len(candidates(FULL)[m]) >= 3 for m in ("LAME", "AdaBN", "Tent", "pseudo-label"))
     config = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=4
@@ -870,7 +871,7 @@ L, X = batch(8, 3, 4)
         (ValueError, "out of range", lambda: Config(neighbors=(0, 3))),
         (ValueError, "corruptions are", lambda: Config(shifts=("fog-2",))),
         (ValueError, "corruptions are", lambda: Config(validation_shifts=("blur-6",))),
-        (ValueError, "add one of", lambda: told.image_data("mnist5k#dev")),
+        (ValueError, "add one of", lambda: Scenarios(Config(test_data="mnist5k#dev"), "test")),
         (ValueError, "bn_momentum", lambda: OnlineAdaptation(Net(), bn_momentum=-0.1)),
         (ValueError, "stem", lambda: Tent(Net(), layers="stem")),
         (ValueError, "share", lambda: AdaBN(Net(), bn_momentum=2.0)),
