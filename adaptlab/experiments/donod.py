@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'CASES', 'experiment', 'FULL', 'Config', 'choose_subsets', 'auroc', 'reader']
 
-# %% ../../nbs/experiments/donod.ipynb #ebebd864
+# %% ../../nbs/experiments/donod.ipynb #7df09bcc
 import math
 import re
 from collections.abc import Callable
@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .. import adapters, evaluate, models, modules, recipes, stats, text
-from ..bench import plots
-from ..bench.compare import Method, Versus, sweep, versus
+from .. import models, modules, recipes, stats
+from ..bench import plots, rivals
+from ..bench.compare import Method, Versus, summary, sweep, versus
 from ..bench.report import Report
 from ..bench.runs import BaseConfig, Run, bounded, tracks
-from ..bench.testbeds import Bed, Pairs, digits, questions
+from ..bench.testbeds import Bed, Pairs, accuracy, digits, questions
 from ..domain.donod import DonodPruner, Scores, don_nod_scores
-from ..train import Training, set_seed
+from ..train import Training
 
-# %% ../../nbs/experiments/donod.ipynb #1b428eeb
+# %% ../../nbs/experiments/donod.ipynb #d1301c39
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     "Settings of the DONOD experiment."
@@ -53,42 +53,47 @@ class Config(BaseConfig):
     other_answer: str = ""  # answer of its rows
     other_accepted: str = ""  # its column with a list of right answers
     swap: float = bounded(0.3, low=0, high=1)  # share of the answers that change places
-    n_train: int | None = bounded(60, low=2)  # training pairs; None: all
-    n_test: int | None = bounded(24, low=1)  # test pairs per domain; None: all
+    n_train: int | None = bounded(24, low=2)  # training pairs; None: all
+    n_test: int | None = bounded(8, low=1)  # test pairs per domain; None: all
     score_batch: int = bounded(8, low=1)  # samples per forward pass when scoring
     language: Training = Training(  # of every subset
-        steps=4, batch_size=4, lr=1e-2, schedule="cosine", warmup=0.03, clip=1.0)
+        steps=4, batch_size=2, lr=3e-3, schedule="cosine", warmup=0.03, clip=1.0)
     lora_rank: int = bounded(16, low=1)  # rank of LoRA; alpha is twice that
     lora_layers: str = r".*layers\.2\d\.self_attn\.(q|v)_proj"  # pattern of the layers with LoRA
-    subsets: tuple[str, ...] = ("all", "random", "DONOD", "low loss")  # trained, language
+    subsets: tuple[str, ...] = ("all", "random", "DONOD")  # trained, language
     max_new_tokens: int = bounded(0, low=0)  # generate answers of this length; 0: none
     read: str = ""  # pattern whose group 1 is what counts of an answer; "": the first line
 
 
 SMALL = Config()
 
-# %% ../../nbs/experiments/donod.ipynb #ee208653
+# %% ../../nbs/experiments/donod.ipynb #a60dd11b
 def choose_subsets(
-    scores: Scores,  # of all samples
+    scores: Any,  # of all samples: `Scores`, or a table with its columns
     keep: float,  # share to keep
-    seed: int,  # of the random subset
+    seed: int,  # of the random subsets
+    wrong: Tensor | None = None,  # [N] bool, for the oracle
 ) -> dict[str, np.ndarray]:  # name -> row numbers
     "DONOD and its rivals at the same budget."
     ranked = DonodPruner(keep).rank(scores)
     best = ranked.select()
     by = {c: np.asarray(getattr(scores, c)).argsort(kind="stable") for c in ("don", "nod", "loss")}
     n, k = len(ranked.closeness), len(best)
+    order = np.random.default_rng(seed).permutation(n)
+    right = order if wrong is None else order[~wrong.numpy()[order]]
     return {
         "all": np.arange(n),
-        "random": np.random.default_rng(seed).permutation(n)[:k],
+        "random": order[:k],
         "DONOD": best,
         "DON only": by["don"][::-1][:k],
         "low NOD": by["nod"][:k],
         "low loss": by["loss"][:k],
         "worst": ranked.closeness.argsort(kind="stable")[:k],
+        "all right labels": right,
+        "random right labels": right[:k],
     }
 
-# %% ../../nbs/experiments/donod.ipynb #0bada5dd
+# %% ../../nbs/experiments/donod.ipynb #f165e645
 def _scored(bed: Bed, cfg: Config, model: nn.Module | None = None) -> Scores:
     return don_nod_scores(model or bed.model, bed.train, lr=cfg.probe_lr, batch_size=512)
 
@@ -99,7 +104,7 @@ def _tune(model: nn.Module, bed: Bed, seed: int, *, cfg: Config, name: str = "DO
     judge = bed.model
     if proxy:  # another, smaller network
         judge = recipes.pretrained_small("mlp-mnist", sizes=[784, 32, 10], n_train=2000)
-    rows = choose_subsets(_scored(bed, cfg, judge), keep or cfg.keep, seed)[name].copy()
+    rows = choose_subsets(_scored(bed, cfg, judge), keep or cfg.keep, seed, bed.wrong)[name].copy()
     model.kept = rows.tolist()
     cfg.digits.fit(model, tuple(t[rows] for t in bed.train), modules.cross_entropy,
                    optimizer=partial(torch.optim.SGD, momentum=0.9), seed=seed, device=cfg.device,
@@ -108,11 +113,10 @@ def _tune(model: nn.Module, bed: Bed, seed: int, *, cfg: Config, name: str = "DO
 
 def _accuracies(model: nn.Module, bed: Bed) -> dict[str, float]:
     "Accuracy on both tasks, share of the data kept, and of wrong labels in it, in percent."
-    found = {name: 100 * evaluate.accuracy(evaluate.predict(model, x), y).value
-             for name, (x, y) in (("new", bed.test), ("old", bed.old))}
     rows = getattr(model, "kept", [])
     wrong = 100 * float(bed.wrong[rows].float().mean()) if rows else math.nan
-    return found | {"kept": 100 * len(rows) / len(bed.wrong), "wrong": wrong}
+    return {"new": accuracy(model, bed.test), "old": accuracy(model, bed.old),
+            "kept": 100 * len(rows) / len(bed.wrong), "wrong": wrong}
 
 
 def _digits_bed(seed: int, cfg: Config, turn: float | None = None) -> Bed:
@@ -123,8 +127,9 @@ def _digits_bed(seed: int, cfg: Config, turn: float | None = None) -> Bed:
 def _methods(cfg: Config) -> dict[str, Method]:
     "Everything that is trained on the digits."
     tune = partial(_tune, cfg=cfg)
-    found = {"before": Method(lambda model, bed, seed: None)}
-    for name in ("all", "random", "DONOD", "DON only", "low NOD", "low loss", "worst"):
+    found = {"before": rivals.untouched()}
+    for name in ("all", "random", "DONOD", "DON only", "low NOD", "low loss", "worst",
+                 "all right labels", "random right labels"):
         found[name] = Method(partial(tune, name=name))
     for keep in cfg.budgets:
         found[f"DONOD {keep:.0%}"] = Method(partial(tune, keep=keep))
@@ -134,119 +139,116 @@ def _methods(cfg: Config) -> dict[str, Method]:
         found[f"all, {scale:.3g} of the steps"] = Method(partial(tune, name="all", scale=scale))
     return found | {"DONOD by a smaller model": Method(partial(tune, proxy=True))}
 
-# %% ../../nbs/experiments/donod.ipynb #424b731c
+# %% ../../nbs/experiments/donod.ipynb #d883a831
 def auroc(
     score: np.ndarray,  # [n] larger: rather wrong
     wrong: np.ndarray,  # [n] bool
-) -> stats.Estimate:  # 0.5: knows nothing; 95 % interval by bootstrap over samples
-    "Probability that a wrong sample has a larger score than a right one."
+) -> float:  # 0.5: knows nothing; NaN if all are right, or all wrong
+    "Probability that a wrong sample has a larger score than a right one; ties count half."
     from scipy.stats import rankdata
 
-    def statistic(rows: np.ndarray, axis: int) -> np.ndarray:
-        rows = rows.astype(int)
-        hit, ranks = wrong[rows], rankdata(score[rows], axis=1)
-        bad = hit.sum(1)
-        pairs = bad * (hit.shape[1] - bad)
-        won = (ranks * hit).sum(1) - bad * (bad + 1) / 2
-        return np.where(pairs > 0, won / np.maximum(pairs, 1), 0.5)
-
-    return stats.bootstrap(np.arange(len(score), dtype=float), statistic)
+    bad, right = int(wrong.sum()), int((~wrong).sum())
+    won = rankdata(score)[wrong].sum() - bad * (bad + 1) / 2
+    return float(won / (bad * right)) if bad * right else math.nan
 
 
-def _detection(scores: Scores, wrong: np.ndarray) -> list[dict[str, Any]]:
+def _detection(scores: Any, wrong: Tensor) -> list[dict[str, Any]]:
     "The AUROC of every score."
-    closeness = DonodPruner().rank(scores).closeness
-    signed = {"closeness": -closeness, "DON": -scores.don.numpy(), "NOD": scores.nod.numpy(),
-              "loss": scores.loss.numpy()}
-    found = {name: auroc(s, wrong) for name, s in signed.items()}
-    return [{"score": k, "auroc": e.value, "low": e.low, "high": e.high} for k, e in found.items()]
+    signed = {"closeness": -DonodPruner().rank(scores).closeness, "DON": -np.asarray(scores.don),
+              "NOD": np.asarray(scores.nod), "loss": np.asarray(scores.loss)}
+    return [{"method": name, "AUROC": auroc(s, wrong.numpy())} for name, s in signed.items()]
 
 
 def _turned(cfg: Config) -> pd.DataFrame:
-    "Detection of wrong labels on digits turned by more and more (first seed)."
+    "Detection of wrong labels on digits turned by more and more."
     rows = []
-    for turn in cfg.turns:
-        bed = _digits_bed(cfg.seeds[0], cfg, turn)
-        hits = evaluate.accuracy(evaluate.predict(bed.model, bed.test[0]), bed.test[1])
-        head = {"turn": turn, "accuracy": 100 * hits.value}
-        rows += [head | row for row in _detection(_scored(bed, cfg), bed.wrong.numpy())]
+    for seed in cfg.seeds:
+        for turn in cfg.turns:
+            bed = _digits_bed(seed, cfg, turn)
+            head = {"seed": seed, "turned by": turn, "accuracy": accuracy(bed.model, bed.test)}
+            rows += [head | row for row in _detection(_scored(bed, cfg), bed.wrong)]
     return pd.DataFrame(rows)
 
 
 def _probes(cfg: Config) -> pd.DataFrame:
     "How the size of the probing step changes what is kept (first seed)."
     bed, rows = _digits_bed(cfg.seeds[0], cfg), []
-    for lr in (cfg.probe_lr / 100, cfg.probe_lr, 20 * cfg.probe_lr, 100 * cfg.probe_lr):
+    norm = float(bed.model.head.weight.detach().norm())
+    for lr in (cfg.probe_lr / 100, cfg.probe_lr, 5 * cfg.probe_lr, 20 * cfg.probe_lr,
+               100 * cfg.probe_lr):
         scores = don_nod_scores(bed.model, bed.train, lr=lr, batch_size=512)
+        inner = (scores.nod**2 - scores.don * (2 * norm + scores.don)) / (2 * lr)
         kept = choose_subsets(scores, cfg.keep, 0)
-        rows.append({"probing step": lr, "mean NOD": float(scores.nod.mean())} | {
+        rows.append({"step": f"{lr:g}", "NOD / |W|": float(scores.nod.mean() / norm),
+                     "second term / first": float((scores.nod**2).mean() / lr
+                                                  / (2 * inner.abs().mean()))} | {
             f"wrong kept by {name} (%)": 100 * float(bed.wrong[kept[name].copy()].float().mean())
-            for name in ("DONOD", "DON only")})
+            for name in ("DONOD", "DON only", "low NOD")})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/donod.ipynb #68bf3fef
-_EASY = "what is kept is clean, but easy, and teaches little"
-_LEFT = "it keeps fewer wrong labels, but the easier samples: see the shares of wrong labels"
+# %% ../../nbs/experiments/donod.ipynb #bb6badc6
+_PAPER = {"new": "+14.90 points (30 % kept)", "old": "+5.67 points (30 % kept)"}
+_EASY = "what is kept is easy: an oracle's random right labels, as many, teach far more"
 CASES = [
-    Versus("30 % chosen by DONOD beat the full data on the new task", "DONOD", "all", "new",
-           "+14.90 points", "abstract", _EASY),
-    Versus("30 % chosen by DONOD beat the full data on the old task", "DONOD", "all", "old",
-           "+5.67 points", "abstract"),
-    Versus("DONOD beats a random subset of the same size on the new task", "DONOD", "random", "new",
+    Versus("30 % kept by DONOD beat the full data on the new task", "DONOD", "all", "new",
+           _PAPER["new"], "abstract", _EASY),
+    Versus("30 % kept by DONOD beat the full data on the old task", "DONOD", "all", "old",
+           _PAPER["old"], "abstract"),
+    Versus("DONOD beats a random 30 % on the new task", "DONOD", "random", "new",
            "better", "tables", _EASY),
-    Versus("DONOD beats a random subset of the same size on the old task", "DONOD", "random", "old",
+    Versus("DONOD beats a random 30 % on the old task", "DONOD", "random", "old",
            "better", "tables"),
+    Versus("an oracle's random right labels beat DONOD's choice of as many on the new task",
+           "random right labels", "DONOD", "new", "not compared", "",
+           "what DONOD keeps teaches as much as a random choice"),
+    Versus("right labels only beat the full data on the old task", "all right labels", "all", "old",
+           "not compared", "", "the wrong labels are not what the old task pays for"),
     Versus("DON and NOD together beat DON alone on the new task", "DONOD", "DON only", "new",
-           "better", "ablation", _LEFT),
+           "better", "ablation",
+           "NOD prefers the easiest samples: fewer wrong labels, and less to learn"),
     Versus("DON and NOD together beat NOD alone on the new task", "DONOD", "low NOD", "new",
-           "better", "ablation", "NOD spreads more than DON here and decides the ranking"),
+           "better", "ablation", "both keep nearly the same samples"),
     Versus("DONOD beats dropping the samples of highest loss on the new task", "DONOD", "low loss",
-           "new", "not compared", "", "both keep easy samples"),
+           "new", "not compared", "", "both keep what is easy"),
     Versus("a smaller model's scores still beat random on the old task", "DONOD by a smaller model",
            "random", "old", "generalizes effectively", "abstract"),
 ]
 
 
-def _budget_cases(cfg: Config) -> list[Versus]:
-    "The mildest budget against all the data, and against training less."
-    if not cfg.budgets:
+def _mild(cfg: Config) -> list[Versus]:
+    "The mildest budget against all the data, a random part, and training less."
+    if not (cfg.budgets and cfg.shorter):
         return []
-    name = f"DONOD {max(cfg.budgets):.0%}"
-    cases = [Versus(f"{max(cfg.budgets):.0%} chosen by DONOD beat the full data on the {task} task",
-                    name, "all", task, paper, "abstract", _EASY)
-             for task, paper in (("new", "+14.90 points"), ("old", "+5.67 points"))]
-    if cfg.shorter:
-        rival = f"all, {max(cfg.shorter):.3g} of the steps"
-        cases += [Versus(f"{max(cfg.budgets):.0%} chosen by DONOD beat all data with fewer steps "
-                         f"on the {task} task", name, rival, task, "not compared", "",
-                         "training less protects what was known as well")
-                  for task in ("new", "old")]
-    return cases
+    kept, less = f"{max(cfg.budgets):.0%}", f"all, {max(cfg.shorter):.3g} of the steps"
+    against = [("the full data", "all", _PAPER), (f"a random {kept}", f"random {kept}", {})]
+    cases = [Versus(f"{kept} kept by DONOD beat {name} on the {task} task", f"DONOD {kept}", rival,
+                    task, paper.get(task, "better"), "abstract", _EASY)
+             for name, rival, paper in against for task in ("new", "old")]
+    return [*cases, Versus(f"{kept} kept by DONOD beat {less}, on the old task", f"DONOD {kept}",
+                           less, "old", "not compared", "", "training less protects it as well")]
 
-# %% ../../nbs/experiments/donod.ipynb #efad4a47
+# %% ../../nbs/experiments/donod.ipynb #1c7d7a41
 def _frontier(ax: Any, mean: pd.DataFrame, cfg: Config) -> None:
-    "New task against old: along DONOD's budgets, along the number of steps, and the rivals."
-    own = sorted([*cfg.budgets, cfg.keep])
-    names = ["DONOD" if b == cfg.keep else f"DONOD {b:.0%}" for b in own] + ["all"]
-    less = [f"all, {s:.3g} of the steps" for s in sorted(cfg.shorter)] + ["all"]
-    for line, style, color in ((names, "-o", "blue"), (less, "--s", "grey")):
-        ax.plot(mean.loc[line, "new"], mean.loc[line, "old"], style, color=plots.COLORS[color],
-                label="DONOD keeps" if color == "blue" else "all data, share of the steps")
-    for name, share in zip(names, [*own, 1.0], strict=True):
-        ax.annotate(f"{share:.0%}", mean.loc[name, ["new", "old"]], xytext=(5, 4),
-                    textcoords="offset points", color=plots.COLORS["blue"])
-    for name, share in zip(less[:-1], sorted(cfg.shorter), strict=True):
-        ax.annotate(f"{share:.3g}", mean.loc[name, ["new", "old"]], xytext=(-8, -13),
-                    textcoords="offset points", color=plots.COLORS["grey"])
-    rivals = ("random", "DON only", "low NOD", "low loss")
-    for name, marker, color in zip(rivals, "XDv^", ("vermillion", "orange", "green", "purple"),
-                                   strict=True):
-        ax.plot(*mean.loc[name, ["new", "old"]], marker, ms=8, color=plots.COLORS[color],
-                label=f"{name}, {cfg.keep:.0%}")
+    "New task against old: along DONOD's budgets, random ones, right labels, and fewer steps."
+    steps = [f"all, {s:.3g} of the steps" for s in sorted(cfg.shorter)]
+    own = [f"DONOD {b:.0%}" if b != cfg.keep else "DONOD" for b in sorted({*cfg.budgets, cfg.keep})]
+    random = ["random", *(n for n in mean.index if n.startswith("random ") and "%" in n)]
+    lines = {"DONOD keeps": ([*own, "all"], "-o", "blue"),
+             "random part": ([*random, "all"], "-X", "vermillion"),
+             "right labels only (oracle)": (["random right labels", "all right labels"], "-D",
+                                            "green"),
+             "all data, share of the steps": ([*steps, "all"], "--s", "grey")}
+    for label, (names, style, color) in lines.items():
+        ax.plot(mean.loc[names, "new"], mean.loc[names, "old"], style, color=plots.COLORS[color],
+                label=label)
+        for name in names[: len(names) - (color in ("vermillion", "grey"))]:
+            said = name.split()[1] if color == "grey" else f"{mean.loc[name, 'kept']:.0f} %"
+            below = (7, -13) if color in ("vermillion", "grey") else (5, 5)
+            ax.annotate(said, mean.loc[name, ["new", "old"]], xytext=below,
+                        textcoords="offset points", color=plots.COLORS[color], fontsize=9)
     ax.set(xlabel="accuracy on turned digits (%)", ylabel="accuracy on upright digits (%)")
-    best = names[-2]
-    told = [f"{mean.loc[n, 'new']:.1f} / {mean.loc[n, 'old']:.1f}" for n in (best, "all")]
-    ax.set_title(f"{own[-1]:.0%} kept: {told[0]}; all: {told[1]} (turned / upright)")
+    told = [f"{mean.loc[n, 'new']:.1f} / {mean.loc[n, 'old']:.1f}" for n in (own[-1], "all")]
+    ax.set_title(f"{mean.loc[own[-1], 'kept']:.0f} % kept: {told[0]}; all: {told[1]}")
     ax.legend(fontsize=8.5, loc="lower left")
 
 
@@ -256,21 +258,16 @@ def _plot(table: pd.DataFrame, turned: pd.DataFrame, cfg: Config) -> Any:
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), width_ratios=(1.35, 1),
                                       layout="constrained")
-    _frontier(left, table.groupby("method")[["new", "old"]].mean(), cfg)
-    for (name, part), (marker, color) in zip(turned.groupby("score", sort=False), (
-            ("o", "blue"), ("D", "orange"), ("v", "green"), ("^", "purple")), strict=True):
-        right.plot(part["turn"], part["auroc"], marker=marker, label=name,
-                   color=plots.COLORS[color])
-        right.fill_between(part["turn"], part["low"], part["high"], alpha=0.12,
-                           color=plots.COLORS[color])
+    _frontier(left, table.groupby("method")[["new", "old", "kept"]].mean(), cfg)
+    plots.curves(turned, "turned by", "AUROC", "method", interval="range", ax=right,
+                 title="The further the new domain, the less they know")
     right.axhline(0.5, color="0.6", lw=0.8)
     right.set(xlabel="digits turned by (degrees)", xticks=cfg.turns,
-              ylabel="AUROC of wrong labels (0.5: knows nothing)",
-              title="The further the new domain, the less they know")
-    right.legend()
+              ylabel="AUROC of wrong labels (0.5: chance)")
+    right.legend(title="")
     return fig
 
-# %% ../../nbs/experiments/donod.ipynb #224e640a
+# %% ../../nbs/experiments/donod.ipynb #bfa3a09a
 def _digits(cfg: Config, run: Run, report: Report) -> None:
     "Turned digits with wrong labels: what pruning costs and brings."
     plots.use_style()
@@ -280,33 +277,44 @@ def _digits(cfg: Config, run: Run, report: Report) -> None:
     report.table("digits", table)
     report.table("turned", turned)
     report.table("probes", run.stage("probes", partial(_probes, cfg)))
-    versus(report, table, _budget_cases(cfg) + CASES, unit="points")
+    versus(report, table, _mild(cfg) + CASES, unit="points")
     report.figure("main", _plot(table, turned, cfg), "Left: accuracy on the new task against "
-                  "the old one. Right: how well each score finds wrong labels as the domain moves.")
+                  "the old one, mean of the seeds; numbers are the share of the data kept (of the "
+                  "steps, dashed). Right: how well each score finds wrong labels as the domain "
+                  "moves; bands from the smallest to the largest seed.")
 
-# %% ../../nbs/experiments/donod.ipynb #a9853638
+# %% ../../nbs/experiments/donod.ipynb #b0309803
 def _language_bed(seed: int, cfg: Config, loaded: tuple) -> Bed:
     "Pairs to learn, with swapped answers; test pairs may come from a source of their own."
     train = Pairs.load(cfg.source, cfg.prompt, cfg.answer)
     other = Pairs.load(cfg.other, cfg.other_prompt, cfg.other_answer, cfg.other_accepted)
     most = max(len(other), len(train)) if cfg.n_test is None else cfg.n_test
     cut = 1 if cfg.test else most
-    bed = questions(train, other, seed, cut, 1, cfg.n_train, cfg.swap, model=loaded)
+    bed = questions(train, other, seed, cut, 2 * cut, cfg.n_train, cfg.swap, model=loaded)
     if cfg.test:
         bed = replace(bed, test=Pairs.load(cfg.test, cfg.prompt, cfg.answer)[:most])
     return replace(bed, old=other.shuffled(seed)[:most])
 
 
-def _teach(model: nn.Module, bed: Bed, seed: int, *, rows: np.ndarray, name: str, cfg: Config,
-           run: Run) -> None:
-    "Attach a fresh LoRA and train it on some of the pairs."
-    set_seed(seed)
-    make = partial(adapters.LoraAdapter, rank=cfg.lora_rank, alpha=2 * cfg.lora_rank)
-    adapters.attach(model, make, re.compile(cfg.lora_layers))
-    long = cfg.language.steps is None or cfg.language.steps > 100
-    folder = run.path("checkpoints", f"{name.replace(' ', '_')}-{seed}") if long else None
-    cfg.language.fit(model, bed.train[rows], collate_fn=text.causal_lm_collate(bed.tokenizer),
-                     seed=seed, device=cfg.device, progress=long, checkpoint_dir=folder)
+def _score_pairs(bed: Bed, seed: int, cfg: Config) -> pd.DataFrame:
+    "One row per training pair: its scores, whether its answer is wrong, and whether it is kept."
+    scores = don_nod_scores(bed.model, bed.train, bed.tokenizer, lr=cfg.probe_lr,
+                            batch_size=cfg.score_batch)
+    ranked = DonodPruner(cfg.keep).rank(scores)
+    table = pd.DataFrame({name: column.numpy() for name, column in scores._asdict().items()})
+    return table.assign(seed=seed, prompt=bed.train.prompts, answer=bed.train.answers,
+                        wrong=bed.wrong.numpy(), closeness=ranked.closeness,
+                        kept=np.isin(np.arange(len(table)), ranked.select()))
+
+
+def _teach(model: nn.Module, bed: Bed, seed: int, *, name: str, scored: dict[int, pd.DataFrame],
+           cfg: Config, run: Run) -> None:
+    "Train a fresh LoRA on some of the pairs."
+    rows = choose_subsets(scored[seed], cfg.keep, seed, bed.wrong)[name]
+    prepare = rivals.lora(cfg.lora_rank, re.compile(cfg.lora_layers), 2 * cfg.lora_rank)
+    lora = rivals.trained(prepare, cfg.language, (cfg.language.lr,), device=cfg.device, run=run,
+                          name=name)
+    lora.adapt(model, replace(bed, train=bed.train[rows]), seed, **lora.grid[0])
 
 
 def reader(
@@ -319,91 +327,59 @@ def reader(
     return read
 
 
-def _answers(model: nn.Module, bed: Bed, cfg: Config) -> list[dict[str, Any]]:
-    "Per test pair: nats per answer token, and whether greedy decoding says it."
-    rows = []
+def _answers(model: nn.Module, bed: Bed, cfg: Config) -> dict[str, float]:
+    "On each task: nats per answer token, and how often greedy decoding says it, in percent."
+    found = {}
     for part, pairs in (("new", bed.test), ("old", bed.old)):
         likely, said = pairs.log_likelihood(model, bed.tokenizer, cfg.score_batch)
         if cfg.max_new_tokens:
             said = pairs.exact_match(model, bed.tokenizer, cfg.max_new_tokens, cfg.score_batch,
                                      reader(cfg.read))
-        rows += [{"part": part, "nats": float(-a), "right": 100.0 * float(b)}
-                 for a, b in zip(likely, said, strict=True)]
-    return rows
+        found |= {f"{part} nats": float(-likely.mean()), f"{part} right": 100 * float(said.mean())}
+    return found
 
-# %% ../../nbs/experiments/donod.ipynb #02475ee2
-def _plot_scores(table: pd.DataFrame, cfg: Config) -> Any:
-    "DON against NOD, coloured by what DONOD could not see; what NOD is made of."
-    import matplotlib.pyplot as plt
-
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), width_ratios=(1.35, 1),
-                                      layout="constrained")
-    for wrong, label, marker, color in ((False, "right answer", "o", "blue"),
-                                        (True, "swapped answer", "X", "vermillion")):
-        part = table[table["wrong"] == wrong]
-        for ax, x, y in ((left, "nod", "don"), (right, "n_tokens", "nod")):
-            ax.scatter(part[x], part[y], marker=marker, s=42, color=plots.COLORS[color],
-                       edgecolor="white", linewidth=0.5, label=label)
-    ring = table[table["kept"]]
-    left.scatter(ring["nod"], ring["don"], s=120, facecolor="none", edgecolor="0.35",
-                 label=f"kept by DONOD ({cfg.keep:.0%})")
-    left.axhline(0, color="0.6", lw=0.8)
-    left.set(xlabel="NOD: how far one step moves the output layer (lower is better)",
-             ylabel="DON: how much longer it gets\n(higher is better)",
-             title=f"{table['wrong'].mean():.0%} of the answers are swapped, "
-                   f"{ring['wrong'].mean():.0%} of the kept ones")
-    left.legend()
-    right.set(xlabel="tokens of the answer", ylabel="NOD", title="NOD mostly measures length")
-    return fig
-
-
+# %% ../../nbs/experiments/donod.ipynb #526d0a47
 def _claims(report: Report, table: pd.DataFrame, scored: pd.DataFrame, cfg: Config) -> None:
     "Does the kept part hold fewer swapped answers, and what is training on it worth?"
-    kept = scored.loc[scored["kept"], "wrong"].to_numpy(float)
     if scored["wrong"].any():
-        report.claim(f"fewer swapped answers in the kept {cfg.keep:.0%} than in all the data",
-                     measured=stats.bootstrap(100 * kept), below=100 * scored["wrong"].mean(),
+        kept = 100 * scored[scored["kept"]].groupby("seed")["wrong"].mean()
+        report.claim(f"language: fewer swapped answers in the kept {cfg.keep:.0%} than in all the "
+                     "data", measured=stats.over_seeds(kept), below=100 * scored["wrong"].mean(),
                      unit="% swapped", paper="filters them", source="noise study",
                      why="few samples are kept, so the interval is wide")
-    for rival, part, paper in (("all", "new", "+14.90 points"), ("all", "old", "+5.67 points"),
-                               ("random", "new", "better"), ("low loss", "new", "not compared"),
-                               ("low NOD", "new", "better")):
-        if {"DONOD", rival} <= set(cfg.subsets):
-            versus(report, table[table["part"] == part], [Versus(
-                f"language: training on DONOD's {cfg.keep:.0%} beats {rival}, on the {part} task",
-                "DONOD", rival, "nats", paper, "abstract",
-                "each subset has a few steps, and DONOD's answers are the long and easy ones")],
-                unit="nats per token", by="item", lower=True)
+    column, unit, lower = (("right", "points", False) if cfg.max_new_tokens
+                           else ("nats", "nats per token", True))
+    cases = [Versus(f"language: training on DONOD's {cfg.keep:.0%} beats {rival}, on the {part} "
+                    "task", "DONOD", rival, f"{part} {column}", paper, "abstract",
+                    "three runs differ by more than the subsets do")
+             for rival, part, paper in (("all", "new", _PAPER["new"]),
+                                        ("all", "old", _PAPER["old"]), ("random", "new", "better"),
+                                        ("low loss", "new", ""), ("low NOD", "new", "better"))
+             if {"DONOD", rival} <= set(cfg.subsets)]
+    versus(report, table, cases, unit=unit, lower=lower)
 
-# %% ../../nbs/experiments/donod.ipynb #9f923355
+# %% ../../nbs/experiments/donod.ipynb #7e401431
 def _language(cfg: Config, run: Run, report: Report) -> None:
     "A language model learns translations, some of them swapped."
     plots.use_style()
-    seed = cfg.seeds[0]  # test pairs are what is compared here
-    bed = _language_bed(seed, cfg, tuple(models.load(cfg.model, device=cfg.device,
-                                                     dtype=cfg.dtype)[:2]))
-    scored = run.stage("scores", lambda: pd.DataFrame({k: v.numpy() for k, v in don_nod_scores(
-        bed.model, bed.train, bed.tokenizer, lr=cfg.probe_lr,
-        batch_size=cfg.score_batch)._asdict().items()}))
-    scores = Scores(*(torch.tensor(scored[c].to_numpy()) for c in Scores._fields))
-    subsets = choose_subsets(scores, cfg.keep, seed)
-    if unknown := set(cfg.subsets) - set(subsets):
-        raise ValueError(f"unknown subset(s) {sorted(unknown)}; there are {list(subsets)}")
-    ranked = DonodPruner(cfg.keep).rank(scores)
-    scored = scored.assign(prompt=bed.train.prompts, answer=bed.train.answers,
-                           wrong=bed.wrong.numpy(), closeness=ranked.closeness,
-                           kept=np.isin(np.arange(len(scored)), subsets["DONOD"]))
-    methods = {"before": Method(lambda model, bed, seed: None)}
-    methods |= {name: Method(partial(_teach, rows=subsets[name], name=name, cfg=cfg, run=run))
-                for name in cfg.subsets}
-    table = sweep(run, "language", methods, lambda seed: bed, (seed,), partial(_answers, cfg=cfg))
-    report.table("language", table)
-    report.table("scores", scored)
-    if scored["wrong"].any():
-        report.table("detection", pd.DataFrame(_detection(scores, bed.wrong.numpy())))
-    _claims(report, table, scored, cfg)
-    report.figure("scores", _plot_scores(scored, cfg), "DON against NOD of every training sample, "
-                  "with the kept ones ringed; NOD against the length of the answer.")
+    loaded = tuple(models.load(cfg.model, device=cfg.device, dtype=cfg.dtype)[:2])
+    beds = {seed: _language_bed(seed, cfg, loaded) for seed in cfg.seeds}
+    scored = {seed: run.stage(f"scores-{seed}", partial(_score_pairs, bed, seed, cfg))
+              for seed, bed in beds.items()}
+    known = choose_subsets(scored[cfg.seeds[0]], cfg.keep, 0)
+    if unknown := set(cfg.subsets) - set(known):
+        raise ValueError(f"unknown subset(s) {sorted(unknown)}; there are {list(known)}")
+    methods = {"before": rivals.untouched()} | {
+        name: Method(partial(_teach, name=name, scored=scored, cfg=cfg, run=run))
+        for name in cfg.subsets}
+    table = report.table("language", sweep(run, "language", methods, beds.__getitem__, cfg.seeds,
+                                           partial(_answers, cfg=cfg)))
+    pairs = report.table("scores", pd.concat(scored.values(), ignore_index=True))
+    if pairs["wrong"].any():
+        rows = [row | {"seed": seed} for seed, part in scored.items()
+                for row in _detection(part, beds[seed].wrong)]
+        report.table("detection", summary(pd.DataFrame(rows), ["AUROC"]))
+    _claims(report, table, pairs, cfg)
 
 
 experiment = tracks(digits=_digits, language=_language)

@@ -167,12 +167,20 @@ def test_t5(closed_form, ready):
 
 
 @pytest.mark.parametrize("label", [-1, 50])
-@pytest.mark.parametrize("mode", ["independent", "trajectory"])
-def test_a_label_that_is_no_class_is_refused(label, mode):
-    bad = batches()
+@pytest.mark.parametrize("options", [{}, {"closed_form": False}, {"mode": "trajectory"}])
+def test_a_label_that_is_no_class_is_refused(label, options):
+    bad, model = batches(), language_model()
+    before = copy.deepcopy(model.state_dict())
     bad[1]["labels"][0, 5] = label
-    with pytest.raises((ValueError, IndexError), match=f"{label}"):
-        don_nod_scores(language_model(), bad, mode=mode)
+    with pytest.raises(ValueError, match=f"label {label} is no class: .* 0 to 49"):
+        don_nod_scores(model, bad, **options)
+    close(model.state_dict(), before, 0, 0)
+
+
+def test_labels_that_do_not_fit_the_logits_are_refused():
+    with pytest.raises(ValueError, match="do not fit"):
+        don_nod_scores(nn.Linear(6, 4), (torch.ones(2, 6), torch.zeros(2, 3).long()),
+                       closed_form=False)
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -231,6 +239,14 @@ def test_batched_equals_one_by_one_and_order_does_not_matter():
 
 
 def test_several_layers_are_summed():
+    torch.manual_seed(0)
+    mlp, x, y = recipes.MLP((6, 9, 4)).double(), torch.randn(5, 6).double(), torch.arange(5) % 4
+    found = don_nod_scores(mlp, (x, y), layer=["layers.0", "head"], lr=0.1)
+    for i in range(5):
+        one = don_nod_step(mlp, lambda m, i=i: nn.functional.cross_entropy(m(x[i : i + 1]),
+                                                                           y[i : i + 1]),
+                           [mlp.layers[0].weight, mlp.head.weight], lr=0.1)
+        np.testing.assert_allclose([v[i] for v in (found.don, found.nod, found.loss)], one, 1e-6)
     model, names = language_model(), ["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"]
     both = don_nod_scores(model, batches(), layer=names)
     first, second = (don_nod_scores(model, batches(), layer=n) for n in names)
@@ -318,6 +334,16 @@ def test_the_closed_form_never_holds_more_logits_than_it_may():
     whole, parts = (peak_memory(lambda n=n: don_nod_from_hidden(h, y, w, 0.1, max_elements=n),
                                 "cpu") for n in (2 * 64 * 8000, 64 * 500))
     assert parts < whole / 5  # a sample's 64 x 8000 would be half of it
+
+
+def test_don_turns_where_the_second_term_grows():
+    "A large step makes W longer for wrong labels; NOD keeps its order."
+    rng = torch.Generator().manual_seed(0)
+    h, w = torch.randn(50, 8, generator=rng), torch.randn(10, 8, generator=rng)
+    z = h @ w.T
+    small, large = (don_nod_from_hidden(h, z.argmin(1), w, lr) for lr in (1e-4, 10.0))
+    assert (small.don < 0).all() and (large.don > 0).all()
+    assert torch.equal(small.nod.argsort(), large.nod.argsort())
 
 
 def test_half_precision_is_scored_in_single():
@@ -469,7 +495,8 @@ def test_full_scale_path(recorded, tmp_path, monkeypatch):
     assert schemas.rows("openai/gsm8k@main#train") * 0.3 * 3 / 32 == pytest.approx(
         FULL.language.steps, abs=1)
     table = report.tables["language"]
-    assert table.groupby(["method", "part"]).size().eq(2).all()
+    assert list(table["method"]) == ["before", "all", "DONOD"]
+    assert table[["new nats", "old nats", "new right"]].notna().all(axis=None)
     assert not report.tables["scores"]["wrong"].any()
 
 
@@ -477,7 +504,11 @@ def test_subsets_and_reading():
     pairs = Pairs.load("cldr_territories")
     scores = don_nod_scores(*(lambda m, t: (m, pairs[:10], t))(*toy()))
     subsets = choose_subsets(scores, 0.3, seed=0)
-    assert all(len(rows) == 3 for name, rows in subsets.items() if name != "all")
+    assert all(len(rows) == 3 for name, rows in subsets.items() if not name.startswith("all"))
+    wrong = torch.arange(10) < 4
+    right = choose_subsets(scores, 0.3, 0, wrong)
+    assert sorted(right["all right labels"]) == [4, 5, 6, 7, 8, 9]
+    assert not wrong[right["random right labels"]].any()
     assert reader(FULL.read)("x #### 1,200") == "1,200"
     with pytest.raises(ValueError, match="keep"):
         SMALL.replace(keep=0)
