@@ -7,7 +7,7 @@ __all__ = ['Candidate', 'merged_state_dict', 'uniform_soup', 'lent', 'Trial', 'S
            'logit_ensemble', 'interpolate', 'angle', 'interpolation_advantage', 'SoupEnsembleGap', 'soup_ensemble_gap',
            'recalibrate_batchnorm', 'lora_soup']
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #18c0abde
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #ec803e97
 import copy
 import math
 import re
@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -40,44 +40,21 @@ def merged_state_dict(
         return adapters.merge_and_unload(copy.deepcopy(model)).state_dict()
     return model.state_dict()
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #f35e9acf
-def _opened(
-    source: Mapping | str | Path,  # a state dict, or a path to safetensors
-) -> arithmetic.LazyState:
-    "Weights as they lie; files are mapped into memory, so that nothing is copied to look at them."
-    state = checkpoints.open_state(source)
-    path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
-    if path is None or path.suffix == ".json":  # an index is read tensor by tensor
-        return state
-    mapped = {}
-    for file, names in (checkpoints.weight_files(path) if path.is_dir() else {path: None}).items():
-        held = load_file(file)
-        mapped |= {n: held[n] for n in names or held if held[n].numel()}
-    tensors = {n: mapped.get(n, torch.empty(s.shape, dtype=s.dtype))
-               for n, s in state.specs.items()}
-    return arithmetic.LazyState(
-        state.specs, lambda n, start, stop: tensors[n].view(-1)[start:stop], state.aliases,
-        state.label, state.about)
-
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #f5481b49
-def _state(
-    candidate: Candidate,  # whatever may go into the pot
-    name: str,  # what messages call it
-) -> arithmetic.LazyState:  # its plain weights, read when a tensor is asked for
-    "The weights of a candidate. Refuses bare adapter factors: their average means nothing."
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #19890aa8
+def _state(candidate: Candidate, name: str) -> arithmetic.LazyState:
+    "Its plain weights, read when a tensor is asked for. Refuses bare adapter factors."
     if isinstance(candidate, nn.Module):
         state = arithmetic.as_state(merged_state_dict(candidate))
         state.about = partial(arithmetic.about_model, candidate)
     elif isinstance(candidate, (Mapping, str, Path)):
-        state = copy.copy(_opened(candidate))
+        state = copy.copy(checkpoints.open_state(candidate))
     elif callable(candidate):
         return _state(candidate(), name)
     else:
         raise TypeError(f"{name} is {type(candidate).__name__}: give a module, a state dict, a "
                         "path to safetensors, or a function that returns one of these")
-    ours = [key for key in state if adapters.is_adapter_key(key)]
-    factors = [first for first, _ in arithmetic.factor_pairs(state)] + ours
-    if factors:
+    factors = [a for a, _ in arithmetic.factor_pairs(state)]
+    if factors := factors + [key for key in state if adapters.is_adapter_key(key)]:
         raise ValueError(
             f"{name} holds adapter factors ({factors[0]}): the average of A and B is not the "
             "average of BA. Give the adapted model itself (it is merged), or use lora_soup")
@@ -85,85 +62,41 @@ def _state(
     return state
 
 
-def _candidates(
-    given: Any,  # what the caller gave
-) -> list[Candidate]:
+def _candidates(given: Any) -> list[Candidate]:
     "A non-empty list of candidates; modules must be of one class."
-    if isinstance(given, (nn.Module, Mapping, str, Path)) or not isinstance(given, Iterable):
-        raise TypeError(f"give a list of models or state dicts, not one {type(given).__name__}")
-    found = list(given)
-    if not found:
-        raise ValueError("the list of models is empty: a soup needs at least one")
+    found = arithmetic.as_list(given, "the list of models")
     kinds = sorted({type(adapters.unwrap(c)).__name__ for c in found if isinstance(c, nn.Module)})
     if len(kinds) > 1:
         raise TypeError(f"models of different classes ({', '.join(kinds)}) have no common average")
     return found
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #3c35435f
-def _shares(
-    weights: Sequence[float] | None,  # as given; None: equal
-    k: int,  # models
-    allow_negative: bool,  # whether a share may be below 0
-) -> list[float]:
-    "Weights of k models that sum to 1."
-    if weights is None:
-        return [1 / k] * k
-    shares = [float(w) for w in weights]
-    if len(shares) != k:
-        raise ValueError(f"{len(shares)} weights for {k} models: give one each")
-    if not abs(sum(shares) - 1) < 1e-6:  # also false for NaN
-        raise ValueError(f"weights = {shares} sum to {sum(shares):g}: divide them by their sum")
-    if min(shares) < 0 and not allow_negative:
-        raise ValueError(f"weights = {shares}: a negative weight extrapolates beyond the models; "
-                         "say allow_negative=True if that is meant")
-    return shares
-
-
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #631b3f81
 def uniform_soup(
     models_or_state_dicts: Sequence[Candidate],  # k models of one architecture
-    weights: Sequence[float] | None = None,  # shares, sum 1; None: 1/k each
+    weights: Sequence[float] | None = None,  # shares >= 0, sum 1; None: 1/k each
     dtype: torch.dtype | None = None,  # dtype of floating-point results; None: as given
-    *,
-    allow_negative: bool = False,  # whether a weight may be below 0 (extrapolation)
 ) -> dict[str, Tensor]:  # the soup's state dict
     """The mean of the weights (the paper's uniform soup).
 
-    Summed in float32 or better and rounded once. Integers are copied and must agree (counters
-    may differ); tied tensors stay tied. Raises `ValueError`, naming tensor and model, for no
-    models, models that do not match, NaN or infinity, weights that do not sum to 1.
+    Summed in float32 or better and rounded once. Integers are copied and must agree (counters,
+    those of the first, may differ); tied tensors stay tied. Raises `ValueError`, naming tensor
+    and model, for no models, models that do not match, NaN or infinity, weights that are negative
+    or do not sum to 1.
     """
     found = _candidates(models_or_state_dicts)
     states = [_state(c, f"model {i}") for i, c in enumerate(found)]
-    shares = _shares(weights, len(states), allow_negative)
     if dtype is not None:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype = {dtype}: it must be a floating-point dtype")
         states = [s.cast(lambda _: dtype) for s in states]
-    return dict(arithmetic.linear_combination(states, shares))
+    return dict(arithmetic.average(states, weights))
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #391fe122
-def _sources(
-    model: nn.Module,  # the architecture
-    state: arithmetic.LazyState,  # weights for it
-) -> dict[str, str]:
-    "For each tensor of the model the name under which `state` holds it (ties: any of its names)."
-    own = model.state_dict(keep_vars=True)
-    names: dict[int, list[str]] = {}
-    for key, tensor in own.items():
-        names.setdefault(id(tensor), []).append(key)
-    found = {key: next((n for n in (key, *names[id(t)]) if n in state), "")
-             for key, t in own.items()}
-    wrong = [k for k, n in found.items() if not n] + [k for k in state if k not in own]
-    if any(t.is_meta for t in own.values()):
-        raise ValueError("the model is on the meta device, without numbers: build it on a real one")
-    if wrong:
-        raise ValueError(f"the model and {state.label or 'the weights'} have different tensors: "
-                         f"{wrong[:5]}")
-    for key, name in found.items():
-        if state.specs[name].shape != tuple(own[key].shape):
-            raise ValueError(f"{key} has shape {tuple(own[key].shape)} in the model and "
-                             f"{state.specs[name].shape} in {state.label or 'the weights'}")
-    return found
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #06cce852
+def _names(model: nn.Module, state: arithmetic.LazyState) -> dict[str, str]:
+    "What `state` calls each tensor of the model (of tied ones it may hold one only)."
+    host = arithmetic.as_state(model.state_dict())
+    plan = arithmetic.align([host, state], dtypes=False)
+    return {key: plan.names[plan.aliases.get(key, key)][1] for key in host}
 
 
 @contextmanager
@@ -172,8 +105,8 @@ def lent(
     weights: Candidate,  # weights for it
 ) -> Iterator[nn.Module]:  # the model, filled
     "Lend weights to a model, in eval mode and without gradients. Raises if they do not fit."
-    state = weights if isinstance(weights, arithmetic.LazyState) else _state(weights, "")
-    own, names = model.state_dict(keep_vars=True), _sources(model, state)
+    state = weights if isinstance(weights, arithmetic.LazyState) else _state(weights, "weights")
+    own, names = model.state_dict(keep_vars=True), _names(model, state)
     theirs = {k: state[n].detach().to(own[k].device, own[k].dtype) for k, n in names.items()}
     try:
         model.load_state_dict(theirs, assign=True)
@@ -182,30 +115,23 @@ def lent(
     finally:
         model.load_state_dict(own, assign=True)  # the very same Parameter objects: ties included
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #e659f69c
-def _score(
-    score_fn: Callable,  # what judges
-    model: nn.Module | None,  # filled for it
-    state: Mapping[str, Tensor],  # the weights to judge
-    name: str,  # what messages call them
-) -> float:
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #47fc606c
+def _score(score_fn: Callable, model: nn.Module | None, state: Mapping, name: str) -> float:
     "What `score_fn` says of these weights, as a finite number."
     if model is None:
-        value = score_fn(state.load() if isinstance(state, arithmetic.LazyState) else dict(state))
+        value = score_fn(state.load() if isinstance(state, arithmetic.LazyState) else state)
     else:
         with lent(model, arithmetic.as_state(state)):
             value = score_fn(model)
-    try:
-        if isinstance(value, str) or isinstance(value, Tensor) and value.numel() != 1:
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError):
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if not isinstance(value, Real):
         raise TypeError(f"score_fn returned {value!r} for {name}: it must return one number, "
-                        "higher for better") from None
-    if not math.isfinite(number):
-        raise ValueError(f"score_fn returned {number} for {name}: look at its predictions, or "
+                        "higher for better")
+    if not math.isfinite(value):
+        raise ValueError(f"score_fn returned {value} for {name}: look at its predictions, or "
                          "leave it out")
-    return number
+    return float(value)
 
 
 class Trial(NamedTuple):
@@ -227,65 +153,13 @@ class SoupResult:
     history: list[Trial]  # every model that was tried, in order
     score: float  # of the finished soup, on the held-out data
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #7f4bc1a3
-def _finite(
-    tensors: Mapping[str, Tensor],  # made from the new model
-    new: arithmetic.LazyState,  # the new model
-) -> Mapping[str, Tensor]:  # the same tensors
-    "ValueError that names what of the new model is NaN or infinite: one sum per tensor."
-    signs = {n: t.sum() for n, t in tensors.items() if t.is_floating_point()}
-    for name, sign in arithmetic.read_out(signs).items():
-        if not math.isfinite(sign) and not tensors[name].isfinite().all():
-            arithmetic.blame([new], [name], name)
-    return tensors
-
-
-@torch.no_grad()
-def _stirred(
-    mean: Mapping[str, Tensor],  # of n models
-    n: int,  # models in it
-    new: arithmetic.LazyState,  # one more
-) -> dict[str, Tensor]:
-    "The mean of n + 1 models, floating-point tensors in float32 or better."
-    trial = {}
-    for name, spec in new.specs.items():
-        if name in new.aliases:
-            continue
-        if not spec.is_float or not n:
-            wide = arithmetic.work_dtype(torch.float32, spec.dtype) if spec.is_float else spec.dtype
-            trial[name] = new[name].to(wide, copy=True)
-        else:
-            old = mean[name]
-            trial[name] = torch.lerp(old, new[name].to(old.device, old.dtype), 1 / (n + 1))
-    _finite(trial, new)
-    return {name: trial[new.aliases.get(name, name)] for name in new}
-
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #a73785ae
-def _checked(
-    candidate: Candidate,  # the next one
-    i: int,  # its number
-    first: arithmetic.LazyState | None,  # what all must look like
-) -> arithmetic.LazyState:
-    "The weights of candidate i, names, shapes and kinds as those of the first."
-    state = _state(candidate, f"model {i}")
-    if first is None:
-        return state
-    plan = arithmetic.align([first, state])
-    renamed = {name: found[1] for name, found in plan.names.items()}
-    for name in (n for n in plan.common if not first.specs[n].is_float):
-        arithmetic.linear_combination(
-            [{name: first[name]}, {name: state[renamed[name]]}], [1.0, 0.0])
-    return arithmetic.LazyState(
-        first.specs, lambda name, *span: state.read(renamed[name], *span), first.aliases,
-        state.label, state.about)
-
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #b6f5f054
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #fc6a01c5
 def greedy_soup(
     candidates: Sequence[Candidate],  # k models; paths and functions are read when needed
     score_fn: Callable,  # state dict (or the filled `model`) -> number, higher is better
     model: nn.Module | None = None,  # filled with each candidate and handed to `score_fn`
     tie: Literal["accept", "reject"] = "accept",  # an equal score: the paper accepts, its code not
-    order: Sequence[int] | None = None,  # order of trial; None: best first
+    order: Sequence[int] | None = None,  # order of trial, from its first model on; None: best first
     scores: Sequence[float] | None = None,  # individual scores, if they are known already
 ) -> SoupResult:  # the soup's weights, what is in it, and the scores
     """Add models one at a time, best first, and keep those that do not hurt (Recipe 1).
@@ -294,70 +168,68 @@ def greedy_soup(
     `ValueError`/`TypeError` as `uniform_soup`, for scores that are no finite numbers, for an
     order that is no permutation.
     """
-    found, first = _candidates(candidates), None
+    found = _candidates(candidates)
     if tie not in ("accept", "reject"):
         raise ValueError(f"tie = {tie!r}: it must be 'accept' or 'reject'")
     if scores is None:
-        scores = []
-        for i, candidate in enumerate(found):
-            state = _checked(candidate, i, first)
-            first = first or _outline(state)
-            scores.append(_score(score_fn, model, _finite(state.load(), state), f"model {i}"))
+        scores = [_score(score_fn, model, _state(c, f"model {i}"), f"model {i}")
+                  for i, c in enumerate(found)]
     scores = [float(s) for s in scores]
-    tried = _plan(scores, order, len(found))
-    state = _checked(found[tried[0]], tried[0], first)
-    first, mean, best = first or _outline(state), _stirred({}, 0, state), scores[tried[0]]
-    ingredients, history = tried[:1], [Trial(tried[0], best, best, True)]
-    for i in tried[1:]:
-        trial = state = None  # what was refused is freed before the next is made
-        state = _checked(found[i], i, first)
-        trial = _stirred(mean, len(ingredients), state)
-        score = _score(score_fn, model, _rounded(trial, first), f"the soup with model {i}")
+    tried = _order(scores, order, len(found))
+    start, *rest = tried
+    mean, dtypes = _first(_state(found[start], f"model {start}"))
+    inside, best, history = [start], scores[start], [Trial(start, *2 * [scores[start]], True)]
+    for i in rest:
+        n, trial = len(inside), None  # what was refused is freed before the next is made
+        new = _wide(_state(found[i], f"model {i}"))
+        trial = arithmetic.linear_combination([mean, new], [n / (n + 1), 1 / (n + 1)])
+        score = _score(score_fn, model, _rounded(trial, dtypes), f"the soup with model {i}")
         accepted = score >= best if tie == "accept" else score > best
         history.append(Trial(i, scores[i], score, accepted))
         if accepted:
-            mean, best, ingredients = trial, score, [*ingredients, i]
-    trial = state = None
-    return SoupResult(_rounded(mean, first), ingredients, scores, history, best)
+            mean = _like(mean, trial)
+            best, inside = score, [*inside, i]
+    return SoupResult(_rounded(mean.load(), dtypes), inside, scores, history, best)
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #13197d95
-def _plan(
-    scores: Sequence[float],  # of each model alone
-    order: Sequence[int] | None,  # as told; None: best first
-    k: int,  # models
-) -> list[int]:
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #04902ce4
+def _order(scores: list[float], order: Sequence[int] | None, k: int) -> list[int]:
     "The order in which models are tried; of equal scores the earlier model comes first."
     if len(scores) != k:
         raise ValueError(f"{len(scores)} scores for {k} models: give one each")
     if not all(map(math.isfinite, scores)):
         raise ValueError(f"scores = {scores}: they must be finite numbers")
-    if order is None:
-        return sorted(range(k), key=lambda i: -scores[i])
-    found = [int(i) for i in order]
+    found = sorted(range(k), key=lambda i: -scores[i]) if order is None else list(map(int, order))
     if sorted(found) != list(range(k)):
         raise ValueError(f"order = {found}: it must name each of the models 0 to {k - 1} once")
     return found
 
 
-def _outline(
-    state: arithmetic.LazyState,  # of the first model
-) -> arithmetic.LazyState:
-    "What later models must look like; of its tensors only the integers are kept."
-    kept = {n: state[n] for n, s in state.specs.items() if not s.is_float}
-    return arithmetic.LazyState(
-        state.specs, lambda name, start, stop: kept[name].flatten()[start:stop], state.aliases,
-        state.label, state.about)
+def _wide(state: arithmetic.LazyState) -> arithmetic.LazyState:
+    "The same in float32 or better; codes of one byte stay, so that quantised ones are refused."
+    kinds = {n: s.dtype for n, s in state.specs.items()}
+    return state.cast(lambda n: kinds[n] if kinds[n].itemsize == 1 else arithmetic.work_dtype(
+        torch.float32, kinds[n]))
 
 
-def _rounded(
-    tensors: Mapping[str, Tensor],  # in float32 or better
-    first: arithmetic.LazyState,  # whose dtypes count
-) -> dict[str, Tensor]:
+def _like(old: arithmetic.LazyState, tensors: dict[str, Tensor]) -> arithmetic.LazyState:
+    "Tensors as a state that remembers where the first model came from."
+    state = arithmetic.as_state(tensors)
+    state.label, state.about = old.label, old.about
+    return state
+
+
+def _first(state: arithmetic.LazyState) -> tuple[arithmetic.LazyState, dict[str, torch.dtype]]:
+    "A copy of the first model in float32 or better, checked, and the dtypes that it had."
+    mean = _like(state, arithmetic.linear_combination([_wide(state)], [1.0]))
+    return mean, {n: s.dtype for n, s in state.specs.items()}
+
+
+def _rounded(tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
     "The same in the models' own dtypes; ties are kept."
-    seen = {n: t.to(first.specs[n].dtype) for n, t in tensors.items() if n not in first.aliases}
-    return {n: seen[first.aliases.get(n, n)] for n in tensors}
+    seen: dict[int, Tensor] = {}
+    return {n: seen.setdefault(id(t), t.to(dtypes[n])) for n, t in tensors.items()}
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #e98ec14c
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #8410f189
 class _Mix(torch.autograd.Function):
     "α [k] times a stack [k, ...], in α's precision; only the stack as it is, is kept for backward."
 
@@ -374,42 +246,30 @@ class _Mix(torch.autograd.Function):
         return stack.flatten(1).to(ctx.dtype) @ grad.flatten().to(ctx.dtype), None
 
 
-def _rows(
-    names: list[str],  # of the parameters
-    per: str | Sequence[str],  # "tensor", "model", or patterns
-) -> list[int]:
-    "The row of α that each parameter tensor uses."
-    if per == "tensor":
-        return list(range(len(names)))
-    if per == "model":
-        return [0] * len(names)
-    if isinstance(per, str) or not per or not all(isinstance(p, str) for p in per):
+def _rows(names: list[str], per: str | Sequence[str]) -> list[int]:
+    "The row of α that each parameter tensor uses: that of the first pattern that fits its name."
+    if per in ("tensor", "model"):
+        return list(range(len(names))) if per == "tensor" else [0] * len(names)
+    if isinstance(per, str) or not per:
         raise ValueError(f"per = {per!r}: give 'tensor', 'model', or a list of regular expressions")
     hits = [next((i for i, p in enumerate(per) if re.search(p, n)), None) for n in names]
-    left = [n for n, hit in zip(names, hits, strict=True) if hit is None]
-    if left:
-        raise ValueError(f"no pattern in per = {list(per)} matches {left[:5]}: add '.' at the end "
-                         "to give the rest a row of its own")
-    idle = [p for i, p in enumerate(per) if i not in hits]
-    if idle:
+    if None in hits:
+        raise ValueError(f"no pattern in per = {list(per)} matches {names[hits.index(None)]}: add "
+                         "'.' at the end to give the rest a row of its own")
+    if idle := [p for i, p in enumerate(per) if i not in hits]:
         raise ValueError(f"patterns {idle} match no parameter that an earlier one leaves over")
     return hits
 
 
-def _stacked(
-    states: Sequence[arithmetic.LazyState],  # the k models
-    names: Sequence[str],  # what each of them calls one tensor
-    device: torch.device,  # where the stack goes
-) -> Tensor:
+def _stacked(states: list, names: list[str], device: torch.device) -> Tensor:
     "One tensor of all models, [k, ...]; integers are those of the first. ValueError for NaN."
     parts = [s[n].detach().to(device) for s, n in zip(states, names, strict=True)]
     stack = torch.stack(parts) if parts[0].is_floating_point() else parts[0].clone()
     if not stack.isfinite().all():
-        for state, name in zip(states, names, strict=True):
-            arithmetic.blame([state], [name], name)
+        arithmetic.blame(states, names, names[0])
     return stack
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #a8b1e754
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #2e95be15
 class LearnedSoup(nn.Module):
     """β · f(x; Σ αᵢ θᵢ), α = softmax(`raw`) row by row, `raw` = 0 and β = 1 at first (Appendix I).
 
@@ -429,7 +289,7 @@ class LearnedSoup(nn.Module):
         states = [_state(c, f"model {i}") for i, c in enumerate(_candidates(state_dicts))]
         if len(states) > 1:
             arithmetic.align(states)
-        sources, own = [_sources(model, s) for s in states], model.state_dict(keep_vars=True)
+        sources, own = [_names(model, s) for s in states], model.state_dict(keep_vars=True)
         first = {id(t): key for key, t in reversed(own.items())}
         self._names = {key: first[id(t)] for key, t in own.items()}  # any name -> its first name
         names = [n for n in dict.fromkeys(self._names.values()) if isinstance(own[n], nn.Parameter)]
@@ -491,7 +351,7 @@ class LearnedSoup(nn.Module):
         settings = {"progress": False, "device": self.raw.device, **options}
         return train.fit(self, loader, modules.cross_entropy, lr=lr, epochs=epochs, **settings)
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #6599db3c
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #805f450e
 class _LogitEnsemble(nn.Module):
     "k models that answer together."
 
@@ -500,14 +360,8 @@ class _LogitEnsemble(nn.Module):
         self.models = nn.ModuleList(models)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        total = None
-        for model in self.models:
-            logits = modules.logits_of(model(*args, **kwargs))
-            if total is not None and logits.shape != total.shape:
-                raise ValueError(f"one model gives logits {tuple(logits.shape)}, another "
-                                 f"{tuple(total.shape)}: they must have the same classes")
-            total = logits if total is None else total + logits
-        return total / len(self.models)
+        logits = [modules.logits_of(model(*args, **kwargs)) for model in self.models]
+        return torch.stack(logits).mean(0)
 
 
 def logit_ensemble(
@@ -526,9 +380,7 @@ def interpolate(
     alpha: float,  # t: 0 gives sd0, 1 gives sd1; outside [0, 1] extrapolates
 ) -> dict[str, Tensor]:  # (1 - t) sd0 + t sd1
     "A point of the straight line through two models. Raises as `uniform_soup`."
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha = {alpha}: it must be a finite number")
-    return uniform_soup([sd0, sd1], [1 - alpha, alpha], allow_negative=True)
+    return dict(arithmetic.interpolate(_state(sd0, "sd0"), _state(sd1, "sd1"), alpha))
 
 # %% ../../nbs/arithmetic/01_model_soups.ipynb #d5ff7804
 def angle(
@@ -633,10 +485,10 @@ def recalibrate_batchnorm(
         torch.optim.swa_utils.update_bn(loader, model, device=modules.device_of(model))
         return {key: value.detach().clone() for key, value in model.state_dict().items()}
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #569d1c34
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #2892b758
 def lora_soup(
     models: Sequence[nn.Module],  # the same base with LoRA-like adapters on the same layers
-    weights: Sequence[float] | None = None,  # shares, sum 1 (may be negative); None: 1/k each
+    weights: Sequence[float] | None = None,  # shares >= 0, sum 1; None: 1/k each
 ) -> nn.Module:  # a copy with one LoraAdapter per layer, rank = sum of the ranks
     """The exact average of adapters, as an adapter; parameters trained beside them are averaged.
 
@@ -649,33 +501,23 @@ def lora_soup(
         if not own or list(own) != list(layers[0]):
             raise ValueError(f"model {i} has adapters on {sorted(own) or 'no layer'}, model 0 on "
                              f"{sorted(layers[0]) or 'no layer'}: they must be the same")
-    shares = _shares(weights, len(found), allow_negative=True)
     factors = {name: [own[name].lora_factors() for own in layers] for name in layers[0]}
     if full := [name for name, parts in factors.items() if None in parts]:
         raise ValueError(f"the adapter of {full[0]} has no low-rank factors: use uniform_soup, "
                          "which merges it")
-    plain = [_beside(m, set(factors)) for m in found]
-    soup = adapters.detach(copy.deepcopy(found[0]))
-    moved = [k for k, v in soup.state_dict().items() if k in plain[0]
-             and any(not torch.equal(p[k], v) for p in plain)]
+    merged = uniform_soup(found, weights)
+    shares = weights or [1 / len(found)] * len(found)
+    soup, states = adapters.detach(copy.deepcopy(found[0])), [m.state_dict() for m in found]
+    beside = [k for k, v in soup.state_dict().items() if k.rpartition(".")[0] not in factors
+              and any(not torch.equal(s[k], v) for s in states)]
     ranks = {name: sum(len(A) for A, _, _ in parts) for name, parts in factors.items()}
     make = {n: partial(adapters.LoraAdapter, rank=r, alpha=r) for n, r in ranks.items()}
-    adapters.attach(soup, make, also_train=moved)
+    adapters.attach(soup, make, also_train=beside)
     with torch.no_grad():
         for name, adapter in adapters.adapters(soup).items():
             adapter.A.copy_(torch.cat([A for A, _, _ in factors[name]]))
             pairs = zip(shares, factors[name], strict=True)
             adapter.B.copy_(torch.cat([w * s * B for w, (_, B, s) in pairs], dim=1))
-        for key in moved:
-            soup.state_dict()[key].copy_(
-                sum(w * p[key] for w, p in zip(shares, plain, strict=True)))
+        for key in beside:
+            soup.state_dict()[key].copy_(merged[key])
     return soup
-
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #6fb33f40
-def _beside(
-    model: nn.Module,  # with adapters
-    adapted: set[str],  # names of the layers that have one
-) -> dict[str, Tensor]:
-    "What of a model's state belongs neither to an adapter nor to a layer that has one."
-    return {k: v for k, v in model.state_dict().items()
-            if k.rpartition(".")[0] not in adapted and not adapters.is_adapter_key(k)}
