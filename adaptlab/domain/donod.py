@@ -283,7 +283,7 @@ def don_nod_step(
         nod += float(delta.square().sum())
     return don, math.sqrt(nod), float(loss.detach())
 
-# %% ../../nbs/domain/01_donod.ipynb #599dd3c6
+# %% ../../nbs/domain/01_donod.ipynb #e7f0a61d
 def _targets(model: nn.Module, batch: Any) -> Tensor:
     "The labels, as positions predict them: [B], or [B, T] ([B, T - 1] in a causal model)."
     labels = modules.labels_of(batch)
@@ -298,7 +298,7 @@ def _closed_scores(model: nn.Module, name: str, layer: nn.Linear, norm: Tensor, 
         hidden = hidden[:, :-1]
     return don_nod_from_hidden(hidden, labels, layer.weight, lr, layer.bias, norm=norm)
 
-
+# %% ../../nbs/domain/01_donod.ipynb #3d4d0348
 def _loss(model: nn.Module, sample: Any) -> tuple[Tensor, int]:
     "Mean loss of one sample, and how many labels count. ValueError for labels that are no class."
     logits, labels = modules.logits_of(modules.call(model, sample)), _targets(model, sample)
@@ -329,7 +329,7 @@ def _by_gradient(model: nn.Module, watched: Sequence[nn.Parameter], sample: Any,
     return Scores(*(torch.as_tensor(v, dtype=torch.float64).detach().reshape(1).cpu()
                     for v in (don.sum(), nod.norm(), n, loss)))
 
-# %% ../../nbs/domain/01_donod.ipynb #3b2594c9
+# %% ../../nbs/domain/01_donod.ipynb #6f6a2cdc
 def _one_by_one(model: nn.Module, batch: Any) -> Iterator[Any]:
     "The samples of a batch, each without its padding."
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -360,7 +360,7 @@ def _batches(samples: Any, tokenizer: Any, batch_size: int) -> Iterator[Any]:
     else:
         yield from samples
 
-
+# %% ../../nbs/domain/01_donod.ipynb #ee994de7
 @torch.no_grad()
 def _trajectory(model: nn.Module, samples: Any, tokenizer: Any, watched: Sequence[nn.Parameter],
                 lr: float, seed: int) -> list[Scores]:
