@@ -153,7 +153,7 @@ class SoupResult:
     history: list[Trial]  # every model that was tried, in order
     score: float  # of the finished soup, on the held-out data
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #fc6a01c5
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #19719cba
 def greedy_soup(
     candidates: Sequence[Candidate],  # k models; paths and functions are read when needed
     score_fn: Callable,  # state dict (or the filled `model`) -> number, higher is better
@@ -177,7 +177,9 @@ def greedy_soup(
     scores = [float(s) for s in scores]
     tried = _order(scores, order, len(found))
     start, *rest = tried
-    mean, dtypes = _first(_state(found[start], f"model {start}"))
+    first = _state(found[start], f"model {start}")
+    dtypes = {n: s.dtype for n, s in first.specs.items()}
+    mean = _like(first, arithmetic.linear_combination([_wide(first)], [1.0]))  # a copy, checked
     inside, best, history = [start], scores[start], [Trial(start, *2 * [scores[start]], True)]
     for i in rest:
         n, trial = len(inside), None  # what was refused is freed before the next is made
@@ -191,7 +193,7 @@ def greedy_soup(
             best, inside = score, [*inside, i]
     return SoupResult(_rounded(mean.load(), dtypes), inside, scores, history, best)
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #04902ce4
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #9e12170d
 def _order(scores: list[float], order: Sequence[int] | None, k: int) -> list[int]:
     "The order in which models are tried; of equal scores the earlier model comes first."
     if len(scores) != k:
@@ -218,34 +220,12 @@ def _like(old: arithmetic.LazyState, tensors: dict[str, Tensor]) -> arithmetic.L
     return state
 
 
-def _first(state: arithmetic.LazyState) -> tuple[arithmetic.LazyState, dict[str, torch.dtype]]:
-    "A copy of the first model in float32 or better, checked, and the dtypes that it had."
-    mean = _like(state, arithmetic.linear_combination([_wide(state)], [1.0]))
-    return mean, {n: s.dtype for n, s in state.specs.items()}
-
-
 def _rounded(tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
     "The same in the models' own dtypes; ties are kept."
     seen: dict[int, Tensor] = {}
     return {n: seen.setdefault(id(t), t.to(dtypes[n])) for n, t in tensors.items()}
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #8410f189
-class _Mix(torch.autograd.Function):
-    "α [k] times a stack [k, ...], in α's precision; only the stack as it is, is kept for backward."
-
-    @staticmethod
-    def forward(ctx, alpha: Tensor, stack: Tensor) -> Tensor:
-        ctx.save_for_backward(stack)
-        ctx.dtype = alpha.dtype
-        mix = alpha @ stack.flatten(1).to(alpha.dtype)
-        return mix.view(stack.shape[1:]).to(stack.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (stack,) = ctx.saved_tensors
-        return stack.flatten(1).to(ctx.dtype) @ grad.flatten().to(ctx.dtype), None
-
-
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #c4840376
 def _rows(names: list[str], per: str | Sequence[str]) -> list[int]:
     "The row of α that each parameter tensor uses: that of the first pattern that fits its name."
     if per in ("tensor", "model"):
@@ -269,7 +249,7 @@ def _stacked(states: list, names: list[str], device: torch.device) -> Tensor:
         arithmetic.blame(states, names, names[0])
     return stack
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #2e95be15
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #fef19cdf
 class LearnedSoup(nn.Module):
     """β · f(x; Σ αᵢ θᵢ), α = softmax(`raw`) row by row, `raw` = 0 and β = 1 at first (Appendix I).
 
@@ -316,8 +296,10 @@ class LearnedSoup(nn.Module):
         alpha, mixed = self.alpha().to(self._home or self.raw.device), {}
         for name, stack in self._stacks.items():
             row = alpha[self._rows[name]] if name in self._rows else alpha.detach().mean(0)
-            value = _Mix.apply(row, stack) if stack.is_floating_point() else stack
-            mixed[name] = value.to(self.raw.device)
+            if stack.is_floating_point():
+                mix = row @ stack.flatten(1).to(row.dtype)
+                stack = mix.view(stack.shape[1:]).to(stack.dtype)
+            mixed[name] = stack.to(self.raw.device)
         return mixed
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # logits [N, C]

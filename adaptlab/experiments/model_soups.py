@@ -325,7 +325,7 @@ def measure(
     return ([{"task": r, "shift": math.nan} for r in task.tolist()]
             + [{"task": math.nan, "shift": r} for r in every])
 
-# %% ../../nbs/experiments/model_soups.ipynb #19b1adee
+# %% ../../nbs/experiments/model_soups.ipynb #db7e2f43
 def _candidates(cfg: Config, run: Run, bed: Bed, seed: int,
                 case: str = "soups") -> tuple[list[Path], list[float]]:
     "Files of the candidates of a sweep, and their scores for choosing."
@@ -390,7 +390,14 @@ def _compared(cfg: Config, run: Run, names: Sequence[str], seeds: Sequence[int],
               case: str = "soups") -> pd.DataFrame:
     "The same members under every recipe: columns task and shift."
     methods = {n: Method(partial(_adapt, name=n, cfg=cfg, run=run, case=case)) for n in names}
-    return sweep(run, case, methods, partial(make_bed, cfg), seeds, partial(measure, cfg=cfg))
+
+    def bed(seed: int) -> Bed:
+        found = make_bed(cfg, seed)
+        if case != "soups":  # of the limits only the task is reported
+            found.test = {"task": found.test["task"]}
+        return found
+
+    return sweep(run, case, methods, bed, seeds, partial(measure, cfg=cfg))
 
 # %% ../../nbs/experiments/model_soups.ipynb #f9fa44e7
 FILES, MOVED = "the code's result files, ImageNet", "the code's result files, mean of 5 shifts"
@@ -501,12 +508,9 @@ def _sweep(cfg: Config, run: Run, report: Report) -> None:
     report.figure("main", _figure(table, dots, by), "Left: each dot is a fine-tune of one sweep, "
                   "the stars are made of them. Right: paired differences over all sweeps.")
 
-# %% ../../nbs/experiments/model_soups.ipynb #15d5ea53
+# %% ../../nbs/experiments/model_soups.ipynb #9539dfb7
 def _limits(cfg: Config, run: Run, report: Report) -> None:
-    "Where averaging stops to help."
-    import matplotlib.pyplot as plt
-
-    plots.use_style()
+    "Where averaging stops to help: accuracy on the task alone."
     (low, high), worst, tables = cfg.lr, cfg.factor, {}
     cases = {"the sweep": ("soups", {}),
              "larger rates": ("limit-larger", {"lr": (low * worst, high * worst)}),
@@ -516,7 +520,7 @@ def _limits(cfg: Config, run: Run, report: Report) -> None:
     for name, (case, changes) in cases.items():
         found = _compared(cfg.replace(**changes), run, shown, cfg.seeds[: cfg.limit_seeds], case)
         tables[name] = found.pivot_table(index="seed", columns="method", values="task")[shown]
-    table = report.table("limits", pd.concat(tables, names=["case"]).reset_index())
+    report.table("limits", pd.concat(tables, names=["case"]).reset_index())
 
     def gap(case: str, a: str, b: str, share: float = 1.0) -> stats.Estimate:
         return stats.over_seeds(tables[case][a] - share * tables[case][b])
@@ -533,14 +537,6 @@ def _limits(cfg: Config, run: Run, report: Report) -> None:
                  measured=gap("mixed rates", "greedy soup", "uniform soup"), above=0,
                  paper="81.03 vs 79.97", source=FILES, unit="points",
                  why="few members of this sweep are spoilt")
-    fig, ax = plt.subplots(figsize=(7.6, 3.6), layout="constrained")
-    table.groupby("case", sort=False)[shown].mean().plot(
-        ax=ax, style=["s", "o", "*", "*", "D"], ms=9, rot=0,
-        color=[plots.COLORS["grey"], *(plots.COLORS[STARS[n][0]] for n in shown[1:])])
-    ax.set(xlabel="", ylabel="accuracy on the task (%)", xlim=(-0.3, len(cases) - 0.7))
-    ax.set_title("Averaging weights needs one valley; averaging outputs does not")
-    ax.legend(fontsize=8)
-    report.figure("limits", fig, "Mean over sweeps. Larger rates, mixed rates, no common start.")
 
 
 experiment = tracks(sweep=_sweep, limits=_limits)
