@@ -5,7 +5,7 @@ from clock import in_turn, row
 
 from adaptlab import models
 from adaptlab.editing.mend import MEND, edit_losses, sequence_nll
-from adaptlab.experiments.mend import Tail, cached_batch
+from adaptlab.experiments.mend import Tail
 from adaptlab.text import causal_lm_collate
 
 COUNTRIES = ("France", "Spain", "Japan", "Poland", "Brazil", "Egypt", "Greece", "Norway")
@@ -36,10 +36,9 @@ def test_a_training_step():
     text = {part: collate([(form.format(c), " Turkish") for c in COUNTRIES])
             for part, form in forms.items()}
     torch.manual_seed(0)
-    whole, tail = MEND(model, "mlp:-2:", rank=64), Tail(model, -2)
-    fast = MEND(model, "mlp:-2:", rank=64, loss_fn=sequence_nll,
-                forward_fn=lambda m, b: tail(b["hidden"], b["positions"]))
-    short = {part: cached_batch(tail, b) for part, b in text.items()}
+    whole, tail = MEND(model, "mlp:-2:", rank=64), Tail(model, "model.layers", 2)
+    fast = MEND(model, "mlp:-2:", rank=64, loss_fn=sequence_nll, forward_fn=tail)
+    short = {part: tail.batch(b) for part, b in text.items()}
     whole.fit_normalization([text["edit"]])
     fast.load_state_dict(whole.state_dict())
     torch.testing.assert_close(edit_losses(whole.eval(), text).edit,

@@ -46,7 +46,7 @@ def test_agrees_with_the_cpu(dtype):
 def test_transform_and_its_statistics():
     g = GradientTransform(64, 96, rank=16, n_layers=2).to(DEVICE)
     u, delta = torch.randn(2, 50, 64, device=DEVICE), torch.randn(2, 50, 96, device=DEVICE)
-    for mode in ("both", "separate", "x_only", "delta_only", "one_sided"):
+    for mode in ("both", "x_only", "delta_only", "one_sided"):
         g = GradientTransform(64, 96, rank=16, mode=mode).to(DEVICE)
         out = g(u, delta)
         assert all(x.device.type == DEVICE and torch.isfinite(x).all() for x in out)
@@ -86,7 +86,7 @@ def test_small_experiment(tmp_path, monkeypatch):
     monkeypatch.setattr(lab.models, "load", lambda *a, **k: (model, recipes.byte_tokenizer()))
     monkeypatch.setattr(lab, "_stated", lambda tail, rows, collate: rows)
     report = launch("mend", lab.SMALL.replace(device=DEVICE), root=tmp_path, progress=False)
-    assert len(report.claims) == 8 and report.tables["edits"]["method"].nunique() == 6
+    assert len(report.claims) == 8 and report.tables["edits"]["method"].nunique() == 5
 
 
 def test_full_shape(tmp_path, monkeypatch):
@@ -100,8 +100,8 @@ def test_full_shape(tmp_path, monkeypatch):
     probes = [{part: [x[part]] for part in ("edit", "rephrase")} | {"text": [x["locality"]]}
               for x in items]
     monkeypatch.setattr(lab.models, "load", lambda *a, **k: (neo, recipes.byte_tokenizer()))
-    monkeypatch.setitem(lab.TASKS, "continuations", lambda *a: lab.Task(
-        items[:8], items[8:10], probes[8:10], probes[10:]))
+    monkeypatch.setitem(lab.TASKS, "continuations", lambda *a: {
+        "train": items[:8], "held_out": items[8:10], "choose": probes[8:10], "test": probes[10:]})
     cfg = lab.FULL.replace(device=DEVICE, rank=8 if DRY else lab.FULL.rank, at_once=(2,),
                            look_every=1, ft_steps=2, training={"steps": 2, "accumulate": 2,
                                                                "batch_size": 4})
