@@ -9,7 +9,7 @@ from clock import in_turn, row
 
 from adaptlab import models
 from adaptlab.experiments.cola import SMALL, questions
-from adaptlab.testtime.cola import PathBatch, PathExecutor, random_edit_paths, run_path
+from adaptlab.testtime.cola import PathBatch, layer_path, random_edit_paths
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,12 @@ def work():
     jobs = [(i, path) for i in range(6) for path in random_edit_paths(30, 12, max_edits=1, seed=i)]
 
     def alone():
-        with torch.no_grad():
-            return [run_path(model, torch.tensor([inputs[i]]), path, keep=keep[i])[0]
-                    for i, path in jobs]
+        found = []
+        for i, path in jobs:
+            with torch.no_grad(), layer_path(model, path):
+                found += model(torch.tensor([inputs[i]]), use_cache=False,
+                               logits_to_keep=keep[i]).logits
+        return found
 
     return model, inputs, keep, jobs, alone
 
@@ -33,8 +36,7 @@ def test_shared_prefixes(work):
     model, inputs, keep, jobs, alone = work
 
     def shared():
-        runs = [PathExecutor(model, torch.tensor([x]), keep=k)
-                for x, k in zip(inputs, keep, strict=True)]
+        runs = [PathBatch(model, [x], [k]) for x, k in zip(inputs, keep, strict=True)]
         return [runs[i](path)[0] for i, path in jobs]
 
     assert all(torch.equal(a, b) for a, b in zip(shared(), alone(), strict=True))
@@ -45,7 +47,7 @@ def test_side_by_side(work):
     model, inputs, keep, jobs, alone = work
 
     def together():
-        return list(PathBatch(model, inputs, keep)(jobs))
+        return list(PathBatch(model, inputs, keep).each(jobs))
 
     for a, b in zip(together(), alone(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)

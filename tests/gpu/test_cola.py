@@ -6,14 +6,7 @@ import torch
 from adaptlab import recipes
 from adaptlab.bench.runs import launch
 from adaptlab.experiments.cola import FULL, SMALL, Judge, Question, search_all
-from adaptlab.testtime.cola import (
-    PathBatch,
-    PathExecutor,
-    PrefixCache,
-    layer_path,
-    random_edit_paths,
-    run_path,
-)
+from adaptlab.testtime.cola import PathBatch, layer_path, random_edit_paths, run_path
 from gpu.card import DEVICE, DRY, in_turn, llama, row, token_ids
 
 
@@ -21,10 +14,10 @@ from gpu.card import DEVICE, DRY, in_turn, llama, row, token_ids
 def test_paths(dtype):
     torch.manual_seed(0)
     model = recipes.tiny_llama(hidden_size=64, layers=4).to(DEVICE, dtype)
-    ids, cache = token_ids(2, 12) % 260, PrefixCache()
+    ids = token_ids(2, 12) % 260
     paths = random_edit_paths(4, 12, max_len=8)
-    batch = PathBatch(model, ids.tolist(), [2, 2])
-    found = list(batch([(r, p) for p in paths for r in range(2)]))
+    batch, cache = PathBatch(model, ids, [2, 2]), PathBatch(model, ids)
+    found = list(batch.each([(r, p) for p in paths for r in range(2)]))
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     for n, path in enumerate(paths):
         with torch.no_grad():
@@ -68,16 +61,19 @@ def test_speed():
     jobs = [(i, p) for i in range(8) for p in random_edit_paths(depth, 4 if DRY else 16, seed=i)]
 
     def alone():
-        with torch.no_grad():
-            return [run_path(model, ids[i : i + 1], p, keep=2).sum().item() for i, p in jobs]
+        found = []
+        for i, p in jobs:
+            with torch.no_grad(), layer_path(model, p):
+                found.append(model(ids[i : i + 1], use_cache=False, logits_to_keep=2).logits)
+        return [z.sum().item() for z in found]
 
     def shared():
-        runs = [PathExecutor(model, x[None], keep=2) for x in ids]
+        runs = [PathBatch(model, x[None], [2]) for x in ids]
         return [runs[i](p).sum().item() for i, p in jobs]
 
     def together():
-        return [z.sum().item() for z in PathBatch(model, ids.tolist(), [2] * 8)(jobs)]
+        return [z.sum().item() for z in PathBatch(model, ids, [2] * 8).each(jobs)]
 
     a, s, t = in_turn(alone, shared, together, rounds=3)
     row("CoLa, 8B's layers, PathBatch", t, reference=a, bound=0.5)
-    row("CoLa, 8B's layers, PrefixCache alone", s, reference=a)
+    row("CoLa, 8B's layers, shared prefixes alone", s, reference=a)
