@@ -153,7 +153,7 @@ class SoupResult:
     history: list[Trial]  # every model that was tried, in order
     score: float  # of the finished soup, on the held-out data
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #19719cba
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #989da2a3
 def greedy_soup(
     candidates: Sequence[Candidate],  # k models; paths and functions are read when needed
     score_fn: Callable,  # state dict (or the filled `model`) -> number, higher is better
@@ -180,9 +180,10 @@ def greedy_soup(
     first = _state(found[start], f"model {start}")
     dtypes = {n: s.dtype for n, s in first.specs.items()}
     mean = _like(first, arithmetic.linear_combination([_wide(first)], [1.0]))  # a copy, checked
+    del first  # what a function has read into memory
     inside, best, history = [start], scores[start], [Trial(start, *2 * [scores[start]], True)]
     for i in rest:
-        n, trial = len(inside), None  # what was refused is freed before the next is made
+        n, trial, new = len(inside), None, None  # freed before the next is read
         new = _wide(_state(found[i], f"model {i}"))
         trial = arithmetic.linear_combination([mean, new], [n / (n + 1), 1 / (n + 1)])
         score = _score(score_fn, model, _rounded(trial, dtypes), f"the soup with model {i}")
@@ -249,7 +250,7 @@ def _stacked(states: list, names: list[str], device: torch.device) -> Tensor:
         arithmetic.blame(states, names, names[0])
     return stack
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #fef19cdf
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #0a3068cb
 class LearnedSoup(nn.Module):
     """β · f(x; Σ αᵢ θᵢ), α = softmax(`raw`) row by row, `raw` = 0 and β = 1 at first (Appendix I).
 
@@ -294,12 +295,11 @@ class LearnedSoup(nn.Module):
 
     def _mixed(self) -> dict[str, Tensor]:
         alpha, mixed = self.alpha().to(self._home or self.raw.device), {}
-        for name, stack in self._stacks.items():
+        for name, x in self._stacks.items():
             row = alpha[self._rows[name]] if name in self._rows else alpha.detach().mean(0)
-            if stack.is_floating_point():
-                mix = row @ stack.flatten(1).to(row.dtype)
-                stack = mix.view(stack.shape[1:]).to(stack.dtype)
-            mixed[name] = stack.to(self.raw.device)
+            if x.is_floating_point():
+                x = (row @ x.flatten(1).to(row.dtype)).view(x.shape[1:]).to(x.dtype)
+            mixed[name] = x.to(self.raw.device)
         return mixed
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # logits [N, C]
@@ -326,12 +326,12 @@ class LearnedSoup(nn.Module):
         epochs: float = 5,  # passes over the data
         **options: Any,  # more of `train.fit`: batch_size (256 unless a DataLoader), seed...
     ) -> train.FitResult:  # history of the loss, number of steps, seconds
-        "Train `raw` and `beta` on data that no ingredient was trained on; report on a third set."
+        "Train `raw` and `beta` on data that no ingredient has seen; report on a third set."
         if not isinstance(loader, torch.utils.data.DataLoader):
             n = len(loader[0]) if isinstance(loader, tuple) else len(loader)
-            options.setdefault("batch_size", min(256, n))
-        settings = {"progress": False, "device": self.raw.device, **options}
-        return train.fit(self, loader, modules.cross_entropy, lr=lr, epochs=epochs, **settings)
+            options = {"batch_size": min(256, n)} | options
+        options = {"progress": False, "device": self.raw.device} | options
+        return train.fit(self, loader, modules.cross_entropy, lr=lr, epochs=epochs, **options)
 
 # %% ../../nbs/arithmetic/01_model_soups.ipynb #805f450e
 class _LogitEnsemble(nn.Module):
