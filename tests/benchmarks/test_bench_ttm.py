@@ -15,8 +15,8 @@ def test_against_transformers_parent_model():
     peer = PatchTSMixerForPrediction(PatchTSMixerConfig(
         context_length=512, patch_length=64, patch_stride=64, num_input_channels=7, d_model=192,
         num_layers=6, prediction_length=96, expansion_factor=2, scaling="std")).eval()
-    ours = TTMForPrediction(TTMConfig(num_input_channels=7, num_layers=6, use_decoder=False,
-                                      adaptive_patching_levels=0)).eval()
+    ours = TTMForPrediction(TTMConfig(num_input_channels=7, num_layers=6, decoder_num_layers=0,
+                                      decoder_d_model=192, adaptive_patching_levels=0)).eval()
     state = {k.replace("model.", "backbone.", 1): v for k, v in peer.state_dict().items()}
     ours.load_state_dict({k: v for k, v in state.items() if k in ours.state_dict()})
     x, y = torch.randn(64, 512, 7), torch.randn(64, 96, 7)

@@ -31,7 +31,7 @@ SIZES = dict(context_length=128, prediction_length=24, patch_length=16, d_model=
 def waves(context, horizon, n=20_000):
     rng, t = np.random.default_rng(0), np.arange(n)
     series = [np.sin(2 * np.pi * t / m) + 0.3 * rng.normal(size=n) for m in (24, 168)]
-    return pretraining_windows([(y, 60.0) for y in series], context, horizon, prefix=True)
+    return pretraining_windows([(y, 60.0) for y in series], context, horizon)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
@@ -91,7 +91,7 @@ def test_small(tmp_path):
         cfg = cfg.replace(tests=cfg.tests[:1], pretraining={"steps": 2}, tuning={"epochs": 1.0},
                           lrs=(1e-3,), stride=301)
     report = launch("ttm", cfg, root=tmp_path, progress=False)
-    assert {"main", "ablation"} == set(report.figures)
+    assert set(report.figures) == {"main"} and set(report.tables) >= {"results", "ablation"}
     assert (report.tables["results"]["mse"] > 0).all()
 
 
