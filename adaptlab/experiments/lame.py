@@ -80,8 +80,8 @@ def load_network(
         recipe, lambda: recipes.SmallCNN().to(memory_format=torch.channels_last), fit)
     return model.to(modules.resolve_device(device), memory_format=torch.channels_last), None
 
-# %% ../../nbs/experiments/lame.ipynb #c7a144ab
-_ONLINE: dict[str, type[method.OnlineAdaptation]] = {
+# %% ../../nbs/experiments/lame.ipynb #da622394
+_ONLINE: dict[str, type[method.AdaBN]] = {
     "AdaBN": method.AdaBN, "Tent": method.Tent, "SHOT-IM": method.ShotIM,
     "pseudo-label": method.PseudoLabel,
 }

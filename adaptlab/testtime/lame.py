@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['nearest_neighbors', 'knn_affinity', 'lame_energy', 'LameInfo', 'laplacian_optimization', 'rbf_affinity',
-           'linear_affinity', 'lame', 'logits_and_features', 'Probabilities', 'LAME', 'OnlineAdaptation', 'AdaBN',
-           'Tent', 'ShotIM', 'PseudoLabel']
+           'linear_affinity', 'lame', 'logits_and_features', 'Probabilities', 'LAME', 'AdaBN', 'Tent', 'ShotIM',
+           'PseudoLabel']
 
 # %% ../../nbs/testtime/01_lame.ipynb #48cb05b2
 import copy
@@ -360,16 +360,17 @@ def _usable(value: Any) -> Any:
         return type(value)(map(_usable, value))
     return {k: _usable(v) for k, v in value.items()} if type(value) is dict else value
 
-# %% ../../nbs/testtime/01_lame.ipynb #d51cd4e8
-class OnlineAdaptation(nn.Module):
-    "Base of the methods that adapt a copy of a network; a batch that leads to NaN teaches nothing."
+# %% ../../nbs/testtime/01_lame.ipynb #273b4fe7
+class AdaBN(nn.Module):
+    "A copy of a network, normalised by test batches (Li et al. 2016). NaN teaches nothing."
 
     adapts: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._BatchNorm,)  # kinds of layers
+    trains = False  # whether there is a loss
 
     def __init__(
         self,
         model: nn.Module,  # classifier with normalisation layers
-        bn_momentum: float = 0.0,  # share of each new batch in the stored BatchNorm statistics
+        bn_momentum: float = 1.0,  # share of each new batch in the stored BatchNorm statistics
         layers: str = "",  # regular expression searched in the names of the layers to adapt
     ):
         super().__init__()
@@ -378,11 +379,12 @@ class OnlineAdaptation(nn.Module):
         with torch.inference_mode(False):
             self.model = copy.deepcopy(model).eval().requires_grad_(False)
         named = {n: m for n, m in self.model.named_modules() if isinstance(m, self.adapts)}
-        self.norms = [m for name, m in named.items() if re.search(layers, name)]
+        self.norms = [m for name, m in named.items() if re.search(layers, name)
+                      and (self.trains or m.running_mean is not None)]
         if not self.norms:
             wanted = " or ".join(kind.__name__.strip("_") for kind in self.adapts)
             raise ValueError(f"no {wanted} layer with {layers!r} in its name: nothing to adapt; "
-                             f"there are {list(named) or 'none'}")
+                             f"found {list(named) or 'none'}; AdaBN needs track_running_stats=True")
         for m in self.norms:
             m.momentum = bn_momentum  # only BatchNorm reads it
         self.optimizer: torch.optim.Optimizer | None = None
@@ -440,32 +442,15 @@ class OnlineAdaptation(nn.Module):
             raise ValueError("this batch leads to NaN or infinity in the normalisation layers: "
                              "nothing was learned from it; check its inputs, or lower lr")
 
-# %% ../../nbs/testtime/01_lame.ipynb #b7aa095f
-class AdaBN(OnlineAdaptation):
-    """Replace BatchNorm's stored statistics by those of the test batches (Li et al. 2016, online).
-
-    `bn_momentum=1` predicts with the current batch's mean and variance alone.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,  # classifier with BatchNorm layers
-        bn_momentum: float = 1.0,  # share of each new batch in the statistics
-        layers: str = "",  # regular expression searched in the names of the layers to adapt
-    ):
-        super().__init__(model, bn_momentum, layers)
-        if all(m.running_mean is None for m in self.norms):
-            raise ValueError("nothing to adapt: no BatchNorm layer stores statistics "
-                             "(track_running_stats=False), each batch is normalised by its own")
-
-
-class Tent(OnlineAdaptation):
+# %% ../../nbs/testtime/01_lame.ipynb #9e397f76
+class Tent(AdaBN):
     """Minimise the entropy of predictions by SGD on scale and shift of normalisation layers.
 
     Wang et al. 2021. Subclasses change `loss` only.
     """
 
     adapts = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+    trains = True
 
     def __init__(
         self,
@@ -489,7 +474,7 @@ class Tent(OnlineAdaptation):
         "Mean entropy of the predictions."
         return -(log_p.exp() * log_p).sum(1).mean()
 
-# %% ../../nbs/testtime/01_lame.ipynb #c5ca898f
+
 class ShotIM(Tent):
     "SHOT's information maximisation: sure of each sample, spread over classes (Liang et al. 2020)."
 

@@ -35,7 +35,6 @@ from adaptlab.experiments.lame import (
 from adaptlab.testtime.lame import (
     LAME,
     AdaBN,
-    OnlineAdaptation,
     PseudoLabel,
     ShotIM,
     Tent,
@@ -872,7 +871,7 @@ L, X = batch(8, 3, 4)
         (ValueError, "corruptions are", lambda: Config(shifts=("fog-2",))),
         (ValueError, "corruptions are", lambda: Config(validation_shifts=("blur-6",))),
         (ValueError, "add one of", lambda: Scenarios(Config(test_data="mnist5k#dev"), "test")),
-        (ValueError, "bn_momentum", lambda: OnlineAdaptation(Net(), bn_momentum=-0.1)),
+        (ValueError, "bn_momentum", lambda: AdaBN(Net(), bn_momentum=-0.1)),
         (ValueError, "stem", lambda: Tent(Net(), layers="stem")),
         (ValueError, "share", lambda: AdaBN(Net(), bn_momentum=2.0)),
         (ValueError, "step size", lambda: Tent(Net(), lr=0.0)),
