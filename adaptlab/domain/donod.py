@@ -298,7 +298,7 @@ def _closed_scores(model: nn.Module, name: str, layer: nn.Linear, norm: Tensor, 
         hidden = hidden[:, :-1]
     return don_nod_from_hidden(hidden, labels, layer.weight, lr, layer.bias, norm=norm)
 
-# %% ../../nbs/domain/01_donod.ipynb #3d4d0348
+# %% ../../nbs/domain/01_donod.ipynb #0827e06d
 def _loss(model: nn.Module, sample: Any) -> tuple[Tensor, int]:
     "Mean loss of one sample, and how many labels count. ValueError for labels that are no class."
     logits, labels = modules.logits_of(modules.call(model, sample)), _targets(model, sample)
@@ -320,14 +320,13 @@ def _by_gradient(model: nn.Module, watched: Sequence[nn.Parameter], sample: Any,
     pairs = [(p, g) for p, g in zip(watched, grads, strict=False) if g is not None]
     if not pairs:
         raise ValueError("the loss does not depend on the chosen layers")
-    inner = torch.stack([_dot(p, g) for p, g in pairs])
-    squared = torch.stack([_norm(g) ** 2 for _, g in pairs])
-    don, nod = _from_products(inner, squared, torch.stack([_norm(p) for p, _ in pairs]), lr)
+    products = [(_dot(p, g), _norm(g) ** 2, _norm(p)) for p, g in pairs]
+    inner, squared, norm = torch.tensor(products, dtype=torch.float64).T  # on the CPU
+    don, nod = _from_products(inner, squared, norm, lr)
     for p, g in zip(moved, grads[len(watched):], strict=True):
         if g is not None:
             p.sub_(g, alpha=lr)
-    return Scores(*(torch.as_tensor(v, dtype=torch.float64).detach().reshape(1).cpu()
-                    for v in (don.sum(), nod.norm(), n, loss)))
+    return Scores(*torch.tensor([[don.sum(), nod.norm(), n, loss]], dtype=torch.float64).T)
 
 # %% ../../nbs/domain/01_donod.ipynb #6f6a2cdc
 def _one_by_one(model: nn.Module, batch: Any) -> Iterator[Any]:
@@ -360,13 +359,13 @@ def _batches(samples: Any, tokenizer: Any, batch_size: int) -> Iterator[Any]:
     else:
         yield from samples
 
-# %% ../../nbs/domain/01_donod.ipynb #ee994de7
+# %% ../../nbs/domain/01_donod.ipynb #d404fdd1
 @torch.no_grad()
 def _trajectory(model: nn.Module, samples: Any, tokenizer: Any, watched: Sequence[nn.Parameter],
                 lr: float, seed: int) -> list[Scores]:
     "Single-sample SGD over the data in random order; the weights come back afterwards."
-    collate = (lambda s: s) if tokenizer is None else text.causal_lm_collate(tokenizer)
-    if tokenizer is None:  # batches are held; texts stay where they are
+    collate = text.causal_lm_collate(tokenizer) if tokenizer is not None else None
+    if collate is None:  # batches are held; texts stay where they are
         samples = [one for batch in _batches(samples, None, 1024)
                    for one in _one_by_one(model, batch)]
     elif not hasattr(samples, "__getitem__"):
@@ -377,7 +376,7 @@ def _trajectory(model: nn.Module, samples: Any, tokenizer: Any, watched: Sequenc
     try:
         model.requires_grad_(True)
         for i in order:
-            one = samples[i] if tokenizer is None else collate([samples[i]])
+            one = collate([samples[i]]) if collate else samples[i]
             rows[i] = _by_gradient(model, watched, one, lr, list(model.parameters()))
     finally:
         for p, value in before:

@@ -220,7 +220,7 @@ def _parts(cfg: Config) -> list[Versus]:
                            _name("DONOD", most, cfg), rival, "old", "not compared", "",
                            "training less protects it as well") for rival in less]
 
-# %% ../../nbs/experiments/donod.ipynb #3a3e685e
+# %% ../../nbs/experiments/donod.ipynb #1688bd96
 def _frontier(ax: Any, mean: pd.DataFrame, cfg: Config) -> None:
     "New task against old: along DONOD's budgets, random ones, right labels, and fewer steps."
     steps = [f"all, {s:.3g} of the steps" for s in sorted(cfg.shorter)]
@@ -240,7 +240,7 @@ def _frontier(ax: Any, mean: pd.DataFrame, cfg: Config) -> None:
             ax.annotate(said, mean.loc[name, ["new", "old"]], xytext=below,
                         textcoords="offset points", color=plots.COLORS[color], fontsize=9)
     ax.set(xlabel="accuracy on turned digits (%)", ylabel="accuracy on upright digits (%)")
-    ax.set_title("Right labels at random teach far more than DONOD's choice")
+    ax.set_title("Learning the new task, keeping the old one")
     ax.margins(y=0.1)
     ax.legend(fontsize=8.5, loc="lower left")
 
@@ -330,7 +330,7 @@ def _answers(model: nn.Module, bed: Bed, cfg: Config) -> dict[str, float]:
         found |= {f"{part} nats": float(-likely.mean()), f"{part} right": 100 * float(said.mean())}
     return found
 
-# %% ../../nbs/experiments/donod.ipynb #bbaa4e6a
+# %% ../../nbs/experiments/donod.ipynb #a4a0c9d3
 def _claims(report: Report, table: pd.DataFrame, scored: pd.DataFrame, cfg: Config) -> None:
     "Does the kept part hold fewer swapped answers, and what is training on it worth?"
     if scored["wrong"].any():
@@ -350,7 +350,7 @@ def _claims(report: Report, table: pd.DataFrame, scored: pd.DataFrame, cfg: Conf
              if {"DONOD", rival} <= set(cfg.subsets)]
     versus(report, table, cases, unit=unit, lower=lower)
 
-# %% ../../nbs/experiments/donod.ipynb #7e401431
+
 def _language(cfg: Config, run: Run, report: Report) -> None:
     "A language model learns translations, some of them swapped."
     plots.use_style()
