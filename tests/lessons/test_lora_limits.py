@@ -27,7 +27,6 @@ from adaptlab.lowrank.lora_limits import (
     phase_report,
     required_degree,
     rotate,
-    taylor_exp,
     taylor_features,
     tight_radius,
     watch_attention,
@@ -63,6 +62,10 @@ def by_autograd(Xq, Xk, Xv, Y, W, A, B, alpha, beta, adapt, causal=False, rope=N
     return {n: A[n].grad for n in adapt}, {n: B[n].grad for n in adapt}, float(loss.detach())
 
 
+def taylor_exp(S, degree):
+    return sum(S**t / float(math.factorial(t)) for t in range(degree + 1))
+
+
 def rope_of(length, d):
     angle = torch.outer(torch.arange(length), 0.3 ** torch.arange(d // 2)).repeat(1, 2).double()
     return angle.cos(), angle.sin()
@@ -82,6 +85,15 @@ def test_both_gradients_are_those_of_autograd(options, batch):
     for found, tolerance in ((exact, 1e-12), (fast, 1e-9)):
         torch.testing.assert_close((found.dA, found.dB), (dA, dB), rtol=0, atol=tolerance)
         assert found.info["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_at_the_start_only_b_has_a_gradient():
+    start = wide()
+    start["B"] = {n: torch.zeros_like(t) for n, t in start["B"].items()}
+    for work in (lora_gradient_exact, lora_gradient_fast):
+        found = work(**start, adapt=("Q", "K", "V"))
+        assert all(t.any() for t in found.dB.values())
+        assert not any(t.any() for t in found.dA.values())
 
 
 def test_cross_attention_and_adapters_that_act_but_are_not_asked_for():
@@ -144,7 +156,7 @@ def test_no_large_matrix_and_linear_work(causal):
         given = random_problem(length, 3, 0.5, dtype=torch.float32)
         with Largest() as seen:
             lora_gradient_fast(**given, degree=4, causal=causal, chunk=256)
-        assert seen.numel <= length * 3 * 6 < length * feature_count(3, 4) * 3 / 4
+        assert seen.numel <= max(length * 3 * 6, 256 * 35) < length * feature_count(3, 4) * 3 / 4
         flops.append(count_flops(lambda g=given: lora_gradient_fast(**g, degree=4, causal=causal)))
         exact = count_flops(lambda g=given: lora_gradient_exact(**g))
     assert flops[1] == pytest.approx(2 * flops[0], rel=0.01) and flops[1] < exact
@@ -156,14 +168,13 @@ def test_features(d, degree):
     U, V = taylor_features(u, degree), taylor_features(v, degree)
     assert U.shape == (5, math.comb(d + degree, degree))
     torch.testing.assert_close(U @ V.T, taylor_exp(u @ v.T, degree))
-    expected = sum((u @ v.T) ** t / math.factorial(t) for t in range(degree + 1))
-    torch.testing.assert_close(U @ V.T, expected)
 
 
 def test_even_degrees_are_positive_and_odd_ones_are_not():
-    line = torch.linspace(-100, 100, 20_001, dtype=torch.float64)
+    line, one = torch.linspace(-100, 100, 20_001).double()[:, None], torch.ones(1).double()
     for g in range(0, 12):
-        assert bool((taylor_exp(line, g) > 0).all()) == (g % 2 == 0)
+        values = taylor_features(line, g) @ taylor_features(one, g)
+        assert bool((values > 0).all()) == (g % 2 == 0)
 
 
 def test_softmax_factors():
