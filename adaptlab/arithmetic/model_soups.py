@@ -250,13 +250,13 @@ def _stacked(states: list, names: list[str], device: torch.device) -> Tensor:
         arithmetic.blame(states, names, names[0])
     return stack
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #0a3068cb
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #f8e4fe55
 class LearnedSoup(nn.Module):
     """β · f(x; Σ αᵢ θᵢ), α = softmax(`raw`) row by row, `raw` = 0 and β = 1 at first (Appendix I).
 
-    Only a skeleton of the network is kept, in eval mode: the model that was given stays as it is.
-    Float buffers (BatchNorm's) take the mean of α's rows, without gradient. Raises `ValueError`
-    for no models, models that do not match it or are not finite, groups that leave some out.
+    Of the network a skeleton is kept, in eval mode. Float buffers (BatchNorm's) take the mean of
+    α's rows, without gradient. Raises `ValueError` for no models, models that do not match it or
+    are not finite, groups that leave some out.
     """
 
     def __init__(
@@ -274,8 +274,6 @@ class LearnedSoup(nn.Module):
         first = {id(t): key for key, t in reversed(own.items())}
         self._names = {key: first[id(t)] for key, t in own.items()}  # any name -> its first name
         names = [n for n in dict.fromkeys(self._names.values()) if isinstance(own[n], nn.Parameter)]
-        if not names:
-            raise ValueError("the model has no parameters to mix")
         self._rows = dict(zip(names, _rows(names, per), strict=True))
         self._home = None if stack_device is None else torch.device(stack_device)
         device = modules.device_of(model)
