@@ -275,7 +275,7 @@ class EditBed(Bed):
         return MEND(self.model, f"mlp:-{self.cfg.blocks}:", loss_fn=sequence_nll,
                     forward_fn=self.tail, **settings | options)
 
-# %% ../../nbs/experiments/mend.ipynb #059fe3bd
+# %% ../../nbs/experiments/mend.ipynb #3bfe67d3
 Edits = Callable[[Sequence[Item]], Iterator[tuple[AbstractContextManager, Sequence[Item]]]]
 
 
@@ -296,8 +296,6 @@ def _asked(bed: EditBed, items: Sequence[Item], edit: AbstractContextManager) ->
     for parts in filter(None, ([p for p in items[0] if p not in texts], texts)):
         asked = [(row, part, pair) for row, item in zip(rows, items, strict=True)
                  for part in parts for pair in item[part]]
-        if new := [pair for _, _, pair in asked if str(pair) not in bed.said]:
-            bed.said |= {str(p): a for p, a in zip(new, _answers(bed, new), strict=True)}
         with edit:
             now = _answers(bed, [pair for _, _, pair in asked])
         for (row, part, pair), (said, loss, target) in zip(asked, now, strict=True):
@@ -309,8 +307,13 @@ def _asked(bed: EditBed, items: Sequence[Item], edit: AbstractContextManager) ->
 
 def _measure(edits: Edits, bed: EditBed, items: Sequence[Item] | None = None) -> list[dict]:
     "Every item under its edit. ES: mean of edit and rephrase. Score: mean of ES and kept."
-    rows = [row for edit, part in edits(items or bed.test)
-            for row in _asked(bed, part, edit)]
+    items, size = items or bed.test, bed.cfg.chunk
+    asked = {str(pair): pair for item in items for part in item.values() for pair in part}
+    new = [key for key in asked if key not in bed.said]  # fine-tuning changes the model itself
+    for part in (new[i : i + size] for i in range(0, len(new), size)):
+        answers = _answers(bed, [asked[key] for key in part])
+        bed.said |= dict(zip(part, answers, strict=True))
+    rows = [row for edit, part in edits(items) for row in _asked(bed, part, edit)]
     for row in rows:
         row["ES"] = (row["edit"] + row["rephrase"]) / 2
         row["kept"] = float(np.mean([row[part] for part in KEPT if part in row] or [np.nan]))
