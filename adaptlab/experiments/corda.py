@@ -31,7 +31,7 @@ from ..lowrank.corda import (
 from ..stats import Estimate, over_seeds
 from ..train import Training, set_seed
 
-# %% ../../nbs/experiments/corda.ipynb #30ce1fbc
+# %% ../../nbs/experiments/corda.ipynb #46a54af7
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     "Settings of the CorDA experiment."
@@ -42,21 +42,18 @@ class Config(BaseConfig):
     dtype: str = "float32"  # of its weights
     calibration_samples: int = bounded(12, low=1)  # token sequences per covariance
     calibration_length: int = bounded(128, low=2)  # tokens per sequence, at most
-    calibration_batch: int = bounded(4, low=1)  # sequences per forward pass
     cut_layers: str = r"model\.layers\.(0|15)\..+_proj"  # layers to truncate, regex
     cut_text: str = "pydoc"  # source of the context, and of the text to measure on
     drop: tuple[float, ...] = bounded((0.3, 0.6), above=0, below=1)  # share of components cut
     windows: int | None = bounded(4, low=1)  # windows of evaluation text; None: all
     window: int = bounded(64, low=2)  # tokens per window
-    vision: Training = Training(  # of every method on images
-        steps=24, batch_size=32, schedule="cosine", warmup=0.1)
+    vision: Training = Training(steps=24, batch_size=32, schedule="cosine", warmup=0.1)  # images
     lrs: tuple[float, ...] = bounded((4e-3, 1.6e-2), above=0)  # grid for every method
     images: tuple[int, int] = bounded((1000, 300), low=1)  # to train on, to choose on
     test_images: int = bounded(300, low=1)  # to report from, of each task
     context_images: int = bounded(256, low=1)  # images per covariance
     every: int = bounded(8, low=1)  # steps between looks at the accuracies
-    methods: tuple[Literal["lora", "pissa", "smallest-svd", "corda-ipm", "corda-kpm"], ...] = (
-        "lora", "pissa", "corda-ipm")  # compared on the language model
+    methods: tuple[str, ...] = ("lora", "pissa", "corda-ipm")  # compared on the language model
     task: str = "capitals"  # pairs to learn, and the context of corda-ipm
     prompt: str = ""  # prompt of a pair; "": the bundled source's own
     answer: str = ""  # answer of a pair
@@ -68,28 +65,29 @@ class Config(BaseConfig):
     targets: str = r"model\.layers\.(0|8|16|24)\.self_attn\..+_proj"  # layers to adapt, regex
     language: Training = Training(steps=8, batch_size=4, schedule="cosine")  # of every method
     max_length: int = bounded(48, low=2)  # tokens per pair
-    questions: tuple[str, ...] = bounded((), nonempty=False)  # QUESTIONS asked before and after
+    questions: tuple[Literal["gsm8k", "nq_open"], ...] = bounded((), nonempty=False)  # also asked
     n_questions: int | None = bounded(None, low=1)  # of each; None: all
 
 
 SMALL = Config()
 
-# %% ../../nbs/experiments/corda.ipynb #b5bc2791
+# %% ../../nbs/experiments/corda.ipynb #9f281820
 def _context(cfg: Config, source: str, tokenizer: Any, column: str = "text") -> list[dict]:
     "Calibration batches: windows that are spread evenly over the training part of a text."
-    ids = windows(source, tokenizer, cfg.calibration_length, cfg.calibration_samples, "train",
-                  column)
-    return [{"input_ids": rows} for rows in ids.split(cfg.calibration_batch)]
+    size = cfg.calibration_length, cfg.calibration_samples
+    return [{"input_ids": rows}
+            for rows in windows(source, tokenizer, *size, "train", column).split(4)]
 
 
-def _cut(cfg: Config, method: str, loaded: Callable, context: Callable) -> pd.DataFrame:
+def _cut(cfg: Config, method: str, model: nn.Module, ids: Tensor,
+         context: Callable) -> pd.DataFrame:
     "Losses per window after dropping the smallest components, for every level."
-    (model, _, ids), rows, tails = loaded(), [], {}
+    rows, tails = [], {}
     layers = adapters.match_layers(model, re.compile(cfg.cut_layers))
     old = {name: layer.weight.data for name, layer in layers.items()}
     for name, layer in layers.items() if method != "none" else ():
-        U = context_svd(layer.weight, None if method == "svd" else context()[name],
-                        method=method)[0]
+        C = None if method == "svd" else context()[name]
+        U = context_svd(layer.weight, C, method=method)[0]
         tails[name] = U[:, -round(max(cfg.drop) * U.shape[1]):].float().cpu()
     for share in sorted(cfg.drop) if tails else (0.0,):
         for name, tail in tails.items():
@@ -103,17 +101,14 @@ def _cut(cfg: Config, method: str, loaded: Callable, context: Callable) -> pd.Da
         layer.weight.data = old[name]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/corda.ipynb #fb0b1ec7
+# %% ../../nbs/experiments/corda.ipynb #8893028a
 def _truncation(cfg: Config, run: Run, report: Report) -> None:
     "Perplexity of a language model without the smallest components of some layers."
-    @cache
-    def loaded() -> tuple:  # model, tokenizer, windows to measure on
-        made = models.load(cfg.model, device=cfg.device, dtype=cfg.dtype)[:2]
-        return *made, windows(cfg.cut_text, made[1], cfg.window, cfg.windows)
-
+    model, tokenizer = models.load(cfg.model, device=cfg.device, dtype=cfg.dtype)[:2]
     context = cache(lambda: collect_covariance(
-        loaded()[0], _context(cfg, cfg.cut_text, loaded()[1]), re.compile(cfg.cut_layers)))
-    cuts = [run.stage(f"truncation-{m}", partial(_cut, cfg, m, loaded, context))
+        model, _context(cfg, cfg.cut_text, tokenizer), re.compile(cfg.cut_layers)))
+    ids = windows(cfg.cut_text, tokenizer, cfg.window, cfg.windows)
+    cuts = [run.stage(f"truncation-{m}", partial(_cut, cfg, m, model, ids, context))
             for m in ("none", "svd", "asvd", "whiten", "corda")]
     table = report.table("truncation", pd.concat(cuts, ignore_index=True))
     gaps = {(level, rival): differences(rows, rival, "corda", "nats", by="item")
@@ -125,14 +120,15 @@ def _truncation(cfg: Config, run: Run, report: Report) -> None:
                  why="few windows of text")
     _draw(report)
 
-# %% ../../nbs/experiments/corda.ipynb #ff6660cf
-LABELS = {"svd": "plain SVD", "asvd": "ASVD", "whiten": "whitening",
-          "corda": "CorDA", "lora": "LoRA", "pissa": "PiSSA", "smallest-svd": "smallest SVD",
-          "corda-ipm": "CorDA-IPM", "corda-kpm": "CorDA-KPM", "ipm-balanced": "balanced IPM",
+# %% ../../nbs/experiments/corda.ipynb #ad7f4f44
+LABELS = {"svd": "plain SVD", "asvd": "ASVD", "whiten": "whitening", "corda": "CorDA",
+          "lora": "LoRA", "pissa": "PiSSA", "smallest-svd": "smallest SVD",
+          "corda-ipm": "CorDA-IPM", "corda-kpm": "CorDA-KPM", "ipm-balanced": "Balanced IPM",
           "kpm-balanced": "Balanced KPM", "full": "full fine-tuning"}
-SHADES = {"full": "black", "lora": "sky", "svd": "orange", "pissa": "orange",
-          "asvd": "purple", "smallest-svd": "purple", "whiten": "green", "corda": "blue",
-          "corda-ipm": "blue", "corda-kpm": "vermillion"}
+SHADES = {
+    "svd": "orange", "asvd": "purple", "whiten": "green", "corda": "blue", "lora": "sky",
+    "full": "black", "pissa": "orange", "smallest-svd": "purple", "corda-ipm": "blue",
+    "corda-kpm": "vermillion"}
 
 
 def _start(model: nn.Module, bed: Bed, seed: int, *, mode: str, rank: int, targets: Any,
@@ -160,7 +156,7 @@ def _starts(rank: int, targets: Any, context: Callable) -> dict[str, rivals.Prep
                   f"{mode}-balanced": partial(aware, balanced=True)}
     return found
 
-# %% ../../nbs/experiments/corda.ipynb #fcff66cf
+# %% ../../nbs/experiments/corda.ipynb #7751546d
 VIT = {"patch_size": 14, "depth": 2, "dim": 96, "epochs": 5}  # the recipe of the small model
 VIT_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 
@@ -178,11 +174,6 @@ def _bed(seed: int, cfg: Config) -> Bed:
     return bed
 
 
-def _look(model: nn.Module, bed: Bed) -> dict[str, float]:
-    "Accuracy on the new and on the old task."
-    return {"new": accuracy(model, bed.test), "old": accuracy(model, bed.old)}
-
-
 def _tune(model: nn.Module, bed: Bed, seed: int, *, start: rivals.Prepare, lr: float,
           cfg: Config) -> None:
     "Start a method, train it, and note losses and accuracies along the way."
@@ -190,8 +181,8 @@ def _tune(model: nn.Module, bed: Bed, seed: int, *, start: rivals.Prepare, lr: f
     start(model, bed, seed)
     fitted = cfg.vision.fit(
         model, bed.train, modules.cross_entropy, lr=lr, seed=seed, device=cfg.device,
-        log_every=cfg.every, eval_every=cfg.every, progress=False,
-        eval_fn=partial(_look, bed=bed))
+        log_every=cfg.every, eval_every=cfg.every, progress=False, eval_fn=lambda m: {
+            "new": accuracy(m, bed.test), "old": accuracy(m, bed.old)})
     choose = accuracy(model, bed.choose)  # to choose a rate by
     model.readings = [{k: row[k] for k in ("step", "loss", "new", "old")} | {"choose": choose}
                       for row in fitted.rows]
@@ -208,17 +199,13 @@ def _at_rates(table: pd.DataFrame, shared: bool) -> pd.DataFrame:
 
 def _kept_at(table: pd.DataFrame, method: str, rival: str) -> Estimate:
     "Old accuracy at equal new accuracy: the best of all readings that reach a level, on average."
-    reach = table.groupby(["method", "seed"])["new"].max()
-    top = float(reach.loc[[method, rival]].min())
-    found = {}
-    for who in (method, rival):
-        rows = table[table["method"] == who]
-        found[who] = np.array([[part.loc[part["new"] >= level, "old"].max()
-                                for level in np.linspace(top / 2, top, 5)]
-                               for _, part in rows.groupby("seed")]).mean(1)
-    return over_seeds(found[method] - found[rival])
+    runs = table[table["method"].isin([method, rival])].groupby(["method", "seed"])
+    top = runs["new"].max().groupby("method").min().min()
+    best = runs[["new", "old"]].apply(lambda part: np.mean([
+        part.loc[part["new"] >= level, "old"].max() for level in np.linspace(top / 2, top, 5)]))
+    return over_seeds(best[method] - best[rival])
 
-# %% ../../nbs/experiments/corda.ipynb #24a5a678
+# %% ../../nbs/experiments/corda.ipynb #9ce6d486
 def _likeness(C: Tensor, other: Tensor) -> float:
     "Share of the other inputs' energy in the directions that hold 90 % of the context's."
     values, vectors = torch.linalg.eigh(C)
@@ -227,61 +214,57 @@ def _likeness(C: Tensor, other: Tensor) -> float:
     return float(((main.T @ other) * main.T).sum() / other.trace())
 
 
-def _protection(cfg: Config, seed: int) -> pd.DataFrame:
+def _protection(cfg: Config) -> pd.DataFrame:
     "Per task: how like its inputs are to the context's, and the damage of each first step."
-    bed, n, (x, y) = _bed(seed, cfg), cfg.context_images, _upright()
-    model, rows = deepcopy(bed.model).requires_grad_(True), []
+    n, (x, y), rows = cfg.context_images, _upright(), []
+    model = deepcopy(_bed(0, cfg).model).requires_grad_(True)
     layers = adapters.match_layers(model, VIT_LINEARS)
     C = {k: c.matrix.float() for k, c in collect_covariance(model, [x[:n]], VIT_LINEARS).items()}
-    set_seed(seed)
-    lora = {k: adapters.LoraAdapter(layer, rank=cfg.rank) for k, layer in layers.items()}
-    factors = {"lora": {k: (a.A.detach(), a.B.detach()) for k, a in lora.items()}}
-    for method, contexts in (("smallest-svd", dict.fromkeys(layers)), ("corda-kpm", C)):
-        factors[method] = {k: tuple(t.float() for t in starting_factors(
-            layer.weight, contexts[k], cfg.rank, "kpm"))
-            for k, layer in layers.items()}
-    order = torch.randperm(len(x) - n, generator=torch.Generator().manual_seed(seed))[:n] + n
-    tasks = {"turned": tuple(t[:n] for t in bed.train), "inverted": (1 - x[order], y[order])}
-    for name, batch in tasks.items():
-        seen = collect_covariance(model, [batch[0]], VIT_LINEARS)
-        model.zero_grad()
-        modules.cross_entropy(model, batch).backward()
-        G = {k: layer.weight.grad for k, layer in layers.items()}
-        like = float(np.mean([_likeness(C[k], seen[k].matrix.float()) for k in layers]))
-        for method, start in factors.items():
-            step = {k: -(B @ (B.T @ G[k]) + (G[k] @ A.T) @ A) for k, (A, B) in start.items()}
-            gain = -sum(float((G[k] * d).sum()) for k, d in step.items())
-            hurt = sum(float(((d @ C[k]) * d).sum()) for k, d in step.items())
-            rows.append({"task": name, "method": method, "seed": seed, "likeness": like,
-                         "damage": hurt / gain**2})  # at unit gain: no step size changes it
+    factors = {method: {k: tuple(t.float() for t in starting_factors(
+        layer.weight, contexts[k], cfg.rank, "kpm")) for k, layer in layers.items()}
+        for method, contexts in (("smallest-svd", dict.fromkeys(layers)), ("corda-kpm", C))}
+    for seed in cfg.seeds:
+        set_seed(seed)
+        lora = {k: adapters.LoraAdapter(layer, rank=cfg.rank) for k, layer in layers.items()}
+        factors["lora"] = {k: (a.A.detach(), a.B.detach()) for k, a in lora.items()}
+        order = n + torch.randperm(len(x) - n, generator=torch.Generator().manual_seed(seed))[:n]
+        turned = tuple(t[:n] for t in _bed(seed, cfg).train)
+        for task, batch in (("turned", turned), ("inverted", (1 - x[order], y[order]))):
+            seen = collect_covariance(model, [batch[0]], VIT_LINEARS)
+            model.zero_grad()
+            modules.cross_entropy(model, batch).backward()
+            G = {k: layer.weight.grad for k, layer in layers.items()}
+            like = float(np.mean([_likeness(C[k], seen[k].matrix.float()) for k in layers]))
+            for method, start in factors.items():
+                step = {k: -(B @ (B.T @ G[k]) + (G[k] @ A.T) @ A) for k, (A, B) in start.items()}
+                gain = -sum(float((G[k] * d).sum()) for k, d in step.items())
+                hurt = sum(float(((d @ C[k]) * d).sum()) for k, d in step.items())
+                rows.append({"task": task, "method": method, "seed": seed, "likeness": like,
+                             "damage": hurt / gain**2})  # at unit gain: no step size changes it
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/corda.ipynb #028f9b82
+# %% ../../nbs/experiments/corda.ipynb #710af747
 PAPER = "PEFT's example"
 FIGURES = {("corda-ipm", "pissa"): "GSM8k 53.45 vs 51.63", ("corda-ipm", "lora"): "GSM8k 53.45 vs "
            "42.68", ("corda-kpm", "lora"): "GSM8k 46.32 vs 42.68, NQ-open 8.20 vs 1.27"}
 FEW = "learning rate and start can stand in for each other; few seeds"
 ALIKE = "the task's inputs live where the context's do"
-BALANCE = "the scale of C, not the context: see the balanced variants"
+BALANCE = "the scale of C counts as much as the context: see the balanced variants"
 
 
 def _claims(report: Report, runs: pd.DataFrame, protection: pd.DataFrame) -> None:
     "What is claimed of the vision track."
     early = runs[runs["step"] == runs.loc[runs["step"] > 0, "step"].min()]
-    versus(report, early, [
-        Versus("IPM learns faster than PiSSA: loss of the first steps, mean of all rates",
-               "corda-ipm", "pissa", "loss", "faster convergence", "section 4", FEW),
-        Versus("IPM with balanced factors learns faster than PiSSA, too", "ipm-balanced", "pissa",
-               "loss", "the context is what helps", "section 3", BALANCE)],
-        unit="nats", lower=True)
+    versus(report, early, [Versus(
+        f"{LABELS[m]} learns faster than PiSSA: loss of the first steps, mean of all rates", m,
+        "pissa", "loss", "faster convergence", "section 4", BALANCE)
+        for m in ("corda-ipm", "ipm-balanced")], unit="nats", lower=True)
     end = runs[runs["step"] == runs["step"].max()]
-    text = "IPM ends better on the new task than {}, {}"
-    for rates, rival, shared in (("all at one rate", "lora", True), ("own rates", "lora", False),
-                                 ("own rates", "pissa", False)):
-        pair = "corda-ipm", rival
-        versus(report, _at_rates(end, shared), [Versus(
-            text.format(LABELS[rival], rates), *pair, "new", FIGURES[pair], PAPER, FEW)],
-            unit="points")
+    for rates, rival, one in (("all at one rate", "lora", True), ("own rates", "lora", False),
+                              ("own rates", "pissa", False)):
+        versus(report, _at_rates(end, one), [Versus(
+            f"IPM ends better on the new task than {LABELS[rival]}, {rates}", "corda-ipm", rival,
+            "new", FIGURES["corda-ipm", rival], PAPER, FEW)], unit="points")
     for method, rival, why in (("corda-kpm", "lora", ALIKE), ("corda-kpm", "smallest-svd", BALANCE),
                                ("kpm-balanced", "smallest-svd", ALIKE)):
         report.claim(f"{LABELS[method]} forgets less than {LABELS[rival]} at equal accuracy on the "
@@ -305,25 +288,23 @@ def _vision(cfg: Config, run: Run, report: Report) -> None:
     methods = {f"{m} {lr:g}": Method(partial(_tune, start=start, lr=lr, cfg=cfg))
                for m, start in begin.items() for lr in cfg.lrs} | {"none": rivals.untouched()}
     table = sweep(run, "vision", methods, partial(_bed, cfg=cfg), cfg.seeds,
-                  lambda model, bed: getattr(model, "readings", None) or _look(model, bed))
+                  lambda model, bed: getattr(model, "readings", None) or {
+                      "new": accuracy(model, bed.test), "old": accuracy(model, bed.old)})
     split = table["method"].str.split(" ", expand=True)
     table["method"], table["lr"] = split[0], split[1].astype(float)
     report.table("vision", table.drop(columns=["setting", "seconds"]))
-    found = pd.concat([run.stage(f"protection-{seed}", partial(_protection, cfg, seed))
-                       for seed in cfg.seeds], ignore_index=True)
-    _claims(report, table, report.table("protection", found))
+    found = report.table("protection", run.stage("protection", partial(_protection, cfg)))
+    _claims(report, table, found)
     _draw(report)
 
-# %% ../../nbs/experiments/corda.ipynb #a758b02e
+# %% ../../nbs/experiments/corda.ipynb #ef0134bb
 def _draw_cuts(ax: plt.Axes, table: pd.DataFrame) -> None:
     "Perplexity against the share of dropped components, log scale."
-    mean = np.exp(table.groupby(["method", "dropped"], sort=False)["nats"].mean())
-    base = mean["none"].iloc[0]
-    ax.axhline(base, color=plots.COLORS["grey"], lw=1, ls=":")
+    mean = np.exp(table.groupby(["dropped", "method"])["nats"].mean()).unstack()
+    mean.loc[0.0] = mean["none"][0.0]  # nothing is dropped: the same for all
     for method in ("svd", "asvd", "whiten", "corda"):
-        ax.plot([0, *100 * mean[method].index], [base, *mean[method]], marker="o", ms=4,
-                ls="--" if method == "whiten" else "-", color=plots.COLORS[SHADES[method]],
-                label=LABELS[method])
+        ax.plot(100 * mean.index, mean[method], marker="o", color=plots.COLORS[SHADES[method]],
+                ls="--" if method == "whiten" else "-", label=LABELS[method])
     ax.set(yscale="log", xlabel="components dropped in the cut layers (%)",
            ylabel="perplexity (log scale)", title="Which components matter")
     ax.legend()
@@ -336,11 +317,10 @@ def _draw_paths(ax: plt.Axes, table: pd.DataFrame) -> None:
     own = _at_rates(table, False).groupby("method")["lr"].first()
     mean = table.groupby(["method", "lr", "step"], sort=False)[["old", "new"]].mean()
     for (method, lr), path in mean.groupby(["method", "lr"], sort=False):
-        bold = lr == own[method]
-        style = {"lw": 2, "marker": "o", "ms": 4} if bold else {"lw": 0.8, "ls": "--"}
-        ax.plot([start["new"], *path["new"]], [start["old"], *path["old"]], **style,
+        style = {"lw": 2, "marker": "o", "ms": 4, "label": f"{LABELS[method]}, {lr:g}"}
+        ax.plot([start["new"], *path["new"]], [start["old"], *path["old"]],
                 color=plots.COLORS[SHADES[method]],
-                label=f"{LABELS[method]}, {lr:g}" if bold else None)
+                **(style if lr == own[method] else {"lw": 0.8, "ls": "--"}))
     ax.set(xlabel="accuracy on turned digits, the new task (%)", xlim=(10, 95),
            ylabel="accuracy on upright digits (%)", title="Learning against forgetting")
     ax.legend(fontsize=8, title="method, its learning rate", title_fontsize=8, loc="upper right")
@@ -356,10 +336,9 @@ def _draw(report: Report) -> None:
     for ax, name in zip(axes[0], names, strict=True):
         paint[name](ax, report.tables[name])
     report.figure("main", fig, "Left: perplexity without the smallest components of two blocks. "
-                  "Right: accuracy on the old task against that on the new one; bold: each method "
-                  "at its own learning rate.")
+                  "Right: accuracy on the old task against the new one; bold: at its own rate.")
 
-# %% ../../nbs/experiments/corda.ipynb #f07a9781
+# %% ../../nbs/experiments/corda.ipynb #3dce27d1
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately "
           "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:")
 QUESTIONS = {  # name -> source, prompt, answer, column of accepted ones; longest answer; its end
@@ -383,28 +362,25 @@ def _answers(model: nn.Module, bed: Bed, cfg: Config) -> list[dict[str, Any]]:
         mine = pairs[processes.share(range(len(pairs)))]
         hits = mine.exact_match(model, bed.tokenizer, length, read=read) if len(mine) else []
         rows += [{"part": name, "right": 100.0 * float(h)} for h in processes.gather(list(hits))]
-    return [{"nats": float("nan"), "right": float("nan")} | row for row in rows]
+    return rows
 
 
 def _language(cfg: Config, run: Run, report: Report) -> None:
     "A language model learns pairs, and is asked what else it knew."
-    if unknown := set(cfg.questions) - set(QUESTIONS):
-        raise ValueError(f"no questions {sorted(unknown)}: there are {', '.join(QUESTIONS)}")
-    loaded = cache(lambda: models.load(cfg.model, device=cfg.device, dtype=cfg.dtype)[:2])
+    loaded = models.load(cfg.model, device=cfg.device, dtype=cfg.dtype)[:2]
+    pairs = Pairs.load(cfg.task, cfg.prompt, cfg.answer)
+    lengths = map(len, loaded[1](list(pairs.prompts))["input_ids"])
+    pairs = pairs[[i for i, n in enumerate(lengths) if n < cfg.max_length]]  # answer in sight
 
     def bed(seed: int) -> Bed:
-        pairs = Pairs.load(cfg.task, cfg.prompt, cfg.answer)
-        lengths = map(len, loaded()[1](list(pairs.prompts))["input_ids"])
-        pairs = pairs[[i for i, n in enumerate(lengths) if n < cfg.max_length]]  # answer in sight
-        return questions(pairs, pairs, seed, cfg.n_test, 1, cfg.n_train, model=loaded())
+        return questions(pairs, pairs, seed, cfg.n_test, 1, cfg.n_train, model=loaded)
 
     def context(bed: Bed, mode: str) -> list[dict[str, Tensor]]:
         if mode == "kpm":
             return _context(cfg, cfg.knowledge, bed.tokenizer, cfg.knowledge_column)
-        shown, size = bed.train[: cfg.calibration_samples], cfg.calibration_batch
         collate = text.causal_lm_collate(bed.tokenizer, max_length=cfg.calibration_length)
-        return [collate([shown[j] for j in range(i, min(i + size, len(shown)))])
-                for i in range(0, len(shown), size)]
+        shown = bed.train[: cfg.calibration_samples]
+        return [collate([shown[i]]) for i in range(len(shown))]
 
     begin = _starts(cfg.rank, re.compile(cfg.targets), context)
     methods = {"none": rivals.untouched()} | {m: rivals.trained(
@@ -423,32 +399,19 @@ def _language(cfg: Config, run: Run, report: Report) -> None:
 
 experiment = tracks(truncation=_truncation, vision=_vision, language=_language)
 
-# %% ../../nbs/experiments/corda.ipynb #089c86cb
+# %% ../../nbs/experiments/corda.ipynb #611e18e1
 FULL = Config(
-    tracks=("truncation", "language"),
-    seeds=(0,),
-    model="meta-llama/Llama-2-7b-hf",
-    dtype="bfloat16",
-    calibration_samples=256,
-    calibration_length=2048,
-    calibration_batch=1,
-    cut_layers=r"model\.layers\.\d+\..+_proj",
-    cut_text="Salesforce/wikitext@wikitext-2-raw-v1",
-    drop=tuple(r / 4096 for r in (16, 64, 128, 256, 512, 1024)),
-    windows=None,
-    window=2048,
+    tracks=("truncation", "language"), seeds=(0,),
+    model="meta-llama/Llama-2-7b-hf", dtype="bfloat16",
+    calibration_samples=256, calibration_length=2048,
+    cut_layers=r"model\.layers\.\d+\..+_proj", cut_text="Salesforce/wikitext@wikitext-2-raw-v1",
+    drop=tuple(r / 4096 for r in (16, 64, 128, 256, 512, 1024)), windows=None, window=2048,
     methods=("lora", "pissa", "corda-ipm", "corda-kpm"),
-    task="meta-math/MetaMathQA#train[:100000]",
-    prompt=ALPACA.format(instruction="{query}"),
-    answer="{response}",
-    knowledge="google-research-datasets/nq_open#train",
-    knowledge_column="question",
-    n_train=None,
-    n_test=100,
-    rank=128,
-    targets=r"model\.layers\.\d+\..+_proj",
+    task="meta-math/MetaMathQA#train[:100000]", n_train=None, n_test=100, max_length=512,
+    prompt=ALPACA.format(instruction="{query}"), answer="{response}",
+    knowledge="google-research-datasets/nq_open#train", knowledge_column="question",
+    rank=128, targets=r"model\.layers\.\d+\..+_proj",
     language=Training(epochs=1, batch_size=128, accumulate=128, lr=2e-5, schedule="cosine",
                       warmup=0.03, precision="bf16"),
-    max_length=512,
     questions=("gsm8k", "nq_open"),
 )

@@ -6,7 +6,7 @@
 __all__ = ['Method', 'Mode', 'Covariance', 'damped', 'context_svd', 'truncate', 'starting_factors', 'CordaAdapter',
            'corda_adapter', 'collect_covariance', 'CorDAConfig', 'get_corda_model', 'corda_to_lora']
 
-# %% ../../nbs/lowrank/04_corda.ipynb #a9d55ce4
+# %% ../../nbs/lowrank/04_corda.ipynb #3c436320
 import math
 import warnings
 from collections import Counter
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -101,17 +101,15 @@ class Covariance:
             raise ValueError("this covariance counted no tokens: run calibration batches first")
         return self.total / (self.samples if self.per_sample else self.tokens)
 
-# %% ../../nbs/lowrank/04_corda.ipynb #a4034c2c
+# %% ../../nbs/lowrank/04_corda.ipynb #79f19b11
 def _checked(C: Tensor | Covariance) -> Tensor:
     "C in float64 (float32 where the device has none); `ValueError` unless it is a covariance."
     C = C.matrix if isinstance(C, Covariance) else C
-    if C.dim() != 2 or C.shape[0] != C.shape[1]:
-        raise ValueError(f"a covariance is square; this one is {tuple(C.shape)}")
     C = C.detach().to(torch.float32 if C.device.type == "mps" else torch.float64)
     if not C.isfinite().all():
         raise ValueError("the covariance holds NaN or inf: check the calibration batches")
-    if (C - C.T).abs().max() > 1e-4 * C.abs().max():
-        raise ValueError("the covariance is not symmetric")
+    if C.shape != C.T.shape or (C - C.T).abs().max() > 1e-4 * C.abs().max():
+        raise ValueError(f"the covariance {tuple(C.shape)} is not square, or not symmetric")
     if not C.diagonal().mean() > 0 or C.diagonal().min() < 0:
         raise ValueError("the covariance is zero or has a negative variance: did the layer run?")
     return (C + C.T) / 2  # rounding in a product leaves it a little lopsided
@@ -206,30 +204,18 @@ def truncate(
     U = _components(_wide(W), _orientation(C, method, damp))[0][:, :k]
     return (U @ (U.T @ _wide(W))).to(W.dtype)
 
-# %% ../../nbs/lowrank/04_corda.ipynb #0977cd16
+# %% ../../nbs/lowrank/04_corda.ipynb #370475d3
 Mode = Literal["ipm", "kpm"]
 
 
 def _check_choice(rank: int, mode: str, largest: int | None = None) -> None:
     "`ValueError` for a rank that is not in 1 .. largest or an unknown mode."
     if mode not in ("ipm", "kpm"):
-        raise ValueError(f"mode={mode!r}: use 'ipm' (train the largest components; the authors' "
-                         "IPA) or 'kpm' (the smallest; KPA)")
+        raise ValueError(f"mode={mode!r}: use 'ipm' (the authors' IPA) or 'kpm' (KPA)")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank={rank!r}: it must be an integer of at least 1")
     if largest is not None and rank > largest:
-        raise ValueError(f"rank={rank} exceeds min(out, in)={largest} of this layer: lower it, or "
-                         "leave the layer out")
-
-
-def _start(W: Tensor, M: Tensor | None, rank: int, mode: Mode, scaling: float):
-    "A0 [rank, in] and B0 [out, rank], float64, for a prepared context."
-    W = _wide(W)
-    _check_choice(rank, mode, min(W.shape))
-    U, S = _components(W, M, smallest=rank if mode == "kpm" else 0)
-    chosen = slice(0, rank) if mode == "ipm" else slice(len(S) - rank, None)
-    U, root = U[:, chosen], (S[chosen].clamp_min(1e-8 * S[0]) / scaling).sqrt()
-    return U.T @ W / (scaling * root[:, None]), U * root
+        raise ValueError(f"rank={rank} exceeds min(out, in)={largest} of this layer: lower it")
 
 
 def starting_factors(
@@ -241,10 +227,15 @@ def starting_factors(
     damp: float = 0.01,  # damping of C
 ) -> tuple[Tensor, Tensor]:  # A0 [rank, in], B0 [out, rank], float64
     "Factors with scaling * B0 @ A0 = the chosen part of W (section 3.2 of the paper)."
+    W = _wide(W)
+    _check_choice(rank, mode, min(W.shape))
     if not (scaling > 0 and math.isfinite(scaling)):
         raise ValueError(f"scaling={scaling}: it must be positive and finite")
     M = _orientation(C, "svd" if C is None else "corda", damp)
-    return _start(W, M, rank, mode, scaling)
+    U, S = _components(W, M, smallest=rank if mode == "kpm" else 0)
+    chosen = slice(0, rank) if mode == "ipm" else slice(len(S) - rank, None)
+    U, root = U[:, chosen], (S[chosen].clamp_min(1e-8 * S[0]) / scaling).sqrt()
+    return U.T @ W / (scaling * root[:, None]), U * root
 
 # %% ../../nbs/lowrank/04_corda.ipynb #24ca969c
 class _Change(torch.autograd.Function):
@@ -279,7 +270,7 @@ class _Change(torch.autograd.Function):
             dx = back.T @ torch.cat([A0, A - A0]).to(g.dtype)
         return dx, g, dA, dB, None, None, None
 
-# %% ../../nbs/lowrank/04_corda.ipynb #0124dcc9
+# %% ../../nbs/lowrank/04_corda.ipynb #e52504e2
 def _scaling(rank: int, alpha: float | None) -> float:
     "LoRA's alpha / rank; `ValueError` unless alpha is positive (the factors need its root)."
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
@@ -305,7 +296,7 @@ class CordaAdapter(Adapter):
         super().__init__(layer)
         _check_choice(rank, mode, min(self.in_features, self.out_features))
         self.rank, self.mode, self.alpha = rank, mode, rank if alpha is None else alpha
-        self.scaling = _scaling(rank, alpha)
+        self.scaling, self.start = _scaling(rank, alpha), None  # a file holds the start as tensors
         A0 = torch.zeros(rank, self.in_features, **self.factory)
         B0 = torch.zeros(self.out_features, rank, **self.factory)
         if start is not None:
@@ -314,10 +305,6 @@ class CordaAdapter(Adapter):
         self.A, self.B = nn.Parameter(A0), nn.Parameter(B0)
         self.register_buffer("A0", A0.clone())
         self.register_buffer("B0", B0.clone())
-
-    def config(self) -> dict[str, Any]:
-        "What `save` writes beside the tensors."
-        return {"rank": self.rank, "alpha": self.alpha, "mode": self.mode}
 
     def prepare(self) -> None:
         "`ValueError` without a start: from A = B = 0 nothing is ever learnt."
@@ -365,7 +352,7 @@ def corda_adapter(
     return CordaAdapter(layer, rank, alpha, mode,
                         starting_factors(W, covariance, rank, mode, scaling, damp))
 
-# %% ../../nbs/lowrank/04_corda.ipynb #4537284f
+# %% ../../nbs/lowrank/04_corda.ipynb #8a568fe4
 class _Done(Exception):
     "Every layer has been seen: leave the forward pass."
 
@@ -426,8 +413,7 @@ class _Collector:
         if lead.numel() % self.sequences == 0:
             return x.reshape(self.sequences, -1, width), None
         if self.per_sample:
-            raise ValueError("normalize='sample_max' can't tell the sequences of its input "
-                             f"{tuple(x.shape)} apart: give one sequence per batch")
+            raise ValueError(f"'sample_max' needs one sequence per batch: {tuple(x.shape)}")
         return x.reshape(1, -1, width), None
 
     def flush(self) -> None:
@@ -439,19 +425,18 @@ class _Collector:
             else:
                 self.sums[names] = fresh
 
-# %% ../../nbs/lowrank/04_corda.ipynb #ec59c06a
+# %% ../../nbs/lowrank/04_corda.ipynb #9474c645
 def _padding(model: nn.Module, batch: Mapping) -> Tensor | None:
     "The attention mask as bool, None if nothing is masked; `ValueError` if it can't be used."
-    masks = {k: m for k, m in batch.items() if k.endswith("attention_mask") and m is not None}
-    for name, mask in masks.items():
-        if mask.dim() != 2:
-            raise ValueError(f"{name} is {mask.dim()}-dimensional: give [batch, tokens]")
-    if all(mask.bool().all() for mask in masks.values()):
+    masks = [m for k, m in batch.items() if k.endswith("attention_mask") and m is not None]
+    if any(mask.dim() != 2 for mask in masks):
+        raise ValueError("a mask of more than two dimensions: give one as [batch, tokens]")
+    if all(mask.bool().all() for mask in masks):
         return None
     if len(masks) > 1 or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError("an encoder and a decoder have masks of their own: give sequences of one "
                          "length, without padding")
-    return masks["attention_mask"].bool()
+    return masks[0].bool()
 
 
 def _target_layers(model: nn.Module, targets: Any) -> dict[str, nn.Module]:
@@ -474,25 +459,25 @@ def _target_layers(model: nn.Module, targets: Any) -> dict[str, nn.Module]:
                              "covariance says nothing about that use; leave it out")
     return layers
 
-# %% ../../nbs/lowrank/04_corda.ipynb #9e2c283d
+# %% ../../nbs/lowrank/04_corda.ipynb #7ad5e6e7
 def _by_layer(collector: _Collector) -> dict[str, Covariance]:
     "By layer, what was collected; `ValueError` for layers without; warns of doubts."
     if not collector.sums:
         raise ValueError("no calibration batches: the covariance needs at least one")
-    groups = {n: tuple(g for g in collector.sums if n in g) for n in collector.layers}
-    if silent := [name for name, g in groups.items() if not g]:
-        raise ValueError(f"these layers never ran on the calibration batches: {silent[:5]}"
-                         f"{'...' if len(silent) > 5 else ''}; leave them out of target_modules")
-    made = {g: collector.sums[g[0]] if len(g) == 1 else deepcopy(collector.sums[g[0]])
-            for g in groups.values()}
-    for together, c in made.items():  # layers that were fed together at times only
-        for other in together[1:]:
-            c += collector.sums[other]
-    found = {name: made[g] for name, g in groups.items()}
-    few = [n for n, c in found.items() if c.tokens < len(c.total)]
+    found, made = {}, {}
+    for name in collector.layers:
+        first, *others = groups = tuple(g for g in collector.sums if name in g) or ((),)
+        if not first:
+            raise ValueError(f"layer {name!r} never ran on the calibration batches: leave it out "
+                             "of target_modules")
+        if groups not in made:
+            made[groups] = deepcopy(collector.sums[first]) if others else collector.sums[first]
+            for other in others:  # layers that were fed by one tensor at times only
+                made[groups] += collector.sums[other]
+        found[name] = made[groups]
     for names, what in (
-        (few, "saw fewer tokens than they have input channels: C is rank-deficient and leans on "
-              "the damping; use more calibration text"),
+        ([n for n, c in found.items() if c.tokens < len(c.total)], "saw fewer tokens than they "
+         "have input channels: C is rank-deficient and leans on the damping; use more text"),
         (sorted(collector.unmasked), "take in no tokens of the attention mask: all of them count; "
                                      "give sequences of one length, without padding")):
         if names:
@@ -529,7 +514,7 @@ def collect_covariance(
             collector.run(model, batch)
     return _by_layer(collector)
 
-# %% ../../nbs/lowrank/04_corda.ipynb #94ae97b2
+# %% ../../nbs/lowrank/04_corda.ipynb #a67161af
 @dataclass(frozen=True)
 class CorDAConfig:
     "How a model is adapted."
@@ -572,14 +557,9 @@ def get_corda_model(
     if missing := [n for n in layers if n not in covariances]:
         raise ValueError(f"no covariance for {missing[:3]} ({len(missing)} layers): collect them "
                          "with the same target_modules")
-    prepared = lru_cache(maxsize=1)(lambda C: damped(C, config.damp)[0])  # once for q, k and v
-
-    def make(C: Covariance | Tensor, layer: nn.Module) -> CordaAdapter:
-        W, scaling = FrozenLayer(layer).matrix(), _scaling(config.r, config.alpha)
-        start = _start(W, prepared(C), config.r, config.mode, scaling)
-        return CordaAdapter(layer, config.r, config.alpha, config.mode, start)
-
-    return adapters.attach(model, {n: partial(make, covariances[n]) for n in layers})
+    return adapters.attach(model, {n: partial(
+        corda_adapter, covariance=covariances[n], rank=config.r, alpha=config.alpha,
+        mode=config.mode, damp=config.damp) for n in layers})
 
 
 def corda_to_lora(
