@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Candidate', 'merged_state_dict', 'uniform_soup', 'lent', 'Trial', 'SoupResult', 'greedy_soup', 'LearnedSoup',
            'logit_ensemble', 'interpolate', 'angle', 'interpolation_advantage', 'SoupEnsembleGap', 'soup_ensemble_gap',
-           'recalibrate_batchnorm', 'lora_soup']
+           'recalibrate_batchnorm']
 
 # %% ../../nbs/arithmetic/01_model_soups.ipynb #ec803e97
 import copy
@@ -40,7 +40,7 @@ def merged_state_dict(
         return adapters.merge_and_unload(copy.deepcopy(model)).state_dict()
     return model.state_dict()
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #19890aa8
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #5ed57fe3
 def _state(candidate: Candidate, name: str) -> arithmetic.LazyState:
     "Its plain weights, read when a tensor is asked for. Refuses bare adapter factors."
     if isinstance(candidate, nn.Module):
@@ -57,7 +57,7 @@ def _state(candidate: Candidate, name: str) -> arithmetic.LazyState:
     if factors := factors + [key for key in state if adapters.is_adapter_key(key)]:
         raise ValueError(
             f"{name} holds adapter factors ({factors[0]}): the average of A and B is not the "
-            "average of BA. Give the adapted model itself (it is merged), or use lora_soup")
+            "average of BA. Give the adapted model itself, which is merged")
     state.label = f"{name}: {state.label}" if state.label else name
     return state
 
@@ -464,40 +464,3 @@ def recalibrate_batchnorm(
     with lent(model, own):
         torch.optim.swa_utils.update_bn(loader, model, device=modules.device_of(model))
         return {key: value.detach().clone() for key, value in model.state_dict().items()}
-
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #2892b758
-def lora_soup(
-    models: Sequence[nn.Module],  # the same base with LoRA-like adapters on the same layers
-    weights: Sequence[float] | None = None,  # shares >= 0, sum 1; None: 1/k each
-) -> nn.Module:  # a copy with one LoraAdapter per layer, rank = sum of the ranks
-    """The exact average of adapters, as an adapter; parameters trained beside them are averaged.
-
-    Raises `ValueError` if a model has no adapters, other layers than the first, or adapters that
-    have no low-rank form.
-    """
-    found = _candidates(models)
-    layers = [adapters.adapters(m) for m in found]
-    for i, own in enumerate(layers):
-        if not own or list(own) != list(layers[0]):
-            raise ValueError(f"model {i} has adapters on {sorted(own) or 'no layer'}, model 0 on "
-                             f"{sorted(layers[0]) or 'no layer'}: they must be the same")
-    factors = {name: [own[name].lora_factors() for own in layers] for name in layers[0]}
-    if full := [name for name, parts in factors.items() if None in parts]:
-        raise ValueError(f"the adapter of {full[0]} has no low-rank factors: use uniform_soup, "
-                         "which merges it")
-    merged = uniform_soup(found, weights)
-    shares = weights or [1 / len(found)] * len(found)
-    soup, states = adapters.detach(copy.deepcopy(found[0])), [m.state_dict() for m in found]
-    beside = [k for k, v in soup.state_dict().items() if k.rpartition(".")[0] not in factors
-              and any(not torch.equal(s[k], v) for s in states)]
-    ranks = {name: sum(len(A) for A, _, _ in parts) for name, parts in factors.items()}
-    make = {n: partial(adapters.LoraAdapter, rank=r, alpha=r) for n, r in ranks.items()}
-    adapters.attach(soup, make, also_train=beside)
-    with torch.no_grad():
-        for name, adapter in adapters.adapters(soup).items():
-            adapter.A.copy_(torch.cat([A for A, _, _ in factors[name]]))
-            pairs = zip(shares, factors[name], strict=True)
-            adapter.B.copy_(torch.cat([w * s * B for w, (_, B, s) in pairs], dim=1))
-        for key in beside:
-            soup.state_dict()[key].copy_(merged[key])
-    return soup

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from adaptlab import adapter_files, adapters, recipes
+from adaptlab import adapters, recipes
 from adaptlab.arithmetic.model_soups import (
     LearnedSoup,
     angle,
@@ -28,8 +28,6 @@ from adaptlab.arithmetic.model_soups import (
     interpolate,
     interpolation_advantage,
     logit_ensemble,
-    lora_soup,
-    merged_state_dict,
     recalibrate_batchnorm,
     soup_ensemble_gap,
     uniform_soup,
@@ -422,12 +420,6 @@ def test_gap_is_that_of_the_soups_prediction() -> None:
     assert gap.predicted == pytest.approx(0.105 * (9 * gap.variance - gap.curvature))
 
 
-def _filled(state):
-    model = copy.deepcopy(START)
-    model.load_state_dict(state)
-    return model
-
-
 # ------------------------------------------------------------------ BatchNorm and LoRA
 
 
@@ -459,58 +451,36 @@ def with_lora(seed, rank=2, targets=("layers.0", "head")):
     return model.eval()
 
 
-def test_lora_soups() -> None:
+def test_adapters_are_merged() -> None:
     "Different ranks and weights; merged deltas are averaged, factors are refused."
     pair = [with_lora(1, 2), with_lora(2, 3)]
-    soup = lora_soup(pair, [0.3, 0.7])
-    assert {len(a.A) for a in adapters.adapters(soup).values()} == {5}
-    torch.testing.assert_close(merged_state_dict(soup), uniform_soup(pair, [0.3, 0.7]))
+    soup = uniform_soup(pair, [0.3, 0.7])
+    for name, start in (("layers.0", START.layers[0]), ("head", START.head)):
+        change = sum(w * s * B @ A for w, (A, B, s) in zip(
+            (0.3, 0.7), (adapters.adapters(m)[name].lora_factors() for m in pair), strict=True))
+        torch.testing.assert_close(soup[f"{name}.weight"], start.weight + change)
     greedy = greedy_soup(pair, lambda s: 0.0)
     torch.testing.assert_close(greedy.state_dict, uniform_soup(pair))
     with pytest.raises(ValueError, match="average of A and B"):
         uniform_soup([m.state_dict() for m in pair])
-    with pytest.raises(ValueError, match="no layer"):
-        lora_soup([pair[0], START])
-    with pytest.raises(ValueError, match="must be the same"):
-        lora_soup([pair[0], with_lora(3, 2, ("head",))])
 
 
-def test_lora_soup_averages_what_was_trained_beside() -> None:
-    "A head that was trained as it is, beside the adapters."
-    pair = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        make = partial(adapters.LoraAdapter, rank=2)
-        model = adapters.attach(copy.deepcopy(START), make, "layers.0", also_train=["head"])
-        nn.init.normal_(adapters.adapters(model)["layers.0"].B)
-        model.head.weight.data += torch.randn_like(model.head.weight)
-        pair.append(model)
-    torch.testing.assert_close(merged_state_dict(lora_soup(pair)), uniform_soup(pair))
-
-
-def test_peft_models_are_merged(tmp_path) -> None:
-    "PEFT's models go in as their merged weights; a soup of adapters comes out in PEFT's format."
+def test_peft_models_are_merged() -> None:
+    "PEFT's models go in as their merged weights."
     peft = pytest.importorskip("peft")
-    base = copy.deepcopy(START)
-    base.config = transformers.PretrainedConfig(name_or_path="toy")
     pair = []
     for seed in range(2):
         torch.manual_seed(seed)
         config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["head"])
-        model = peft.get_peft_model(copy.deepcopy(base), config)
+        model = peft.get_peft_model(copy.deepcopy(START), config)
         nn.init.normal_(model.base_model.model.head.lora_B["default"].weight)
-        model.save_pretrained(tmp_path / str(seed))
         pair.append(model)
-    soup = uniform_soup(pair)
     deltas = [m.base_model.model.head.get_delta_weight("default") for m in pair]
-    torch.testing.assert_close(soup["head.weight"], base.head.weight + sum(deltas) / 2)
-    ours = [adapter_files.from_peft(copy.deepcopy(base), tmp_path / str(i)) for i in range(2)]
-    folder = adapter_files.to_peft(lora_soup(ours), tmp_path / "soup", base_model_name="toy")
-    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder)
-    torch.testing.assert_close(back(X), _filled(soup)(X), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(uniform_soup(pair)["head.weight"],
+                               START.head.weight + sum(deltas) / 2)
 
 
-def test_lora_soup_is_what_peft_concatenates() -> None:
+def test_a_soup_is_what_peft_concatenates() -> None:
     "PEFT's `cat` of two adapters is the same average; its `linear` one is the trap."
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["layers.0"])
@@ -526,8 +496,7 @@ def test_lora_soup_is_what_peft_concatenates() -> None:
         layer.lora_A[name].weight.data.copy_(adapter.A.data)
         layer.lora_B[name].weight.data.copy_(adapter.B.data)
         ours.append(model)
-    change = merged_state_dict(lora_soup(ours, [0.3, 0.7]))["layers.0.weight"]
-    change = change - START.layers[0].weight
+    change = uniform_soup(ours, [0.3, 0.7])["layers.0.weight"] - START.layers[0].weight
     for kind, same in (("cat", True), ("linear", False)):
         theirs.add_weighted_adapter(["one", "two"], [0.3, 0.7], kind, combination_type=kind)
         assert torch.allclose(layer.get_delta_weight(kind), change, atol=1e-5) == same
