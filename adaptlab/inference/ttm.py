@@ -286,7 +286,7 @@ class ForecastChannelMixer(nn.Module):
         x = x.unfold(1, 2 * self.c + 1, 1).flatten(2)  # [B, H, channels * (2c + 1)]
         return base + self.mlp(self.fcm_gating_block(x))
 
-# %% ../../nbs/inference/02_ttm.ipynb #b7bb28a5
+# %% ../../nbs/inference/02_ttm.ipynb #256df30d
 #| code-fold: true
 #| code-summary: "What is refused"
 def _check_batch(c: TTMConfig, past: Tensor, future: Tensor | None, token: Tensor | None,
@@ -296,25 +296,28 @@ def _check_batch(c: TTMConfig, past: Tensor, future: Tensor | None, token: Tenso
     known, sizes = c.exogenous_channel_indices, c.categorical_vocab_size_list or ()
     fixed = "mix_channel" in (c.mode, c.decoder_mode) or (
         c.enable_forecast_channel_mixing or c.prediction_channel_indices)
-    if past.ndim != 3 or fixed and past.shape[2] != C:
-        raise ValueError(f"past_values has shape {tuple(past.shape)}: it must be [batch, steps, "
-                         f"{C if fixed else 'channels'}]; a single series is x[None, :, None]")
-    if not torch.isfinite(past).all():
-        raise ValueError("past_values holds NaN or infinite values: fill them, and say so in "
-                         "past_observed_mask")
-    if (known and future is None) or future is not None and (
+    for wrong, message in (
+        (past.ndim != 3 or fixed and past.shape[2] != C, "past_values must be [batch, steps, "
+         f"{C if fixed else 'channels'}]; a single series is x[None, :, None]"),
+        (not torch.isfinite(past).all(), "past_values holds NaN or infinite values: fill them, and "
+         "say so in past_observed_mask"),
+        (known and future is None or future is not None and (
             future.ndim != 3 or future.shape[1] not in (steps, c.prediction_length)
-            or known and future.shape[2] != C):
-        raise ValueError(f"future_values must be [batch, {steps}, channels]; exogenous channels "
-                         f"need it, with all {C} channels (zeros will do for the targets)")
-    if c.resolution_prefix_tuning and (
-            token is None or token.min() < 0 or token.max() >= c.frequency_token_vocab_size):
-        raise ValueError("this model needs freq_token [batch], such as frequency_token('h'), in "
-                         f"0..{c.frequency_token_vocab_size - 1}, got {token}")
-    if sizes and (categories is None or categories.shape != (len(past), len(sizes))
-                  or (categories < 0).any() or (categories >= categories.new_tensor(sizes)).any()):
-        raise ValueError(f"this model needs static_categorical_values [batch, {len(sizes)}], from "
-                         f"0 to below {tuple(sizes)}, got {categories}")
+            or known and future.shape[2] != C),
+         f"future_values must be [batch, {steps}, channels]; exogenous channels need it, with all "
+         f"{C} channels (zeros will do for the targets)"),
+        (c.resolution_prefix_tuning and (
+            token is None or token.min() < 0 or token.max() >= c.frequency_token_vocab_size),
+         "this model needs freq_token [batch], such as frequency_token('h'), in "
+         f"0..{c.frequency_token_vocab_size - 1}"),
+        (sizes and (categories is None or categories.shape != (len(past), len(sizes)) or
+                    ((categories < 0) | (categories >= categories.new_tensor(sizes))).any()),
+         f"static_categorical_values must be [batch, {len(sizes)}], from 0 to below {sizes}"),
+    ):
+        if wrong:
+            shapes = [None if x is None else tuple(x.shape) for x in (past, future)]
+            raise ValueError(f"{message}. Given: past and future {shapes}, token {token}, "
+                             f"categories {categories}")
 
 # %% ../../nbs/inference/02_ttm.ipynb #aa444758
 def _loss(forecast: Tensor, future: Tensor, mask: Tensor | None, c: TTMConfig) -> Tensor:

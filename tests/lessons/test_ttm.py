@@ -606,7 +606,7 @@ def test_nothing_of_a_test_series_is_in_the_corpus():
 
 def test_test_windows_do_not_look_into_training_rows():
     cfg = SMALL.replace(stride=1)
-    bed, wide = (lab.make_bed(cfg, "traffic::traffic_volume|temp", known=k) for k in (False, True))
+    bed, wide = (lab._bed(cfg, "traffic::traffic_volume|temp", known=k) for k in (False, True))
     frame = load_series("traffic::traffic_volume")[0]["traffic_volume"].to_numpy()
     a, b = round(0.7 * len(frame)), round(0.8 * len(frame))
     z = ((frame - frame[:a].mean()) / frame[:a].std()).astype(np.float32)
@@ -697,7 +697,7 @@ def test_evaluation_by_hand_and_in_batches():
 
 def rival(name, bed, **setting):
     "A forecaster of the experiment."
-    return lab.plain_rivals(SMALL.replace(seasons=(24, 7, 12)))[name].adapt(None, bed, 0, **setting)
+    return lab._rivals(SMALL.replace(seasons=(24, 7, 12)))[name].adapt(None, bed, 0, **setting)
 
 
 def test_seasonal_naive_and_long_horizons():
@@ -710,9 +710,9 @@ def test_seasonal_naive_and_long_horizons():
 
 
 def test_a_season_must_fit_into_the_context():
-    names = set(lab.plain_rivals(SMALL.replace(context_length=200, seasons=(24, 168, 500))))
+    names = set(lab._rivals(SMALL.replace(context_length=200, seasons=(24, 168, 500))))
     assert names == {"repeat 24 steps", "repeat 168 steps", "exponential smoothing", "ridge"}
-    smooth = lab.plain_rivals(SMALL.replace(context_length=200))["exponential smoothing"]
+    smooth = lab._rivals(SMALL.replace(context_length=200))["exponential smoothing"]
     assert smooth.grid == [{"period": 24}]  # 168 does not fit in twice
 
 
@@ -906,7 +906,7 @@ def test_full_builds_its_data(recorded, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in FULL.tests:
         recorded.write(name, tmp_path)
-    bed = lab.make_bed(FULL, FULL.tests[0])
+    bed = lab._bed(FULL, FULL.tests[0])
     assert len(bed.train) == 918 - 608 + 1 and bed.train.values.shape == (8640, 7)
     assert len(bed.choose) == len(bed.test) == 2880 - 96 + 1
     assert schemas.rows("autogluon/chronos_datasets@solar#train") == 5_166
@@ -979,10 +979,10 @@ def test_gain_is_a_geometric_mean_over_shared_series():
     rows = [("a", 0, "x", 1.0), ("a", 0, "y", 1.0), ("b", 0, "x", 2.0), ("b", 0, "y", 8.0),
             ("b", 0, "z", 9.0)]
     table = pd.DataFrame(rows, columns=["method", "seed", "series", "mse"])
-    found = lab.gain(table, "a", "b")
+    found = lab._gain(table, "a", "b")
     assert abs(found.value - 75) < 1e-9 and math.isnan(found.low) and found.n == 1
     both = pd.concat([table, table.assign(seed=1, mse=table["mse"] * 1.5)])
-    found = lab.gain(both, "a", "b")
+    found = lab._gain(both, "a", "b")
     assert found.low <= found.value <= found.high
 
 
