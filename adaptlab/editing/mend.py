@@ -160,7 +160,7 @@ class _LowRankLayer(nn.Module):
         out = torch.addcmul(self.offset[layer], inner, self.scale[layer]).clamp(min=0)
         return z + out if self.identity else out
 
-# %% ../../nbs/editing/01_mend.ipynb #3e111308
+# %% ../../nbs/editing/01_mend.ipynb #e0ae9854
 class GradientTransform(nn.Module):
     """The editor network g for all weights of one shape (section 3.1 of the paper, equation 3).
 
@@ -182,11 +182,11 @@ class GradientTransform(nn.Module):
         m, n = in_features, out_features
         width = {"both": m + n, "x_only": m, "delta_only": n, "one_sided": min(m, n)}
         if mode not in width or init not in ("id", "xavier"):
-            raise ValueError(f"mode = {mode!r}, init = {init!r}: mode must be one of "
-                             f"{', '.join(width)}, and init 'id' or 'xavier'")
+            raise ValueError(f"mode = {mode!r} must be one of {', '.join(width)}; init = {init!r} "
+                             "must be 'id' or 'xavier'")
         if min(m, n, rank, n_layers, n_hidden + 1) < 1:
-            raise ValueError(f"sizes {m}, {n}, rank = {rank}, n_layers = {n_layers}, n_hidden = "
-                             f"{n_hidden}: all must be at least 1 (n_hidden 0)")
+            raise ValueError(f"{m}, {n}, rank = {rank}, n_layers = {n_layers} must be at least 1, "
+                             f"n_hidden = {n_hidden} at least 0")
         self.sides, self.norm = (m, n), norm
         self.start = m if mode == "delta_only" or mode == "one_sided" and m > n else 0
         self.layers = nn.ModuleList(_LowRankLayer(width[mode], rank, n_layers, init == "id")
