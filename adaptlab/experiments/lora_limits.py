@@ -107,25 +107,25 @@ def _errors(cfg: Config) -> pd.DataFrame:
                  for g in cfg.degrees]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/lora_limits.ipynb #97c78f39
+# %% ../../nbs/experiments/lora_limits.ipynb #488b7eb7
 def _error(cfg: Config, run: Run, report: Report) -> None:
     "Small norms: a few degrees do. Large norms: no degree of these does."
     table = report.table("error", run.stage("error", partial(_errors, cfg)))
-    low = table[(table["gamma"] == 0.5) & (table["degree"] == 4)]
-    high = table[(table["gamma"] == max(cfg.sizes)) & (table["degree"] == max(cfg.degrees))]
-    root = math.sqrt(math.log(cfg.length))
+    low = table.query("gamma == 0.5 and degree == 4")
+    high = table.query("gamma == gamma.max() and degree == degree.max()")
     if len(low):
         report.claim("at Gamma = 0.5, degree 4 gives all gradients to 0.1 %",
                      measured=stats.over_seeds(low["error"]), below=1e-3,
                      paper="an accurate fast algorithm below the threshold", source="abstract",
                      why="the radius is larger than the degree allows")
-    report.claim(f"at Gamma = {max(cfg.sizes):g}, {max(cfg.sizes) / root:.1f} times sqrt(ln L), "
-                 f"degree {max(cfg.degrees)} is off by more than 10 %",
+    times = max(cfg.sizes) / math.sqrt(math.log(cfg.length))
+    report.claim(f"at Gamma = {max(cfg.sizes):g}, {times:.1f} times sqrt(ln L), degree "
+                 f" {max(cfg.degrees)} is off by more than 10 %",
                  measured=stats.over_seeds(high["error"]), above=0.1,
                  paper="no fast algorithm above it", source="abstract, under SETH",
                  why="random inputs are not the theorem's worst case")
 
-# %% ../../nbs/experiments/lora_limits.ipynb #50cafcd4
+# %% ../../nbs/experiments/lora_limits.ipynb #aa0655c5
 def _seconds(work: Callable[[], Any]) -> float:
     "The shorter of two calls, after one that does not count."
     def once() -> None:
@@ -151,9 +151,9 @@ def _costs(cfg: Config, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _slope(table: pd.DataFrame, column: str, start: int = 1024) -> float:
-    "Exponent of a column in the length, from some length on."
-    part = table[table["length"] >= start]
+def _slope(table: pd.DataFrame, column: str) -> float:
+    "Exponent of a column in the length, from 1,024 on."
+    part = table[table["length"] >= 1024]
     return float(np.polyfit(np.log(part["length"]), np.log(part[column]), 1)[0])
 
 
@@ -162,14 +162,14 @@ def _cost(cfg: Config, run: Run, report: Report) -> None:
     found = [run.stage(f"cost/{seed}", partial(_costs, cfg, seed)) for seed in cfg.seeds]
     table = report.table("cost", pd.concat(found, ignore_index=True))
     busy = "another program used the machine, or short inputs are dominated by fixed costs"
-    for name, limit, paper in (("exact", {"above": 1.7}, "2"),
-                               ("fast", {"below": 1.3}, "1 + o(1)")):
+    for name, limit, paper, source in (("exact", {"above": 1.7}, "", ""),
+                                       ("fast", {"below": 1.3}, "1 + o(1)", "sections 3 and 4")):
         slopes = table[table["gradient"] == name].groupby("seed").apply(
             _slope, "seconds", include_groups=False)
         report.claim(f"seconds of the {name} gradient grow with an exponent "
                      f"{'above' if name == 'exact' else 'below'} {next(iter(limit.values()))} in L",
                      measured=stats.bootstrap(slopes, np.median), **limit, paper=paper,
-                     source="section 3", why=busy)
+                     source=source, why=busy)
     common = max(set(cfg.exact_lengths) & set(cfg.fast_lengths))
     at = table[table["length"] == common].pivot(index="seed", columns="gradient", values="seconds")
     report.claim(f"at L = {common}, d = {cfg.width} the fast gradient is more than ten times as "
@@ -179,15 +179,15 @@ def _cost(cfg: Config, run: Run, report: Report) -> None:
     report.claim("peak memory of the fast gradient grows no faster than L",
                  measured=stats.over_seeds(memory.groupby("seed").apply(
                      _slope, "mib", include_groups=False)), below=1.05, paper="1 + o(1)",
-                 source="section 3", why="fixed buffers weigh on short inputs")
+                 source="sections 3 and 4", why="fixed buffers weigh on short inputs")
 
-# %% ../../nbs/experiments/lora_limits.ipynb #b92cf884
+# %% ../../nbs/experiments/lora_limits.ipynb #92f23106
 def _phases(cfg: Config) -> pd.DataFrame:
     "log k / log L for every power and length."
     return pd.DataFrame([
         {"power": s, "log2 L": n, "exponent": limits.feature_exponent(
             lambda length, s=s: math.log(length) ** s, [2**n])[0]}
-        for s in cfg.powers for n in cfg.doublings])
+        for s, n in product(cfg.powers, cfg.doublings)])
 
 
 def _phase(cfg: Config, run: Run, report: Report) -> None:
@@ -201,17 +201,16 @@ def _phase(cfg: Config, run: Run, report: Report) -> None:
             report.claim(f"for Gamma = (ln L)^{s} the features' exponent {words} with L",
                          measured=float(change[s]), **limit,
                          paper="o(1)" if s < 0.5 else "not sub-quadratic",
-                         source="theorem on the threshold", why="the lengths are too short")
+                         source="section 5", why="the lengths are too short")
     if 0.5 in change:
         report.claim("for Gamma = (ln L)^0.5 it stands still (change below 0.01)",
                      measured=abs(float(change[0.5])), below=0.01, paper="the threshold",
-                     source="abstract", why="the lengths are too short")
+                     source="section 5", why="the lengths are too short")
 
-# %% ../../nbs/experiments/lora_limits.ipynb #451e8adc
+# %% ../../nbs/experiments/lora_limits.ipynb #ef3c0353
 def _radii(Q: Tensor, K: Tensor, V: Tensor, beta: float | None) -> dict[str, Tensor]:
     "Largest logit per head: as it is, and with centred keys; queries times beta, keys, values."
-    beta = Q.shape[-1] ** -0.5 if beta is None else beta
-    q = beta * Q[0].float()
+    q = (beta or Q.shape[-1] ** -0.5) * Q[0].float()
     k, v = (t[0].float().repeat_interleave(len(q) // t.shape[1], 0) for t in (K, V))
     centred = k - k.mean(-2, keepdim=True)
     found = [torch.tensor([limits.tight_radius(a, b) for a, b in zip(q, keys, strict=True)])
@@ -246,14 +245,14 @@ def _look(cfg: Config, model: Any, ids: Tensor) -> dict[str, pd.DataFrame]:
               for r, e in _real_errors(layers[i], cfg.radii)]
     return {"radii": radii, "errors": pd.DataFrame(errors)}
 
-# %% ../../nbs/experiments/lora_limits.ipynb #0c47e99e
+# %% ../../nbs/experiments/lora_limits.ipynb #67ec9792
 def _stretched(cfg: Config, loaded: Any, alpha: float, seed: int) -> pd.DataFrame:
     "Gamma of every adapted matrix, its factors trained and alpha stretched."
     model = loaded.model
     ids = windows(cfg.train_text, loaded.processor, cfg.train_length, part="train")
     set_seed(seed)
-    adapters.attach(model, partial(adapters.LoraAdapter, rank=cfg.rank, alpha=alpha),
-                    ["q_proj", "k_proj", "v_proj"])
+    make = partial(adapters.LoraAdapter, rank=cfg.rank, alpha=alpha)
+    adapters.attach(model, make, ["q_proj", "k_proj", "v_proj"])
     try:
         cfg.training.fit(model, {"input_ids": ids, "labels": ids}, modules.cross_entropy,
                          seed=seed, device=cfg.device, progress=False)
@@ -273,24 +272,23 @@ def _stretched(cfg: Config, loaded: Any, alpha: float, seed: int) -> pd.DataFram
     finally:
         adapters.detach(model)
 
-# %% ../../nbs/experiments/lora_limits.ipynb #2cdd6fb4
+# %% ../../nbs/experiments/lora_limits.ipynb #5499cd58
 def _heads(cfg: Config, run: Run, report: Report) -> None:
     "Level and growth of a real model's norms, what centring brings, and what LoRA adds."
     loaded = models.load(cfg.model, device=cfg.device)
     model = loaded.model
-    ids = windows(cfg.text, loaded.processor, cfg.lengths[-1], n=cfg.windows).to(
-        modules.device_of(model))
+    ids = windows(cfg.text, loaded.processor, cfg.lengths[-1], n=cfg.windows)
     found = [run.stage(f"heads/{i}", lambda i=i: pd.DataFrame(limits.phase_report(
         model, cfg.lengths, ids[i : i + 1])).assign(window=i)) for i in range(len(ids))]
     heads = report.table("heads", pd.concat(found, ignore_index=True))
     look = cache(lambda: _look(cfg, model, ids[:1, :256]))
     looks = {part: report.table(part, run.stage(f"look/{part}", lambda part=part: look()[part]))
              for part in ("radii", "errors")}
-    stretched = [run.stage(f"lora/{alpha:g}-{seed}", partial(_stretched, cfg, loaded, alpha, seed))
-                 for alpha in cfg.alphas for seed in cfg.seeds[:1]]
+    stretched = [run.stage(f"lora/{alpha:g}", partial(_stretched, cfg, loaded, alpha,
+                                                      cfg.seeds[0])) for alpha in cfg.alphas]
     lora = report.table("lora", pd.concat(stretched, ignore_index=True))
     _claims(cfg, report, heads, looks, lora)
-    if {"error", "cost", "heads"} <= set(report.tables):
+    if {"error", "cost"} <= set(report.tables):
         report.figure("main", _plot(cfg, report), "Left: error against norm. Middle: seconds "
                       "against length. Right: the heads of a real model, level against growth.")
     report.figure("real", _plot_real(cfg, report), "Left: error of degree 2 on real heads, their "
@@ -327,7 +325,7 @@ def _claims(cfg: Config, report: Report, heads: pd.DataFrame, looks: dict, lora:
                  paper="the norms contain alpha B A / r", source="abstract",
                  why="the frozen part still matters at these alpha")
 
-# %% ../../nbs/experiments/lora_limits.ipynb #0dad81ae
+# %% ../../nbs/experiments/lora_limits.ipynb #eb800473
 def _plot(cfg: Config, report: Report) -> Any:
     "Error, cost and heads side by side."
     import matplotlib.pyplot as plt
@@ -337,26 +335,26 @@ def _plot(cfg: Config, report: Report) -> Any:
     error = report.tables["error"].groupby(["degree", "gamma"])["error"].median()
     for g in cfg.degrees:
         a.plot(error[g].index, error[g], "o-", ms=4, label=f"degree {g}")
-    a.axvline(math.sqrt(math.log(cfg.length)), color=plots.COLORS["black"], ls=":", lw=1.2)
-    a.text(math.sqrt(math.log(cfg.length)) + 0.06, 1e-11, r"$\sqrt{\ln L}$", fontsize=10)
+    root = math.sqrt(math.log(cfg.length))
+    a.axvline(root, color=plots.COLORS["black"], ls=":", lw=1.2)
+    a.text(root + 0.06, 1e-11, r"$\sqrt{\ln L}$", fontsize=10)
     a.set(yscale="log", xlabel=r"largest entry $\Gamma$ of queries and keys",
-          ylabel="relative error of the gradients")
-    a.set_title("Small norms: a few degrees are enough")
+          ylabel="relative error of the gradients", title="Small norms: a few degrees are enough")
     a.legend()
     times = report.tables["cost"].groupby(["gradient", "length"])["seconds"].median()
     for name, color in (("exact", "vermillion"), ("fast", "blue")):
         b.plot(times[name].index, times[name], "o-", ms=4, color=plots.COLORS[color], label=name)
-    b.set(yscale="log", xlabel="length $L$", ylabel="seconds")
+    b.set(yscale="log", xlabel="length $L$", ylabel="seconds",
+          title=f"Seconds, d = {cfg.width}, degree {cfg.cost_degree}")
     b.set_xscale("log", base=2)
-    b.set_title(f"Seconds, d = {cfg.width}, degree {cfg.cost_degree}")
     b.legend()
     heads = report.tables["heads"].groupby(["layer", "head"])[["ratio", "exponent"]].mean()
-    c.scatter(heads["exponent"], heads["ratio"], s=14, color=plots.COLORS["blue"], alpha=0.6)
-    c.axhline(1, color=plots.COLORS["vermillion"], lw=1.2)
-    c.axvline(0.5, color=plots.COLORS["vermillion"], lw=1.2)
+    c.scatter(heads["exponent"], heads["ratio"], s=14, alpha=0.6)
+    for line, at in ((c.axhline, 1), (c.axvline, 0.5)):
+        line(at, color=plots.COLORS["vermillion"], lw=1.2)
     c.set(ylim=(0, None), xlabel=r"growth: $s$ in $\Gamma\propto(\ln L)^s$",
-          ylabel=rf"level: $\Gamma/\sqrt{{\ln L}}$ at $L={cfg.lengths[-1]}$")
-    c.set_title("Heads of a real model: high level, slow growth")
+          ylabel=rf"level: $\Gamma/\sqrt{{\ln L}}$ at $L={cfg.lengths[-1]}$",
+          title="Heads of a real model: high level, slow growth")
     return fig
 
 
@@ -370,12 +368,11 @@ def _plot_real(cfg: Config, report: Report) -> Any:
     for layer, part in errors[errors["radius"].notna()].groupby("layer"):
         middle = part.groupby("radius")["error"].median()
         a.plot(middle.index, middle, "o-", ms=4, label=f"layer {layer}")
-    real = errors[errors["radius"].isna()]["error"].median()
-    a.axhline(real, color=plots.COLORS["black"], ls=":", label="as the model has it")
-    a.set(yscale="log", xlabel="largest logit $R$ of the head",
-          ylabel="relative error of the output, degree 2")
+    a.axhline(errors[errors["radius"].isna()]["error"].median(), color=plots.COLORS["black"],
+              ls=":", label="as the model has it")
     a.set_xscale("log", base=2)
-    a.set_title("Real heads, only their norm changed")
+    a.set(yscale="log", xlabel="largest logit $R$ of the head", ylabel="relative error, degree 2",
+          title="Real heads, only their norm changed")
     a.legend()
     lora = report.tables["lora"]
     lora = lora[(lora["alpha"] == max(cfg.alphas)) & (lora["share"] > 0)]
@@ -384,8 +381,8 @@ def _plot_real(cfg: Config, report: Report) -> Any:
         middle = (part["gamma"] / part["base"]).groupby(part["share"]).median()
         b.plot(middle.index, middle, "o-", ms=4, label=name.upper())
     b.set(xscale="log", yscale="log", xlabel=r"adapter's part over frozen part, $\propto\alpha$",
-          ylabel=r"$\Gamma$ over that of the frozen weight")
-    b.set_title(r"A large $\alpha$ pushes the norms up in proportion")
+          ylabel=r"$\Gamma$ over that of the frozen weight",
+          title=r"A large $\alpha$ pushes the norms up in proportion")
     b.legend()
     return fig
 
