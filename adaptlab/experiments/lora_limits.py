@@ -107,7 +107,7 @@ def _errors(cfg: Config) -> pd.DataFrame:
                  for g in cfg.degrees]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/lora_limits.ipynb #488b7eb7
+# %% ../../nbs/experiments/lora_limits.ipynb #be241d9b
 def _error(cfg: Config, run: Run, report: Report) -> None:
     "Small norms: a few degrees do. Large norms: no degree of these does."
     table = report.table("error", run.stage("error", partial(_errors, cfg)))
@@ -120,7 +120,7 @@ def _error(cfg: Config, run: Run, report: Report) -> None:
                      why="the radius is larger than the degree allows")
     times = max(cfg.sizes) / math.sqrt(math.log(cfg.length))
     report.claim(f"at Gamma = {max(cfg.sizes):g}, {times:.1f} times sqrt(ln L), degree "
-                 f" {max(cfg.degrees)} is off by more than 10 %",
+                 f"{max(cfg.degrees)} is off by more than 10 %",
                  measured=stats.over_seeds(high["error"]), above=0.1,
                  paper="no fast algorithm above it", source="abstract, under SETH",
                  why="random inputs are not the theorem's worst case")
