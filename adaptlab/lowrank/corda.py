@@ -6,7 +6,8 @@
 __all__ = ['Method', 'Mode', 'Covariance', 'damped', 'context_svd', 'truncate', 'starting_factors', 'CordaAdapter',
            'corda_adapter', 'collect_covariance', 'CorDAConfig', 'get_corda_model', 'corda_to_lora']
 
-# %% ../../nbs/lowrank/04_corda.ipynb #3c436320
+# %% ../../nbs/lowrank/04_corda.ipynb #d25a8b19
+import inspect
 import math
 import warnings
 from collections import Counter
@@ -352,7 +353,7 @@ def corda_adapter(
     return CordaAdapter(layer, rank, alpha, mode,
                         starting_factors(W, covariance, rank, mode, scaling, damp))
 
-# %% ../../nbs/lowrank/04_corda.ipynb #8a568fe4
+# %% ../../nbs/lowrank/04_corda.ipynb #e8e8f2b4
 class _Done(Exception):
     "Every layer has been seen: leave the forward pass."
 
@@ -381,7 +382,7 @@ class _Collector:
         self.sequences, self.mask = len(first) if first.dim() > 1 else 1, mask
         self.calls = Counter()
         with suppress(_Done):
-            modules.call(model, batch)
+            modules.call(_body(model, self.layers.values(), batch), batch)
         if self.once is None:
             self.once = len(self.calls) == len(self.layers) and set(self.calls.values()) == {1}
         self.flush()
@@ -425,7 +426,7 @@ class _Collector:
             else:
                 self.sums[names] = fresh
 
-# %% ../../nbs/lowrank/04_corda.ipynb #9474c645
+# %% ../../nbs/lowrank/04_corda.ipynb #8f575471
 def _padding(model: nn.Module, batch: Mapping) -> Tensor | None:
     "The attention mask as bool, None if nothing is masked; `ValueError` if it can't be used."
     masks = [m for k, m in batch.items() if k.endswith("attention_mask") and m is not None]
@@ -439,6 +440,15 @@ def _padding(model: nn.Module, batch: Mapping) -> Tensor | None:
     return masks[0].bool()
 
 
+def _body(model: nn.Module, layers: Iterable[nn.Module], batch: Any) -> nn.Module:
+    "The model without its head, if that holds all the layers and takes the same arguments."
+    body = getattr(model, "base_model", model)
+    if body is model or not isinstance(batch, Mapping):
+        return model
+    takes = set(batch) - {"labels"} <= set(inspect.signature(body.forward).parameters)
+    return body if takes and {*map(id, layers)} <= {*map(id, body.modules())} else model
+
+# %% ../../nbs/lowrank/04_corda.ipynb #e7c953e6
 def _target_layers(model: nn.Module, targets: Any) -> dict[str, nn.Module]:
     "The linear layers to adapt; `TypeError` for other layers, `ValueError` for tied ones."
     linear = (nn.Linear, Conv1D)
