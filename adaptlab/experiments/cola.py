@@ -26,7 +26,7 @@ from ..bench.report import Report
 from ..bench.runs import BaseConfig, Run, bounded, tracks
 from ..testtime import cola as method
 
-# %% ../../nbs/experiments/cola.ipynb #d93d8aea
+# %% ../../nbs/experiments/cola.ipynb #ec66da95
 METHODS = ("skip", "repeat", "both", "both, small lambda", "random edits")
 
 
@@ -52,9 +52,6 @@ class Config(BaseConfig):
     length_weight: float = 5.0  # lambda
     small_weight: float = 0.5  # the other lambda
     epsilon: float = bounded(0.1, low=0, high=1)  # share of random choices in the search
-    n_candidates: int = bounded(8, low=1)  # children per expansion
-    max_block: int = bounded(4, low=1)  # longest block
-    max_repeat: int = bounded(4, low=1)  # most additional copies
     cache_mb: int = bounded(512, low=0)  # memory for shared prefixes, MiB
     batch: int = bounded(64, low=1)  # questions that are searched side by side
     n_transfer: int = bounded(4, low=0)  # chains that are tried on all other questions
@@ -68,21 +65,11 @@ class Config(BaseConfig):
 
 SMALL = Config()
 FULL = Config(
-    model="meta-llama/Llama-3.2-3B-Instruct",
-    dtype="bfloat16",
-    dataset="allenai/ai2_arc@ARC-Easy#test",
-    question="question",
-    answer="answerKey",
-    choices="choices",
-    template="{question}\nAnswer with the letter of the right option only.",
-    chat=True,
-    n_samples=500,
-    n_simulations=200,
-    max_tokens=0,
-    n_transfer=20,
-    cache_mb=8192,
-    batch=16,
-)
+    model="meta-llama/Llama-3.2-3B-Instruct", dtype="bfloat16",
+    dataset="allenai/ai2_arc@ARC-Easy#test", question="question", answer="answerKey",
+    choices="choices", template="{question}\nAnswer with the letter of the right option only.",
+    chat=True, n_samples=500, n_simulations=200, max_tokens=0, n_transfer=20, cache_mb=8192,
+    batch=16)
 
 # %% ../../nbs/experiments/cola.ipynb #d2349db7
 class Question(NamedTuple):
@@ -132,7 +119,7 @@ def questions(
             f"{cfg.max_tokens}: raise it (0: any length), or take other data")
     return found
 
-# %% ../../nbs/experiments/cola.ipynb #7e2d0bdf
+# %% ../../nbs/experiments/cola.ipynb #d29cb672
 def boxed_answer(
     text: str,  # what the model wrote
 ) -> str:  # the inside of its last `\boxed{}`; without one, its last number; else the text
@@ -178,17 +165,15 @@ class Judge:
             yield method.teacher_forced_match(logits, self.sample[i].answer_ids, prompt_len=1)
 
     def _written(self, jobs: list[tuple[int, method.Path]]) -> Iterator[bool]:
-        device = modules.device_of(self.model)
         for i, path in jobs:
-            ids = torch.tensor([self.sample[i].prompt_ids], device=device)
+            ids = torch.tensor([self.sample[i].prompt_ids], device=modules.device_of(self.model))
             with method.layer_path(self.model, path), torch.no_grad():
                 written = self.model.generate(
                     ids, attention_mask=torch.ones_like(ids), do_sample=False,
                     max_new_tokens=self.cfg.max_new_tokens,
                     pad_token_id=self.tokenizer.pad_token_id)
             text = self.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
-            gold = boxed_answer(self.sample[i].answer)
-            yield evaluate.same_answer(boxed_answer(text), gold)
+            yield evaluate.same_answer(boxed_answer(text), boxed_answer(self.sample[i].answer))
 
     def __call__(
         self,
@@ -200,7 +185,7 @@ class Judge:
         self.table.update(zip(new, map(float, right), strict=True))
         return [self.table[job] for job in jobs]
 
-# %% ../../nbs/experiments/cola.ipynb #55b6d845
+# %% ../../nbs/experiments/cola.ipynb #4c2c62a9
 def search_all(
     judge: Judge,  # of some questions
     numbers: Sequence[int],  # of these questions in the sample
@@ -214,7 +199,6 @@ def search_all(
         method.ChainOfLayersSearch(
             judge.model, float, cfg.n_simulations, m.partition(",")[0], epsilon=cfg.epsilon,
             length_weight=cfg.small_weight if "lambda" in m else cfg.length_weight,
-            max_block=cfg.max_block, max_repeat=cfg.max_repeat, n_candidates=cfg.n_candidates,
             seed=seeds[row])
         for row, m in games]
     found = method.search_many(
@@ -223,14 +207,12 @@ def search_all(
     for row, own in enumerate(seeds if "random edits" in cfg.methods else ()):
         tree = results.get((row, "both"))
         paths = method.random_edit_paths(
-            depth, tree.n_executed if tree else cfg.n_simulations, max_block=cfg.max_block,
-            max_repeat=cfg.max_repeat, seed=own)
-        rewards = judge([(row, path) for path in paths])
-        table = dict(zip(paths, rewards, strict=True))
+            depth, tree.n_executed if tree else cfg.n_simulations, seed=own)
+        table = dict(zip(paths, judge([(row, path) for path in paths]), strict=True))
         results[row, "random edits"] = method.SearchResult(table, depth, len(table))
     return [
         {"seed": seed, "sample": numbers[row], "method": m, "path": list(path),
-         "reward": reward, "simulations": r.n_simulations, "depth": r.depth}
+         "reward": reward, "depth": r.depth}
         for (row, m), r in results.items() for path, reward in r.evaluated.items()]
 
 
@@ -259,13 +241,13 @@ def _searches(cfg: Config, run: Run, model: nn.Module, tokenizer: Any) -> pd.Dat
     frame["path"] = [tuple(int(i) for i in p) for p in frame["path"]]
     return frame.sort_values(["seed", "sample", "method"], kind="stable", ignore_index=True)
 
-# %% ../../nbs/experiments/cola.ipynb #0a4aa58e
+# %% ../../nbs/experiments/cola.ipynb #dabb44c3
 def _results(frame: pd.DataFrame, name: str = "") -> list[method.SearchResult]:
     "Results of a method, or ("") of all that was executed, by seed and sample."
     rows = frame[frame["method"] == name] if name else frame
     return [
         method.SearchResult(dict(zip(map(tuple, g["path"]), g["reward"], strict=True)),
-                            int(g["depth"].iloc[0]), int(g["simulations"].iloc[0]))
+                            int(g["depth"].iloc[0]), len(g))
         for _, g in rows.groupby(["seed", "sample"], sort=True)]
 
 
@@ -292,7 +274,7 @@ def _summary(items: pd.DataFrame) -> pd.DataFrame:
             "depth, W->C": of["W->C"]["calls"].mean(), "executed paths": part["executed"].mean()})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/cola.ipynb #3083b958
+# %% ../../nbs/experiments/cola.ipynb #6246c04c
 def _transfer(cfg: Config, model: nn.Module, tokenizer: Any, frame: pd.DataFrame) -> pd.DataFrame:
     "The first chains found that differ from the standard one, on all other questions."
     first = frame[frame["seed"] == cfg.seeds[0]]
@@ -307,38 +289,34 @@ def _transfer(cfg: Config, model: nn.Module, tokenizer: Any, frame: pd.DataFrame
         for origin, chain in chains:
             others = [row for row, number in enumerate(numbers) if number != origin]
             rewards = judge([(row, chain) for row in others])
-            rows += [{"chain of": origin, "sample": numbers[row], "reward": reward,
-                      "standard": own[row]} for row, reward in zip(others, rewards, strict=True)]
-    columns = ["chain of", "sample", "reward", "standard"]
-    return pd.DataFrame(processes.gather(rows), columns=columns)
+            rows += [{"sample": numbers[row], "reward": reward, "standard": own[row]}
+                     for row, reward in zip(others, rewards, strict=True)]
+    return pd.DataFrame(processes.gather(rows), columns=["sample", "reward", "standard"])
 
-# %% ../../nbs/experiments/cola.ipynb #e305a988
+# %% ../../nbs/experiments/cola.ipynb #189a7e9f
 def _findings(report: Report, union: list[method.SearchResult]) -> None:
-    "The paper's two main findings, at its thresholds and as plain directions."
+    "The paper's two main findings, at its thresholds, and the first for most."
     tried = np.mean([r.n_executed for r in union])
     few = f"{tried:.0f} chains per question, up to 200 and a larger model in the paper"
     right = [len(r.best_path) < r.depth for r in union if r.initial_reward > 0]
     wrong = [r.outcome == "W->C" for r in union if r.initial_reward == 0]
-    first, second = "originally right questions", "originally wrong questions"
     for text, paper, flags, mark in (
-        (f"Finding 1: for > 75 % of the {first} a shorter chain is right too", "> 75 %", right, 75),
-        (f"Finding 1, weaker: that is so for most {first}", "> 75 %", right, 50),
-        (f"Finding 2: for > 60 % of the {second} some chain is right", "> 60 %", wrong, 60),
-        (f"Finding 2, weaker: some of the {second} are fixed", "> 60 %", wrong, 0),
+        ("1: for > 75 % of the right questions a shorter chain is right too", "> 75 %", right, 75),
+        ("1, weaker: that is so for most right questions", "> 75 %", right, 50),
+        ("2: for > 60 % of the wrong questions some chain is right", "> 60 %", wrong, 60),
     ):
         share = 100 * stats.wilson(flags) if flags else math.nan
-        report.claim(f"{text} (all searches pooled, oracle)", measured=share, above=mark,
+        report.claim(f"Finding {text} (all searches pooled, oracle)", measured=share, above=mark,
                      paper=paper, source="Abstract", unit="%",
                      why=few if flags else "there is no such question")
 
 
 def _compared(report: Report, items: pd.DataFrame, cfg: Config) -> None:
     "Each ingredient against the search without it, and the tree against luck."
-    few = f"most questions are solved by all or by none of the searches with {cfg.n_simulations} "
-    few += "simulations"
     oracle, table1 = "(difference, oracle)", "Table 1, ARC-E, LLaMA-3-3B base"
+    few = "most questions are solved by all or by none of the searches"
     luck = ("a reward of 0 or 1 says nothing before the first success, and after it nothing is "
-            "left to solve (see the test below)")
+            "left to solve (tested below)")
     cases = [
         Versus(f"Tree search solves more than random edits at equal budget {oracle}", "both",
                "random edits", "after", "no such control", "our control", luck),
@@ -374,7 +352,7 @@ def _controls(report: Report, union: list[method.SearchResult], moved: pd.DataFr
             measured=loss, above=0, paper="not measured", source="our control", unit="points",
             why="chains with one or two edits are nearly as good as the standard path")
 
-# %% ../../nbs/experiments/cola.ipynb #5372494d
+# %% ../../nbs/experiments/cola.ipynb #141b8f35
 def _main_figure(table: pd.DataFrame) -> plt.Figure:
     "Bars: solved before, solved after."
     fig, ax = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
@@ -383,7 +361,7 @@ def _main_figure(table: pd.DataFrame) -> plt.Figure:
     ax.bar(rows, after - before, bottom=before, color=colors, width=0.6)
     ax.bar(rows, before, color="0.75", width=0.6, label="the standard path, no search")
     ends = np.stack([after - table["low"], table["high"] - after]).clip(0)
-    ax.errorbar(rows, after, yerr=ends, fmt="none", ecolor=plots.COLORS["black"], capsize=4)
+    ax.errorbar(rows, after, yerr=ends, fmt="none", ecolor="k", capsize=4)
     names = [m.replace("small lambda", "small λ").replace(", ", ",\n") for m in table["method"]]
     ax.set_xticks(rows, names)
     ax.set(ylim=(0, 118), yticks=range(0, 101, 20), ylabel="questions solved, %")
@@ -393,25 +371,16 @@ def _main_figure(table: pd.DataFrame) -> plt.Figure:
 
 
 def _depth_figure(union: list[method.SearchResult]) -> plt.Figure:
-    "Length of the shortest right path, and the profile over layers."
-    n = union[0].depth
-    fig, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.2), layout="constrained")
-    lengths = {o: [len(r.best_path) for r in union if r.outcome == o] for o in ("C->C", "W->C")}
-    every = [x for v in lengths.values() for x in v] or [n]
-    left.hist(list(lengths.values()), bins=np.arange(min(every) - 0.5, max(*every, n) + 1.5),
-              stacked=True, label=["right before", "wrong before"],
-              color=[plots.COLORS["blue"], plots.COLORS["orange"]])
-    left.axvline(n, color=plots.COLORS["black"], ls="--", lw=1, label="standard path")
-    left.set(xlabel="calls in the shortest right path", ylabel="questions")
-    left.legend(fontsize=8)
+    "The fate of each layer in right paths."
+    fig, ax = plt.subplots(figsize=(7.2, 2.8), layout="constrained")
     found = method.depth_statistics(union)
-    right.plot(100 * found.skip_rate, color=plots.COLORS["blue"], label="left out")
-    right.plot(100 * found.repeats, color=plots.COLORS["orange"], ls="--", label="extra calls")
-    right.set(xlabel="layer", ylabel="per 100 right paths")
-    right.legend()
+    ax.plot(100 * found.skip_rate, color=plots.COLORS["blue"], label="left out")
+    ax.plot(100 * found.repeats, color=plots.COLORS["orange"], ls="--", label="extra calls")
+    ax.set(xlabel="layer", ylabel="per 100 right paths")
+    ax.legend()
     return fig
 
-# %% ../../nbs/experiments/cola.ipynb #26277467
+# %% ../../nbs/experiments/cola.ipynb #13858df0
 def _run_questions(cfg: Config, run: Run, report: Report) -> None:
     "Search, compare, control."
     model, tokenizer = models.load(cfg.model, device=cfg.device, dtype=cfg.dtype)
@@ -424,7 +393,7 @@ def _run_questions(cfg: Config, run: Run, report: Report) -> None:
     report.table("transfer", moved)
     plots.use_style()
     report.figure("main", _main_figure(table), "Questions solved before and after a search")
-    report.figure("depth", _depth_figure(union), "Length and profile of right paths")
+    report.figure("depth", _depth_figure(union), "Layers of right paths")
     _findings(report, union)
     _compared(report, items, cfg)
     _controls(report, union, moved)
