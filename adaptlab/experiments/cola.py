@@ -71,7 +71,7 @@ FULL = Config(
     chat=True, n_samples=500, n_simulations=200, max_tokens=0, n_transfer=20, cache_mb=8192,
     batch=16)
 
-# %% ../../nbs/experiments/cola.ipynb #d2349db7
+# %% ../../nbs/experiments/cola.ipynb #15c46038
 class Question(NamedTuple):
     "A prompt and its gold answer."
 
@@ -101,8 +101,7 @@ def questions(
     if cfg.chat and not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template: set chat = False for a base model")
     rows, found = list(_texts(cfg)), []
-    for i in np.random.default_rng(seed).permutation(len(rows)):
-        prompt, answer = rows[i]
+    for prompt, answer in (rows[i] for i in np.random.default_rng(seed).permutation(len(rows))):
         if cfg.chat:
             turn = [{"role": "user", "content": prompt}]
             prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
@@ -293,7 +292,7 @@ def _transfer(cfg: Config, model: nn.Module, tokenizer: Any, frame: pd.DataFrame
                      for row, reward in zip(others, rewards, strict=True)]
     return pd.DataFrame(processes.gather(rows), columns=["sample", "reward", "standard"])
 
-# %% ../../nbs/experiments/cola.ipynb #189a7e9f
+# %% ../../nbs/experiments/cola.ipynb #0a1a6b6c
 def _findings(report: Report, union: list[method.SearchResult]) -> None:
     "The paper's two main findings, at its thresholds, and the first for most."
     tried = np.mean([r.n_executed for r in union])
@@ -337,8 +336,7 @@ def _controls(report: Report, union: list[method.SearchResult], moved: pd.DataFr
     n, gaps = union[0].depth, []
     for r in (r for r in union if r.outcome != "W->W"):
         rate = 100 * method.depth_statistics([r]).skip_rate
-        middle = rate[n // 4 : max(n // 4 + 1, 3 * n // 4)].mean()
-        gaps.append(middle - rate[: max(1, n // 8)].mean())
+        gaps.append(rate[n // 4 : 3 * n // 4 or 1].mean() - rate[: max(1, n // 8)].mean())
     report.claim(
         "Middle layers are left out more often than the first ones (difference in skip rate)",
         measured=stats.bootstrap(gaps) if gaps else math.nan, above=0, source="Fig. 6",
