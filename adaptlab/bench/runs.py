@@ -154,7 +154,7 @@ def _check_settings(settings: Any, prefix: str = "") -> None:
         if isinstance(value, tuple) and _any_length(hint):
             _check_entries(name, value, f)
 
-# %% ../../nbs/bench/00_runs.ipynb #587a0752
+# %% ../../nbs/bench/00_runs.ipynb #d8470209
 _OPTIONS = {"scale", "resume", "strict", "root", "help"}  # of `adaptlab run` itself
 
 
@@ -194,12 +194,16 @@ class BaseConfig:
         "The settings as JSON-able data; nested dataclasses are nested dictionaries."
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
-    def changes(self, other: "BaseConfig") -> pd.DataFrame:
+    def changes(
+        self,
+        other: "BaseConfig",  # what to compare with
+        names: tuple[str, str] = ("SMALL", "FULL"),  # columns: of `other`, and of these settings
+    ) -> pd.DataFrame:  # one row per setting that differs
         "The settings that differ from those of `other`, such as `FULL.changes(SMALL)`."
         mine, theirs = flat_settings(self.to_dict()), flat_settings(other.to_dict())
         rows = {k: [str(v).replace("\n", " \N{DOWNWARDS ARROW WITH CORNER LEFTWARDS} ")
                     for v in (theirs.get(k), v)] for k, v in mine.items() if v != theirs.get(k)}
-        return pd.DataFrame.from_dict(rows, orient="index", columns=["there", "here"])
+        return pd.DataFrame.from_dict(rows, orient="index", columns=list(names))
 
     def digest(self) -> str:
         "Twelve hex digits that identify these settings."

@@ -130,8 +130,8 @@ def test_settings_round_trip_and_digest():
 
 def test_changes_of_a_preset_as_a_table():
     table = Config(n=5, optim=Optim(lr=0.5)).changes(Config())
-    assert table.to_dict("index") == {"n": {"there": "3", "here": "5"},
-                                      "optim.lr": {"there": "0.1", "here": "0.5"}}
+    assert table.to_dict("index") == {"n": {"SMALL": "3", "FULL": "5"},
+                                      "optim.lr": {"SMALL": "0.1", "FULL": "0.5"}}
     assert Config().changes(Config()).empty
 
 
