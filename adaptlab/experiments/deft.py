@@ -51,23 +51,24 @@ class Config(BaseConfig):
 
 SMALL = Config()
 
-# %% ../../nbs/experiments/deft.ipynb #54f6cf24
+# %% ../../nbs/experiments/deft.ipynb #d974c882
 def cut(
     model: nn.Module,  # trained
     part: tuple[Tensor, Tensor],  # (x, y)
     threshold: float,  # activations up to this size become zero
-) -> dict[str, float]:  # threshold, accuracy and density in percent
+) -> dict[str, float]:  # threshold; accuracy, density, density above 0.001, in percent
     "The model with its small activations cut off."
     hooks = [m.register_forward_hook(lambda m, i, a: a * (a.abs() > threshold))
              for m in activation_modules(model).values()]  # before the recorder's own hooks
     try:
-        with ActivationRecorder(model, mode="density") as recorder:
+        watch = ActivationRecorder(model, mode="density", thresholds=(0.0, 1e-3))
+        with watch as recorder:
             right = accuracy(model, part)
     finally:
         for hook in hooks:
             hook.remove()
-    on = torch.stack(list(recorder.density().values())).mean()
-    return {"threshold": threshold, "accuracy": right, "density": 100 * float(on)}
+    on, over = (100 * torch.stack(list(recorder.density().values())).mean(0)).tolist()
+    return {"threshold": threshold, "accuracy": right, "density": on, "over 0.001": over}
 
 
 def _look(model: nn.Module, bed: Bed, cuts: tuple[float, ...] = (0.0,)) -> list[dict[str, float]]:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from .. import adapters, modules
 
-# %% ../../nbs/lowrank/03_loldu.ipynb #7adbe00a
+# %% ../../nbs/lowrank/03_loldu.ipynb #a8bfe687
 class LDU(NamedTuple):
     "W[perm] = L diag(d) U."
 
@@ -53,9 +53,10 @@ def ldu(
     U = packed[:k].triu()
     d = U.diagonal().clone()
     zero = d == 0
-    if zero.any():
-        warnings.warn(f"{int(zero.sum())} of {k} pivots are zero: the weight has not full rank",
-                      stacklevel=2)
+    noise = d.abs() <= torch.finfo(W.dtype).eps * max(W.shape) * d.abs().max()
+    if noise.any():
+        warnings.warn(f"{int(noise.sum())} of {k} pivots are zero, or rounding noise: the weight "
+                      "has not full rank", stacklevel=2)
     U = U / torch.where(zero, torch.ones_like(d), d)[:, None]
     U[zero] = torch.eye(k, W.shape[1], dtype=W.dtype, device=W.device)[zero]
     return LDU(torch.tensor(order, device=W.device), L, d, U)

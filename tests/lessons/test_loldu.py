@@ -52,10 +52,18 @@ def test_factors_rebuild_the_weight(shape, dtype, near):
 
 def test_a_weight_without_full_rank_keeps_its_product():
     W = torch.outer(torch.tensor([1.0, 2, 4, 8]), torch.ones(4))  # exact in binary
-    with pytest.warns(UserWarning, match="3 of 4 pivots are zero"):
+    with pytest.warns(UserWarning, match="3 of 4 pivots are zero, or rounding noise"):
         perm, L, d, U = ldu(W)
     torch.testing.assert_close((L * d) @ U, W[perm])
     assert torch.isfinite(U).all() and torch.equal(d[1:], torch.zeros(3))
+
+
+def test_pivots_of_rounding_noise_are_warned_of():
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(64, 32, generator=g) @ torch.randn(32, 64, generator=g)
+    with pytest.warns(UserWarning, match="rounding noise"):
+        perm, L, d, U = ldu(W)
+    assert ((L * d) @ U - W[perm]).norm() <= 1e-5 * W.norm()
 
 
 def test_half_precision_is_factored_in_float32():
@@ -230,7 +238,7 @@ def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch):
 
 def test_controls_train_as_many_numbers():
     layer = nn.Linear(20, 10)
-    kinds = (LoLDULinear, told.SingularLinear, told.StrangerLinear)
+    kinds = (LoLDULinear, told.UnitLinear, told.SingularLinear, told.StrangerLinear)
     own = [kind(layer, rank=10) for kind in kinds]
     assert len({sum(p.numel() for p in a.parameters()) for a in own}) == 1
     for a in own:
