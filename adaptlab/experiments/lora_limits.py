@@ -107,7 +107,7 @@ def _errors(cfg: Config) -> pd.DataFrame:
                  for g in cfg.degrees]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/lora_limits.ipynb #be241d9b
+# %% ../../nbs/experiments/lora_limits.ipynb #9e77350e
 def _error(cfg: Config, run: Run, report: Report) -> None:
     "Small norms: a few degrees do. Large norms: no degree of these does."
     table = report.table("error", run.stage("error", partial(_errors, cfg)))
@@ -116,13 +116,13 @@ def _error(cfg: Config, run: Run, report: Report) -> None:
     if len(low):
         report.claim("at Gamma = 0.5, degree 4 gives all gradients to 0.1 %",
                      measured=stats.over_seeds(low["error"]), below=1e-3,
-                     paper="an accurate fast algorithm below the threshold", source="abstract",
+                     paper="", source="not measured there",
                      why="the radius is larger than the degree allows")
     times = max(cfg.sizes) / math.sqrt(math.log(cfg.length))
     report.claim(f"at Gamma = {max(cfg.sizes):g}, {times:.1f} times sqrt(ln L), degree "
                  f"{max(cfg.degrees)} is off by more than 10 %",
                  measured=stats.over_seeds(high["error"]), above=0.1,
-                 paper="no fast algorithm above it", source="abstract, under SETH",
+                 paper="", source="not measured there",
                  why="random inputs are not the theorem's worst case")
 
 # %% ../../nbs/experiments/lora_limits.ipynb #aa0655c5

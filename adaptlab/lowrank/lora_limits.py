@@ -516,7 +516,7 @@ def watch_attention(
                          "attn_implementation='sdpa'")
     return found
 
-# %% ../../nbs/lowrank/01_lora_limits.ipynb #7f93351b
+# %% ../../nbs/lowrank/01_lora_limits.ipynb #350e842e
 def _head_rows(Q: Tensor, K: Tensor, V: Tensor, beta: float | None, lengths: Sequence[int],
                layer: int) -> list[dict[str, Any]]:
     "One row per head of one layer."
@@ -528,23 +528,26 @@ def _head_rows(Q: Tensor, K: Tensor, V: Tensor, beta: float | None, lengths: Seq
         tops = [t.abs().amax(-1).cummax(0).values for t in (q, k, v)]  # over the first L rows
         gammas = [max(float(top[n - 1]) for top in tops) for n in lengths]
         slope = growth_exponent(lengths, gammas)
+        R = logit_radius(beta * q[:last], k[:last])
         rows.append({
             "layer": layer, "head": head,
             **{f"gamma_{n}": float(top[last - 1]) for n, top in zip("qkv", tops, strict=True)},
-            "radius": logit_radius(beta * q[:last], k[:last]),
+            "radius": R,
             "ratio": gammas[-1] / _root_log(last), "exponent": slope,
-            "side": "efficient" if slope < 0.5 else "hard"})
+            "side": "efficient" if slope < 0.5 else "hard",
+            "features": float(feature_count(q.shape[-1], required_degree(R, 1e-3)))})
     return rows
 
-# %% ../../nbs/lowrank/01_lora_limits.ipynb #d7e2913a
+# %% ../../nbs/lowrank/01_lora_limits.ipynb #6987585b
 def phase_report(
     source: nn.Module | Sequence[Tensor],  # a causal model, or its (Q, K, V), [heads, L, d] each
     lengths: Sequence[int],  # at least three; all but the exponent is for the longest
     ids: Tensor | None = None,  # [1, L] token ids, for a model
     beta: float | None = None,  # scale of the logits of (Q, K, V); None: 1 / sqrt(d)
-) -> list[dict[str, Any]]:  # rows: layer, head, gamma_q, _k, _v, radius, ratio, exponent, side
+) -> list[dict[str, Any]]:  # layer, head, gamma_q, _k, _v, radius, ratio, exponent, side, features
     """Norms of every head against sqrt(log L): `ratio`, and how Gamma grows: `exponent`.
 
+    `side` is where that growth lies; `features` is what an error of 1e-3 would take at this radius.
     A diagnostic and no proof: the theorem is about growth. ValueError for fewer than 3 lengths,
     or a text that is shorter than the longest.
     """
