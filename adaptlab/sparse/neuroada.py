@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['Impl', 'Selection', 'LINEARS', 'select_topk', 'neuroada_linear', 'NeuroAdaLinear', 'Positions', 'choose_positions',
-           'gradient_scores', 'NeuroAdaConfig', 'NeuroAda', 'count_trainable', 'Masked', 'wrap_masked',
-           'training_state_bytes']
+           'gradient_scores', 'NeuroAdaConfig', 'NeuroAda', 'count_trainable']
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #c28f98c6
+# %% ../../nbs/sparse/03_neuroada.ipynb #1fc16b4f
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -52,7 +50,7 @@ def _clamped(k: int, d_in: int) -> int:
                       stacklevel=3)
     return min(k, d_in)
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #e89b2b3b
+# %% ../../nbs/sparse/03_neuroada.ipynb #59847656
 def select_topk(
     weight: Tensor,  # [d_out, d_in], finite
     k: int,  # bypasses per neuron, >= 1; more than d_in is cut to d_in with a warning
@@ -66,11 +64,9 @@ def select_topk(
     _check_weight(weight)
     k = _clamped(k, weight.shape[1])
     given = isinstance(score, Tensor)
-    if given and score.shape != weight.shape:
+    if given and (score.shape != weight.shape or not torch.isfinite(score).all()):
         raise ValueError(f"scores of shape {tuple(score.shape)} for a weight of shape "
-                         f"{tuple(weight.shape)}: one score per weight is needed")
-    if given and not torch.isfinite(score).all():
-        raise ValueError("the scores hold NaN or infinity")
+                         f"{tuple(weight.shape)}: one finite score per weight is needed")
     if not given and score not in ("abs", "reverse"):
         raise ValueError(f"score = {score!r}: give 'abs', 'reverse' or a tensor of scores")
     rows = max(1, 2**24 // weight.shape[1])  # so that temporaries stay small
@@ -79,20 +75,20 @@ def select_topk(
         parts = (p.abs() if score == "abs" else -p.abs() for p in parts)
     return torch.cat([_topk_rows(p, k) for p in parts])
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #37b39990
-def _bags(inputs: Tensor, weights: Tensor, indices: Tensor) -> Tensor:  # [entries, tokens]
-    "sum_m weights[:, m] * inputs[indices[:, m]], one fused kernel; inputs are [d_in, tokens]."
-    return F.embedding_bag(indices, inputs, per_sample_weights=weights, mode="sum")
-
-
-def _at_positions(grad: Tensor, inputs: Tensor, indices: Tensor) -> Tensor:  # [entries, k]
-    "Entries of the product grad @ inputs.T, [entries, tokens] x [tokens, d_in], at `indices`."
+# %% ../../nbs/sparse/03_neuroada.ipynb #f1bb89a1
+def _entries(indices: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    "Neuron and column of every bypass, [entries], neurons ascending."
     n, k = indices.shape
-    starts = torch.arange(0, n * k, k, device=indices.device, dtype=indices.dtype)
-    owner = torch.arange(n, device=indices.device, dtype=indices.dtype).repeat_interleave(k)
-    found = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad, inputs, indices.flatten(), starts, owner, 0)
-    return found.view(n, k)
+    if rows is None:
+        rows = torch.arange(n, device=indices.device, dtype=indices.dtype)
+    return rows.repeat_interleave(k), indices.flatten()
+
+
+def _bags(table: Tensor, into: Tensor, take: Tensor, weights: Tensor, n: int) -> Tensor:
+    "[n, tokens]: row i sums weights[e] * table[take[e]] over the e with into[e] = i, ascending."
+    every = torch.arange(n, device=into.device, dtype=into.dtype)
+    starts = torch.searchsorted(into, every).to(into.dtype)
+    return F.embedding_bag(take, table, starts, per_sample_weights=weights, mode="sum")
 
 
 def _columns(x: Tensor) -> Tensor:
@@ -101,47 +97,39 @@ def _columns(x: Tensor) -> Tensor:
     return x.t().contiguous()
 
 
-def _blocks(indices: Tensor, rows: Tensor | None, tokens: int) -> list[slice]:
-    "All entries at once; with `rows`, parts whose [entries, tokens] stay small."
-    n = len(indices)
-    size = n if rows is None else max(1, 2**22 // max(1, tokens))
-    return [slice(r, r + size) for r in range(0, n, size)]
-
-# %% ../../nbs/sparse/03_neuroada.ipynb #4d7d3211
 def _theta_gradient(grad: Tensor, x: Tensor, theta: Tensor, indices: Tensor,
                     rows: Tensor | None) -> Tensor:
     "sum_t g[t, i] x[t, I[i, m]]."
-    g, inputs = _columns(grad.to(x.dtype)), _columns(x)
-    parts = [_at_positions(g[r] if rows is None else g.index_select(0, rows[r]), inputs, indices[r])
-             for r in _blocks(indices, rows, len(x))]
-    return torch.cat(parts).to(theta.dtype)
+    neurons, columns = _entries(indices, rows)
+    found = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        _columns(grad.to(x.dtype)), _columns(x), columns, columns[:1], neurons, 0)
+    return found.view_as(theta).to(theta.dtype)
 
-
+# %% ../../nbs/sparse/03_neuroada.ipynb #f047565a
 class _Gathered(torch.autograd.Function):
     "base + Delta x, without a dense matrix in either direction."
 
     @staticmethod
     def forward(ctx, x, base, theta, indices, rows):
         ctx.save_for_backward(x, theta, indices, rows)
-        inputs, out = _columns(x), base.clone()
-        weights = theta.to(inputs.dtype)
-        for r in _blocks(indices, rows, len(x)):
-            change = _bags(inputs, weights[r], indices[r]).to(out.dtype)
-            out.t().add_(change) if rows is None else out.t().index_add_(0, rows[r], change)
-        return out
+        neurons, columns = _entries(indices, rows)
+        table = _columns(x)
+        change = _bags(table, neurons, columns, theta.flatten().to(table.dtype), base.shape[1])
+        return base + change.t().to(base.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, theta, indices, rows = ctx.saved_tensors
         need = ctx.needs_input_grad
-        grad_x = torch.zeros_like(x) if need[0] else None
-        for r in _blocks(indices, rows, len(x)) if need[0] else ():
-            g = grad if rows is None else grad.index_select(1, rows[r])
-            for m in range(theta.shape[1]):
-                weighted = g.to(x.dtype) * theta[r, m].to(x.dtype)
-                grad_x.index_add_(1, indices[r, m], weighted)
         grad_theta = _theta_gradient(grad, x, theta, indices, rows) if need[2] else None
+        grad_x = None
+        if need[0]:
+            neurons, columns = _entries(indices, rows)
+            table, order = _columns(grad.to(x.dtype)), columns.argsort()
+            weights = theta.flatten()[order].to(table.dtype)
+            grad_x = _bags(table, columns[order], neurons[order], weights, x.shape[1])
+            grad_x = grad_x.t().to(x.dtype)
         return grad_x, grad if need[1] else None, grad_theta, None, None
 
 # %% ../../nbs/sparse/03_neuroada.ipynb #c5bca304
@@ -210,25 +198,22 @@ def neuroada_linear(
         out = _Gathered.apply(rows, F.linear(rows, W, b), theta, idx, None)
     return out.view(*x.shape[:-1], len(W))
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #22f31a98
+# %% ../../nbs/sparse/03_neuroada.ipynb #a7bce79a
 def _check_positions(indices: Tensor, rows: Tensor | None, d_out: int, d_in: int) -> None:
     "ValueError unless every entry names another weight of a (d_out, d_in) matrix."
-    if indices.ndim != 2 or not indices.numel():
-        raise ValueError(f"indices must be [entries, k] and not empty, got {tuple(indices.shape)}")
-    if rows is None and len(indices) not in (1, d_out):
-        raise ValueError(f"indices have {len(indices)} rows for a layer of {d_out} neurons")
-    if rows is not None and rows.shape != indices.shape[:1]:
-        raise ValueError(f"rows {tuple(rows.shape)} and indices {tuple(indices.shape)} don't fit")
-    if indices.min() < 0 or indices.max() >= d_in:
-        raise ValueError(f"indices name columns outside 0 .. {d_in - 1}: they are of another layer")
-    if rows is not None and (rows.min() < 0 or rows.max() >= d_out):
-        raise ValueError(f"rows name neurons outside 0 .. {d_out - 1}: they are of another layer")
-    own = torch.arange(len(indices), device=indices.device) if rows is None else rows.long()
-    flat = (own[:, None] * d_in + indices).flatten()
-    if len(flat.unique()) < len(flat):
+    rows = torch.arange(d_out, device=indices.device) if rows is None else rows.long()
+    if indices.ndim != 2 or not indices.numel() or rows.shape != indices.shape[:1]:
+        raise ValueError(f"indices {tuple(indices.shape)} for {len(rows)} neurons: a row each")
+    for what, t, n in (("columns", indices, d_in), ("neurons", rows, d_out)):
+        if t.min() < 0 or t.max() >= n:
+            raise ValueError(f"{what} outside 0 .. {n - 1}: the positions are of another layer")
+    if (rows.diff() < 0).any():
+        raise ValueError("rows must ascend: sort them, and the rows of indices with them")
+    flat = rows[:, None] * d_in + indices
+    if len(flat.unique()) < flat.numel():
         raise ValueError("indices name the same weight twice")
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #4a987ca3
+
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     "The tensors as autocast would hand them to a product."
     kind = tensors[0].device.type
@@ -242,11 +227,11 @@ def _not_below_single(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     new = fn(t)
     return t.to(new.device) if new.is_floating_point() and new.element_size() < 4 else new
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #045274e5
+# %% ../../nbs/sparse/03_neuroada.ipynb #7a8d9cf1
 class NeuroAdaLinear(adapters.Adapter):
     """Bypass weights beside chosen connections of a frozen Linear or Conv1D (section 3).
 
-    Parameter `delta` (entries, k) in float32 or better, zero at first; buffer `indices` int32.
+    Parameter `delta`, like `indices`, in float32 or better, zero at first; buffers are int32.
     Raises ValueError for k < 1, a weight with NaN or infinity, or indices that do not fit;
     TypeError for other kinds of layers.
     """
@@ -255,8 +240,8 @@ class NeuroAdaLinear(adapters.Adapter):
         self,
         layer: nn.Module,  # frozen Linear, or Conv1D of transformers
         k: int = 1,  # bypasses per neuron, by magnitude, where no indices are given
-        indices: Tensor | None = None,  # columns [d_out, k]; [1, k]: the same for every neuron
-        rows: Tensor | None = None,  # [entries]: the neuron of each row of `indices`; None: all
+        indices: Tensor | None = None,  # columns [d_out, k], or [n, k] of the neurons `rows`
+        rows: Tensor | None = None,  # [n], ascending: the neuron of each row of `indices`
         impl: Impl = "auto",  # how to compute, see `neuroada_linear`
     ):
         super().__init__(layer)
@@ -265,12 +250,11 @@ class NeuroAdaLinear(adapters.Adapter):
         _materialize(impl, 1, 1, 1)  # refuses an unknown one
         if indices is None:
             indices, rows = select_topk(weight, k), None
-        _check_positions(indices, rows, self.out_features, self.in_features)
         self.k, self.impl = k, impl
         self.register_buffer("indices", indices.to(weight.device, torch.int32))
         self.register_buffer("rows", None if rows is None else rows.to(self.indices))
-        n = self.out_features if rows is None else len(rows)
-        self.delta = nn.Parameter(torch.zeros(n, indices.shape[1], **self.factory))
+        self.delta = nn.Parameter(torch.zeros(indices.shape, **self.factory))
+        self.prepare()
 
     def layer_forward(self, base_forward: Callable, *args, **kwargs) -> Tensor:
         "The adapted layer: one product by W + Delta where that is faster."
@@ -281,22 +265,18 @@ class NeuroAdaLinear(adapters.Adapter):
         x, W, b = _autocast(x, self.base_weight(), self.base_bias())
         with torch.autocast(x.device.type, enabled=False):
             out = _Materialized.apply(
-                x.reshape(-1, self.in_features), W, b, self.delta, self._every(), self.rows)
+                x.reshape(-1, self.in_features), W, b, self.delta, self.indices, self.rows)
         return out.view(*x.shape[:-1], self.out_features)
 
     def forward(self, x: Tensor, base_output: Tensor) -> Tensor:
         "base_output + Delta x."
         flat = x.reshape(-1, self.in_features), base_output.reshape(-1, self.out_features)
-        return _Gathered.apply(*flat, self.delta, self._every(), self.rows).view_as(base_output)
-
-    def _every(self) -> Tensor:
-        "The columns of every entry, also where they are shared."
-        return self.indices.expand(len(self.delta), -1)
+        return _Gathered.apply(*flat, self.delta, self.indices, self.rows).view_as(base_output)
 
     def delta_weight(self) -> Tensor:
         "Delta as a dense matrix, for `merge`."
         zeros = self.delta.new_zeros(self.out_features, self.in_features)
-        return self.as_weight(_folded(zeros, self.delta, self._every(), self.rows))
+        return self.as_weight(_folded(zeros, self.delta, self.indices, self.rows))
 
     def config(self) -> dict[str, Any]:  # JSON-able
         "What `save` writes beside the tensors, which bring their own shapes."
@@ -318,22 +298,20 @@ class NeuroAdaLinear(adapters.Adapter):
 
     def prepare(self) -> None:
         "Check the positions, which may have come from a file."
-        _check_positions(self.indices, self.rows, self.out_features, self.in_features)
-        n = self.out_features if self.rows is None else len(self.rows)
-        if self.delta.shape != (n, self.indices.shape[1]):
+        if self.delta.shape != self.indices.shape:
             raise ValueError(f"delta {tuple(self.delta.shape)} does not fit the indices "
-                             f"{tuple(self.indices.shape)} of {n} neurons")
+                             f"{tuple(self.indices.shape)}")
+        _check_positions(self.indices, self.rows, self.out_features, self.in_features)
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #536da1a0
-Selection = Literal["magnitude", "reverse", "gradient", "random", "random_layer",
-                    "random_block", "random_global", "global", "shared"]
+# %% ../../nbs/sparse/03_neuroada.ipynb #e4752e3a
+Selection = Literal["magnitude", "reverse", "gradient", "random", "random_layer", "global"]
 
 
 class Positions(NamedTuple):
     "Where one layer gets bypasses."
 
-    indices: Tensor  # int64 [entries, k], columns; [1, k] if all neurons share them
-    rows: Tensor | None  # int64 [entries], the neuron of each entry; None: entry i is neuron i
+    indices: Tensor  # int64 [n, k], columns
+    rows: Tensor | None  # int64 [n], ascending: the neuron of each row; None: row i is neuron i
 
 
 def _draw(n: int, size: int, generator: torch.Generator) -> Tensor:
@@ -360,45 +338,20 @@ def _largest(weights: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
         values, owners, flats = values[best], owners[best], flats[best]
     return {name: flats[owners == i].sort().values for i, name in enumerate(weights)}
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #86b7d5f3
+# %% ../../nbs/sparse/03_neuroada.ipynb #b59e8cd0
 def _spread(weights: Mapping[str, Tensor], k: int, selection: str,
             generator: torch.Generator) -> dict[str, Positions]:
     "The budget of k per neuron, without regard to neurons; a layer may get nothing."
-    flats: dict[str, Tensor] = {}
-    groups: dict[str, list[str]] = {}
-    for name in weights:  # what a layer shares its budget with
-        block = re.match(r"(.*?\.\d+)\.", f".{name}.")
-        group = {"random_layer": name, "random_block": block[1] if block else name}
-        groups.setdefault(group.get(selection, ""), []).append(name)
-    for names in groups.values():
-        size = sum(len(weights[n]) * _clamped(k, weights[n].shape[1]) for n in names)
-        if selection == "global":
-            flats |= _largest({n: weights[n] for n in names}, size)
-            continue
-        total, start = sum(weights[n].numel() for n in names), 0
-        drawn = _draw(total, size, generator)
-        for name in names:
-            end = start + weights[name].numel()
-            flats[name] = drawn[(drawn >= start) & (drawn < end)] - start
-            start = end
-    return {n: Positions(f[:, None] % weights[n].shape[1], f // weights[n].shape[1])
+    sizes = {n: len(w) * _clamped(k, w.shape[1]) for n, w in weights.items()}
+    if selection == "global":
+        flats = _largest(weights, sum(sizes.values()))
+    else:
+        flats = {n: _draw(w.numel(), sizes[n], generator) for n, w in weights.items()}
+    widths = {n: w.shape[1] for n, w in weights.items()}
+    return {n: Positions(f[:, None] % widths[n], f // widths[n])
             for n, f in flats.items() if len(f)}
 
-
-def _per_neuron(weight: Tensor, k: int, selection: str, score: Tensor | None,
-                generator: torch.Generator) -> Tensor:
-    "k columns for each row, [d_out, k], or [1, k] if they are shared."
-    if selection == "random":
-        score = torch.rand(weight.shape, generator=generator).to(weight.device)
-    elif selection == "reverse":
-        score = "reverse"
-    chosen = select_topk(weight, k, "abs" if score is None else score)
-    if selection != "shared":
-        return chosen
-    counts = torch.bincount(chosen.flatten(), minlength=weight.shape[1])
-    return _topk_rows(counts[None], chosen.shape[1])
-
-# %% ../../nbs/sparse/03_neuroada.ipynb #bf14e94f
+# %% ../../nbs/sparse/03_neuroada.ipynb #ab3ed5ab
 def choose_positions(
     weights: Mapping[str, Tensor],  # layer name -> [d_out, d_in]
     k: int = 1,  # bypasses per neuron: the budget is k * (number of neurons)
@@ -421,15 +374,18 @@ def choose_positions(
     for weight in weights.values():
         _check_weight(weight)
     generator = torch.Generator().manual_seed(seed)
-    by_neuron = selection in ("magnitude", "reverse", "gradient", "random")
-    if row_fraction < 1 and not by_neuron:
-        raise ValueError(f"row_fraction goes by neurons, selection = {selection!r} does not")
-    if selection in ("global", "random_global", "random_block", "random_layer"):
+    if selection in ("global", "random_layer"):
+        if row_fraction < 1:
+            raise ValueError(f"row_fraction goes by neurons, selection = {selection!r} does not")
         return _spread(weights, k, selection, generator)
     found = {}
     for name, weight in weights.items():
-        score = scores[name] if selection == "gradient" else None
-        indices, rows = _per_neuron(weight, k, selection, score, generator), None
+        score = "reverse" if selection == "reverse" else "abs"
+        if selection == "gradient":
+            score = scores[name]
+        elif selection == "random":
+            score = torch.rand(weight.shape, generator=generator).to(weight.device)
+        indices, rows = select_topk(weight, k, score), None
         if row_fraction < 1:
             rows = _draw(len(weight), math.ceil(row_fraction * len(weight)), generator)
             rows = rows.to(indices.device)
@@ -466,7 +422,7 @@ def gradient_scores(
     return {name: adapters.FrozenLayer(m).as_weight(t).abs()  # transposed where the weight is
             for (name, m), t in zip(layers.items(), totals, strict=True)}
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #42c786eb
+# %% ../../nbs/sparse/03_neuroada.ipynb #27c58593
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -480,31 +436,10 @@ class NeuroAdaConfig:
     train_bias: bool = False  # also train the biases of the target layers
     modules_to_save: tuple[str, ...] = ()  # modules trained in full, such as "classifier"
     row_fraction: float = 1.0  # share of the neurons that adapt
-    skip_blocks: tuple[int, ...] = ()  # indices of blocks that stay as they are
     impl: Impl = "auto"  # how to compute, see `neuroada_linear`
     seed: int = 0  # of the random rules
 
-
-def _targets(model: nn.Module, cfg: NeuroAdaConfig) -> dict[str, nn.Module]:
-    "The target layers by name; TypeError for what is no linear layer."
-    found = adapters.match_layers(model, cfg.target_modules)
-    wrong = [n for n, m in found.items()
-             if not isinstance(m, nn.Linear) and type(m).__name__ != "Conv1D"]
-    if wrong:
-        kind = type(found[wrong[0]]).__name__
-        raise TypeError(f"{wrong[:3]}: Linear or Conv1D is needed, got {kind}")
-    skip = {str(i) for i in cfg.skip_blocks}
-    kept = {n: m for n, m in found.items()
-            if next((p for p in n.split(".") if p.isdigit()), None) not in skip}
-    if not kept:
-        raise ValueError(f"skip_blocks = {cfg.skip_blocks} leaves no layer to adapt")
-    return kept
-
-
-def _matrices(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    return {n: adapters.FrozenLayer(m).matrix().detach() for n, m in layers.items()}
-
-# %% ../../nbs/sparse/03_neuroada.ipynb #26fd7e62
+# %% ../../nbs/sparse/03_neuroada.ipynb #fcae898e
 def _also_train(layers: Mapping[str, nn.Module], cfg: NeuroAdaConfig) -> tuple[str, ...]:
     "Names of what is trained beside the bypasses."
     if not cfg.train_bias:
@@ -513,16 +448,6 @@ def _also_train(layers: Mapping[str, nn.Module], cfg: NeuroAdaConfig) -> tuple[s
     if not biases:
         raise ValueError("train_bias = True, but no target layer has a bias")
     return tuple(cfg.modules_to_save) + biases
-
-
-def _plan(model: nn.Module, cfg: NeuroAdaConfig, batches: Iterable | None,
-          loss_fn: Callable) -> tuple[dict[str, nn.Module], dict[str, Positions]]:
-    "Target layers and the positions in them."
-    layers, scores = _targets(model, cfg), None
-    if cfg.selection == "gradient" and batches is not None:
-        scores = gradient_scores(model, layers, batches, loss_fn)
-    return layers, choose_positions(_matrices(layers), cfg.k, cfg.selection, scores,
-                                    cfg.row_fraction, cfg.seed)
 
 
 class NeuroAda:
@@ -540,7 +465,16 @@ class NeuroAda:
         Raises ValueError if no layer matches or settings are out of range, TypeError for layers
         that are not linear; the model is then as it was.
         """
-        layers, positions = _plan(model, cfg, dataloader, loss_fn)
+        layers, scores = adapters.match_layers(model, cfg.target_modules), None
+        wrong = {n: type(m).__name__ for n, m in layers.items()
+                 if not isinstance(m, NeuroAdaLinear.supports)}
+        if wrong:
+            raise TypeError(f"target_modules must be Linear or Conv1D, got {wrong}")
+        if cfg.selection == "gradient" and dataloader is not None:
+            scores = gradient_scores(model, layers, dataloader, loss_fn)
+        weights = {n: adapters.FrozenLayer(m).matrix().detach() for n, m in layers.items()}
+        positions = choose_positions(
+            weights, cfg.k, cfg.selection, scores, cfg.row_fraction, cfg.seed)
         makers = {n: partial(NeuroAdaLinear, k=cfg.k, indices=p.indices, rows=p.rows, impl=cfg.impl)
                   for n, p in positions.items()}
         return adapters.attach(model, makers, also_train=_also_train(layers, cfg))
@@ -553,61 +487,3 @@ def count_trainable(
     trained, total = adapters.count_parameters(model)
     added = sum(p.numel() for a in adapters.adapters(model).values() for p in a.parameters())
     return trained, total - added, 100 * trained / (total - added)
-
-# %% ../../nbs/sparse/03_neuroada.ipynb #a732f8c0
-class Masked(NamedTuple):
-    "What mask-based tuning holds beside the model."
-
-    masks: dict[str, Tensor]  # layer name -> bool, in the layout of its weight
-    hooks: list[Any]  # `hook.remove()` ends the masking of one layer's gradient
-
-
-def wrap_masked(
-    model: nn.Module,  # changed in place
-    cfg: NeuroAdaConfig,  # as for `NeuroAda.wrap`
-    dataloader: Iterable[Any] | None = None,  # batches, for selection = "gradient"
-    loss_fn: Callable[[nn.Module, Any], Tensor] = modules.cross_entropy,  # mean loss
-) -> Masked:  # the masks, and the hooks that apply them
-    """Mask-based sparse tuning: dense weights, whose gradient is zero off the positions.
-
-    Train without weight decay, which the mask does not stop. Raises like `NeuroAda.wrap`.
-    """
-    layers, positions = _plan(model, cfg, dataloader, loss_fn)
-    names = tuple(f"{n}.weight" for n in positions) + _also_train(layers, cfg)
-    adapters.attach(model, {}, also_train=names)
-    masks, hooks = {}, []
-    for name, (indices, rows) in positions.items():
-        weight, matrix = layers[name].weight, _matrices({name: layers[name]})[name]
-        ones = torch.ones(len(matrix) if rows is None else len(rows), indices.shape[1])
-        mask = _folded(torch.zeros(matrix.shape), ones, indices.cpu().expand(len(ones), -1),
-                       None if rows is None else rows.cpu()).bool()
-        masks[name] = adapters.FrozenLayer(layers[name]).as_weight(mask).to(weight.device)
-        hooks.append(weight.register_hook(partial(_masked, masks[name])))
-    return Masked(masks, hooks)
-
-
-def _masked(mask: Tensor, gradient: Tensor) -> Tensor:
-    "The gradient off the mask set to zero, wherever the model has moved since."
-    return gradient * mask.to(gradient.device)
-
-# %% ../../nbs/sparse/03_neuroada.ipynb #296ce8c0
-def training_state_bytes(
-    model: nn.Module,  # wrapped, after a backward pass
-    optimizer: torch.optim.Optimizer,  # after a step
-    masks: Iterable[Tensor] = (),  # what mask-based tuning holds beside
-) -> dict[str, int]:  # bytes of parameters, positions, gradients, optimizer, and total
-    """Bytes that persist between steps because of training, counted on the real tensors.
-
-    Parameters are those that the method added: weights that the model has anyway don't count.
-    """
-    own = list(adapters.adapters(model).values())
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    states = (t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
-    found = {
-        "parameters": sum(p.nbytes for a in own for p in a.parameters()),
-        "positions": sum(b.nbytes for a in own for b in a.buffers())
-        + sum(m.nbytes for m in masks),
-        "gradients": sum(p.grad.nbytes for p in trained if p.grad is not None),
-        "optimizer": sum(t.nbytes for t in states if t.ndim),  # without scalar step counters
-    }
-    return found | {"total": sum(found.values())}

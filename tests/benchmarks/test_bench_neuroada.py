@@ -11,6 +11,7 @@ from clock import in_turn, row
 
 from adaptlab import adapters, models
 from adaptlab.evaluate import peak_memory
+from adaptlab.experiments.neuroada import wrap_masked
 from adaptlab.sparse.neuroada import (
     LINEARS,
     NeuroAda,
@@ -18,7 +19,6 @@ from adaptlab.sparse.neuroada import (
     NeuroAdaLinear,
     neuroada_linear,
     select_topk,
-    wrap_masked,
 )
 
 

@@ -7,7 +7,7 @@ import torch
 
 from adaptlab import adapters
 from adaptlab.bench.runs import launch
-from adaptlab.experiments.neuroada import SMALL
+from adaptlab.experiments.neuroada import SMALL, wrap_masked
 from adaptlab.sparse.neuroada import (
     LINEARS,
     NeuroAda,
@@ -15,7 +15,6 @@ from adaptlab.sparse.neuroada import (
     Selection,
     neuroada_linear,
     select_topk,
-    wrap_masked,
 )
 from gpu.card import DEVICE, DRY, clock, in_turn, llama, row, token_ids
 
