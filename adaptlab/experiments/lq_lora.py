@@ -30,7 +30,7 @@ from ..lowrank.lq_lora import (
 from ..stats import over_seeds
 from ..train import Training
 
-# %% ../../nbs/experiments/lq_lora.ipynb #3d51560a
+# %% ../../nbs/experiments/lq_lora.ipynb #64195244
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     "Settings of the LQ-LoRA experiment."
@@ -41,7 +41,7 @@ class Config(BaseConfig):
     dtype: str = "float32"  # of its weights
     targets: str = r"model\.layers\.(0|15)\..+_proj"  # its layers to quantise, regex
     text: str = "pydoc"  # for Fisher and perplexity
-    window: int = bounded(48, low=2)  # tokens per window
+    window: int = bounded(40, low=2)  # tokens per window
     windows: int | None = bounded(6, low=1)  # to measure on; None: all
     fisher: int = bounded(8, low=1)  # windows for the Fisher information
     rank: int = bounded(8, low=1)  # of L1 and L2
@@ -52,9 +52,10 @@ class Config(BaseConfig):
     tuned_column: str = "text"  # where that text is
     tuned_window: int = bounded(64, low=2)  # tokens per window
     tuned_rank: int = bounded(4, low=1)  # of the factors
+    tuned_fisher: int = bounded(32, low=1)  # windows for the Fisher information
     held: int = bounded(40, low=1)  # windows to choose on, and as many to report from
     training: Training = Training(  # of every method
-        steps=40, batch_size=8, schedule="cosine", warmup=0.1)
+        steps=30, batch_size=8, schedule="cosine", warmup=0.1)
     lrs: tuple[float, ...] = bounded((), above=0, nonempty=False)  # one grid; (): see RATES
     roberta: str = "FacebookAI/roberta-large"  # of GLUE
     glue: tuple[str, ...] = ("mrpc",)  # its tasks
@@ -185,7 +186,7 @@ def _rows(cfg: Config, run: Run) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFra
     return pd.DataFrame(rows), pd.DataFrame(layouts), run.stage("predicted", lambda: _predicted(
         cfg, start(), run.stage("costs-True", lambda: start().costs(True)), rows))
 
-# %% ../../nbs/experiments/lq_lora.ipynb #9bf9142a
+# %% ../../nbs/experiments/lq_lora.ipynb #a7a7b753
 OVERRATED = "squared errors times Fisher weights overrate the first block"
 CASES = [
     Versus("at 2.13 bits, LQ starts better than NF with zero factors", "LQ 2.13", "NF 2.13",
@@ -229,6 +230,11 @@ def _plot(table: pd.DataFrame) -> Any:
                               ("LQ + Fisher, chosen", "vermillion", "D")):
         left.plot(mean[kind].index, mean[kind], mark + "-", color=plots.COLORS[color], label=kind)
     left.axhline(mean["full precision"].iloc[0], color="grey", ls=":", label="full precision")
+    top = 3 * mean["LQ"].max()
+    if mean["NF"].max() > top:  # beyond the picture
+        left.annotate(f"NF: {mean['NF'].max():,.0f}", (mean["NF"].idxmax(), top), xytext=(12, -14),
+                      textcoords="offset points")
+        left.set_ylim(0.9 * mean.min(), top)
     left.set(yscale="log", xlabel="bits per quantised weight (factors not counted)",
              ylabel="perplexity before training (log)", title="Where fine-tuning would start")
     left.legend()
@@ -248,7 +254,7 @@ def _start(cfg: Config, run: Run, report: Report) -> None:
     versus(report, table, CASES, unit="nats per token", by="item", lower=True)
     report.figure("main", _plot(table), "Left: perplexity against bits. Right: paired differences.")
 
-# %% ../../nbs/experiments/lq_lora.ipynb #1d275701
+# %% ../../nbs/experiments/lq_lora.ipynb #ba48d7e7
 def _bed(seed: int, cfg: Config) -> Bed:
     "A language model, and windows of a text to learn."
     if cfg.tuned in recipes.RECIPES:
@@ -279,7 +285,7 @@ def _qlora(model: nn.Module, bed: Bed, seed: int, *, bits: str, rank: int) -> No
 def _lq(model: nn.Module, bed: Bed, seed: int, *, bits: str, cfg: Config) -> None:
     "Decomposed, weighted by the training text's Fisher information."
     fisher = empirical_fisher(model, [{k: v[i : i + 1] for k, v in bed.train.items()}
-                                      for i in range(4 * cfg.fisher)])
+                                      for i in range(cfg.tuned_fisher)])
     get_lq_lora_model(model, LQConfig(rank=cfg.tuned_rank, alpha=cfg.tuned_rank,
                                       configs=(LAYOUTS[bits],)), fisher)
 
@@ -310,7 +316,7 @@ def _tune(cfg: Config, run: Run, report: Report) -> None:
                  paper="2.5 bits competitive with 4", source="abstract",
                  why="rank 4 holds a small part of what 2 bits lose")
 
-# %% ../../nbs/experiments/lq_lora.ipynb #68e9d18a
+# %% ../../nbs/experiments/lq_lora.ipynb #ec8cb9e2
 def _glue_lq(model: nn.Module, bed: Bed, seed: int, *, budget: float | None, cfg: Config) -> None:
     "The body decomposed, the classifier trained in full; without a budget QLoRA's NF3."
     if budget is None:
@@ -346,6 +352,7 @@ FULL = Config(
     text="Salesforce/wikitext@wikitext-103-raw-v1", window=1024, windows=None, fisher=10_000,
     rank=64, rounds=100, grid="paper", tuned="meta-llama/Llama-2-7b-hf",
     tuned_text="Salesforce/wikitext@wikitext-103-raw-v1", tuned_window=1024, tuned_rank=64,
+    tuned_fisher=10_000,
     training=Training(epochs=0.5, batch_size=128, accumulate=32, schedule="cosine", warmup=0.03,
                       precision="bf16"), lrs=(2e-5, 2e-4),
     glue=("cola", "sst2", "mrpc", "rte", "stsb", "qqp", "qnli", "mnli"),

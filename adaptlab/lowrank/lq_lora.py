@@ -151,7 +151,7 @@ class QuantizedTensor:
         values.view(len(scales), -1).mul_(scales[:, None])
         return values[:n].view(self.shape).to(dtype)
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #e28a9af7
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #71ff52d6
 def _check_matrix(W: Any) -> None:
     "TypeError for anything but a matrix of floating-point numbers, ValueError for NaN."
     if not isinstance(W, Tensor) or W.ndim != 2 or not W.is_floating_point():
@@ -159,6 +159,16 @@ def _check_matrix(W: Any) -> None:
         raise TypeError(f"a matrix of floating-point weights is needed, got {got}")
     if not torch.isfinite(W).all():
         raise ValueError("the matrix holds NaN or infinity: repair the checkpoint first")
+
+
+def _nearest(x: Tensor, middles: Tensor) -> Tensor:
+    "How many middles lie below; one comparison each is faster than a search among few."
+    if len(middles) > 15:
+        return torch.bucketize(x, middles.to(x), out_int32=True)
+    codes = torch.zeros_like(x, dtype=torch.uint8)
+    for middle in middles.tolist():
+        codes += x > middle
+    return codes
 
 
 @torch.no_grad()
@@ -184,10 +194,9 @@ def quantize(
     each = states.float().repeat_interleave(config.superblock_size)[: len(rest)]
     codes = torch.where(each > 0, rest * top / each, 0).round_().clamp_(0, top)
     scale = _scales(codes, states, offset, config)[:, None]
-    book = normal_float_codebook(config.bits).to(W.device)
-    scaled = torch.where(scale > 0, blocks / scale, 0)
-    nearest = torch.bucketize(scaled, (book[1:] + book[:-1]) / 2, out_int32=True)  # ties go down
-    return QuantizedTensor(pack_codes(nearest.flatten()[:n], config.bits),
+    book = normal_float_codebook(config.bits)
+    codes_of = _nearest(torch.where(scale > 0, blocks / scale, 0), (book[1:] + book[:-1]) / 2)
+    return QuantizedTensor(pack_codes(codes_of.flatten()[:n], config.bits),
                            pack_codes(codes, config.scale_bits), states, offset,
                            tuple(W.shape), config)
 
@@ -394,7 +403,7 @@ def assign_bits(
         room -= 1e-6
     raise ValueError(f"the solver found nothing for a budget of {budget} bits: {found.message}")
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #2148075e
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #d84c33b3
 class _Product(torch.autograd.Function):
     "x Q' + b; of the weight, only codes are kept for the backward pass."
 
@@ -441,10 +450,6 @@ class QuantizedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         "x W' + b with the unpacked weight."
         return _Product.apply(x, self.bias, self.quantized)
-
-    def extra_repr(self) -> str:
-        "What is shown when the model is printed."
-        return f"{super().extra_repr()}, {self.config.bits_per_param:.3f} bits"
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         kind = state_dict.get(prefix + "kind")
