@@ -63,7 +63,7 @@ class Config(BaseConfig):
 
 SMALL = Config()
 
-# %% ../../nbs/experiments/sketchtune.ipynb #c78300cd
+# %% ../../nbs/experiments/sketchtune.ipynb #64313edb
 VIT = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 
 
@@ -118,7 +118,7 @@ STEPS = [  # claim, way, without the ingredient, why not
      "inputs of these layers are hardly correlated"),
     ("with that, weighted k-means (p = 4) loses less than plain k-means",
      "weighted p=4, made up for", "k-means, made up for",
-     "sensitivity varies little from column to column in so small a net"),
+     "p = 4 leans too far to the sensitive columns: p = 2 loses less"),
     ("p = 4 loses less than p = 2", "weighted p=4, made up for", "weighted p=2, made up for",
      "p = 2 is what the output error asks for"),
 ]

@@ -48,7 +48,7 @@ def _nearest(x: Tensor, table: Tensor) -> Tensor:
     "Index of the nearest of a row's ascending entries; halfway, the lower one."
     return torch.searchsorted((table[:, 1:] + table[:, :-1]) / 2, x)
 
-# %% ../../nbs/sparse/02_sketchtune.ipynb #16423b05
+# %% ../../nbs/sparse/02_sketchtune.ipynb #eff627a2
 def weighted_kmeans_1d(
     rows: Tensor,  # [R, n], each row a problem of its own
     weights: Tensor,  # [n] or [R, n], at least 0: how much a point counts
@@ -68,7 +68,7 @@ def weighted_kmeans_1d(
         raise ValueError("weights must be finite, at least 0, and not all 0")
     if k < 1 or init not in Init.__args__:
         raise ValueError(f"k = {k}, init = {init!r}: k >= 1, and one of {Init.__args__} is needed")
-    x, order = _wide(rows).sort(1)
+    x, order = _wide(rows).contiguous().sort(1)
     w = (_wide(weights) / weights.max()).expand_as(x).gather(1, order)
     table = _start(x, w, k, init, generator or torch.Generator().manual_seed(0))
     rank = F.pad((x.diff(dim=1) > 0).long().cumsum(1), (1, 0))  # of a value among the distinct ones
@@ -251,13 +251,14 @@ def unpack_codes(
     "The inverse of `pack_codes`."
     return torch.stack((packed >> 4, packed & 15), -1).flatten(-2)
 
-# %% ../../nbs/sparse/02_sketchtune.ipynb #13d32487
-SLAB = 2**22  # weights that are decoded at a time
+# %% ../../nbs/sparse/02_sketchtune.ipynb #950f7ce1
+SLAB = 2**20  # weights that are decoded at a time on a CPU
 
 
 def _slabs(lut: Tensor, packed: Tensor) -> list[slice]:
-    "Runs of rows with at most SLAB weights."
-    step = max(1, SLAB // (2 * packed.shape[1]))
+    "Runs of rows with at most SLAB weights; an accelerator wants larger products."
+    most = SLAB if packed.device.type == "cpu" else 8 * SLAB
+    step = max(1, most // (2 * packed.shape[1]))
     return [slice(a, a + step) for a in range(0, len(lut), step)]
 
 
