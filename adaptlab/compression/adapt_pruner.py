@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['CRITERIA', 'METRICS', 'FAMILIES', 'SHARES', 'LayerShape', 'decoder_layers', 'layer_shapes', 'prune_mlp_',
-           'prune_kv_groups_', 'weight_times_gradient', 'mlp_taylor_scores', 'kv_group_taylor_scores',
-           'layer_importance', 'normalise_importance', 'rank_importance', 'update_sparsity', 'planned_shape',
-           'ragged_classes', 'sync_config', 'PruneStep', 'PruneReport', 'AdaptPruner', 'stage_targets',
-           'stage_data_shares', 'WSDSchedule', 'Stage', 'AccelReport', 'adapt_accel', 'save_pruned', 'load_pruned',
-           'pad_to_plain']
+           'prune_kv_groups_', 'mlp_taylor_scores', 'kv_group_taylor_scores', 'layer_importance',
+           'normalise_importance', 'update_sparsity', 'planned_shape', 'sync_config', 'PruneStep', 'PruneReport',
+           'AdaptPruner', 'stage_targets', 'stage_data_shares', 'WSDSchedule', 'Stage', 'AccelReport', 'adapt_accel',
+           'save_pruned', 'load_pruned']
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #010c68b3
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #ea9be06c
 import json
 import math
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from .. import adapters, models, modules, processes
 from ..cache import atomic_path
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #1fde7f24
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #c4056552
 _PARTS = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
@@ -43,31 +42,25 @@ class LayerShape(NamedTuple):
     neurons: int  # width of the MLP
 
 
-def _projections(layer: nn.Module) -> list[nn.Linear]:
-    "The seven matrices of a decoder layer."
-    return [getattr(getattr(layer, part), name) for part, names in _PARTS.items() for name in names]
-
-
-def _check_layer(i: int, layer: nn.Module) -> None:
-    "Raise `ValueError` unless a layer is built like a Llama's, of plain floating-point weights."
+def _check_layer(i: int, layer: nn.Module) -> list[nn.Parameter]:
+    "The seven matrices of a layer; `ValueError` unless it is a Llama's, in floating point."
+    weights = []
     for part, name in ((part, name) for part, names in _PARTS.items() for name in names):
-        linear, where = getattr(getattr(layer, part, None), name, None), f"layer {i}, {part}.{name}"
-        if type(linear).__module__.startswith("peft."):
-            raise ValueError(f"{where} carries an adapter of PEFT: prune the model that "
-                             "merge_and_unload() returns")
+        linear = getattr(getattr(layer, part, None), name, None)
         if not isinstance(linear, nn.Linear):
-            raise ValueError(f"layer {i} has no nn.Linear at {part}.{name}, but "
-                             f"{type(linear).__name__}; needed are {_PARTS}: a Llama-like model")
+            raise ValueError(f"layer {i} has no nn.Linear at {part}.{name}, but {type(linear)}; "
+                             f"needed are {_PARTS}: a Llama-like model, its adapters merged")
         w = linear.weight.detach()
         if type(w) is not Tensor or not w.is_floating_point() or w.element_size() < 2 or w.is_meta:
-            kind = "offloaded" if w.is_meta else "quantised or sharded"
-            raise ValueError(f"{where}: {kind} weights ({type(w).__name__}, {w.dtype}) can't be "
-                             "cut; load the model whole, in floating point")
-    head = getattr(layer.self_attn, "head_dim", None)
-    q, k = layer.self_attn.q_proj.out_features, layer.self_attn.k_proj.out_features
-    if not head or k % head or q % k:
-        raise ValueError(f"layer {i}: {q} query rows, {k} key rows, head_dim {head}: query heads "
+            raise ValueError(f"layer {i}, {part}.{name}: {type(w).__name__} of {w.dtype} on "
+                             f"{w.device} can't be cut; load the model whole, not quantised")
+        weights.append(linear.weight)
+    h = getattr(layer.self_attn, "head_dim", None)
+    q, k = len(weights[0]), len(weights[1])
+    if not h or k % h or q % k:
+        raise ValueError(f"layer {i}: {q} query rows, {k} key rows, head_dim {h}: query heads "
                          "must be a multiple of key/value heads, both of the width head_dim")
+    return weights
 
 
 def decoder_layers(
@@ -78,18 +71,15 @@ def decoder_layers(
     Raises `ValueError` if there are none, or if they lack a projection, are quantised, offloaded,
     shared among each other, or carry adapters.
     """
-    if adapters.adapters(model):
-        raise ValueError("the model carries adapters: merge or detach them before pruning")
     lists = (getattr(m, "layers", None) for m in model.modules())
     found = next((x for x in lists if isinstance(x, nn.ModuleList) and len(x)), None)
     if found is None:
         raise ValueError(f"{type(model).__name__} has no decoder layers: looked for a ModuleList "
                          f"`layers` whose items have {_PARTS}")
-    for i, layer in enumerate(found):
-        _check_layer(i, layer)
-    weights = [linear.weight for layer in found for linear in _projections(layer)]
-    if len({id(w) for w in weights}) < len(weights):
-        raise ValueError("the decoder layers share weights: they can't get different widths")
+    weights = [id(w) for i, layer in enumerate(found) for w in _check_layer(i, layer)]
+    if adapters.adapters(model) or len(set(weights)) < len(weights):
+        raise ValueError("the decoder layers carry adapters, which must be merged first, or share "
+                         "weights: then they can't get different widths")
     return list(found)
 
 
@@ -100,42 +90,29 @@ def layer_shapes(
     return [LayerShape(x.self_attn.k_proj.out_features // x.self_attn.head_dim,
                        x.mlp.gate_proj.out_features) for x in decoder_layers(model)]
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #7bf5f5d0
-def _keep_index(keep: Any, n: int, what: str, device: torch.device) -> Tensor:
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #5f7e6a0a
+def _keep_index(keep: Any, n: int, what: str) -> Tensor:
     "Ascending numbers of what stays, or `ValueError`."
     index = torch.as_tensor(keep)
     if index.dtype == torch.bool and index.shape == (n,):
         index = index.nonzero().flatten()
-    if index.numel() == 0:
-        raise ValueError(f"keep is empty: at least one of the {n} {what}s must stay")
-    if index.ndim != 1 or index.dtype.is_floating_point or index.dtype == torch.bool:
-        raise ValueError(f"keep must be a list of {what} numbers or a mask of length {n}")
-    ordered = index.to(device, torch.long).unique()
-    if len(ordered) != len(index) or ordered[0] < 0 or ordered[-1] >= n:
-        raise ValueError(f"keep must hold different {what} numbers from 0 to {n - 1}")
-    return ordered
+    ordered = index.unique()
+    if (index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool or not len(index)
+            or len(ordered) < len(index) or ordered[0] < 0 or ordered[-1] >= n):
+        raise ValueError(f"keep must not be empty, and hold different {what} numbers from 0 to "
+                         f"{n - 1}, or be a mask of length {n}")
+    return ordered.long()
 
 
-def _cut(linear: nn.Linear, rows: Tensor | None = None, cols: Tensor | None = None) -> tuple:
-    "A layer with the weight and bias that it shall have."
-    weight, bias = linear.weight.detach(), linear.bias
-    if rows is not None:
-        weight = weight.index_select(0, rows.to(weight.device))
-        bias = None if bias is None else bias.detach().index_select(0, rows.to(bias.device))
-    if cols is not None:
-        weight = weight.index_select(1, cols.to(weight.device))
-    return linear, weight, bias
+def _cut(linear: nn.Linear, keep: Tensor, dim: int) -> None:
+    "Keep some rows (dim 0, with their biases) or columns (dim 1): new tensors, the old ones stay."
+    for name, p in linear.named_parameters(recurse=False):
+        if dim < p.ndim:
+            cut = p.detach().index_select(dim, keep.to(p.device))
+            setattr(linear, name, nn.Parameter(cut, requires_grad=p.requires_grad))
+    linear.out_features, linear.in_features = linear.weight.shape
 
-
-def _assign(*cuts: tuple) -> None:
-    "Put the new tensors in place."
-    for linear, weight, bias in cuts:
-        linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
-        if bias is not linear.bias:
-            linear.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
-        linear.out_features, linear.in_features = weight.shape
-
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #d35e1b90
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #7f472402
 def prune_mlp_(
     mlp: nn.Module,  # a gated MLP with gate_proj, up_proj and down_proj; changed in place
     keep: Any,  # numbers of the neurons that stay, or a bool mask [f]
@@ -144,10 +121,10 @@ def prune_mlp_(
 
     Raises `ValueError` for an empty, repeated or impossible `keep`; the MLP is then as it was.
     """
-    rows = _keep_index(keep, mlp.gate_proj.out_features, "neuron", mlp.gate_proj.weight.device)
-    _assign(_cut(mlp.gate_proj, rows), _cut(mlp.up_proj, rows), _cut(mlp.down_proj, cols=rows))
-    if hasattr(mlp, "intermediate_size"):
-        mlp.intermediate_size = len(rows)
+    rows = _keep_index(keep, mlp.gate_proj.out_features, "neuron")
+    for linear, dim in ((mlp.gate_proj, 0), (mlp.up_proj, 0), (mlp.down_proj, 1)):
+        _cut(linear, rows, dim)
+    mlp.intermediate_size = len(rows)
 
 
 def prune_kv_groups_(
@@ -161,59 +138,48 @@ def prune_kv_groups_(
     """
     h = attn.head_dim
     n, g = attn.k_proj.out_features // h, attn.q_proj.out_features // attn.k_proj.out_features
-    groups = _keep_index(keep, n, "KV group", attn.k_proj.weight.device)
-    kv, q = ((groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()
-             for size in (h, g * h))
-    _assign(_cut(attn.k_proj, kv), _cut(attn.v_proj, kv), _cut(attn.q_proj, q),
-            _cut(attn.o_proj, cols=q))
+    groups = _keep_index(keep, n, "KV group")
+    kv, q = ((groups[:, None] * x + torch.arange(x)).flatten() for x in (h, g * h))
+    for linear, rows, dim in ((attn.k_proj, kv, 0), (attn.v_proj, kv, 0), (attn.q_proj, q, 0),
+                              (attn.o_proj, q, 1)):
+        _cut(linear, rows, dim)
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #ea6a6ba3
-def _wide(weight: Tensor) -> Tensor:
-    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-
-
-def weight_times_gradient(
-    weight: nn.Parameter,  # with its gradient
-) -> Tensor:  # like weight; minus the change of the loss if the weight is set to zero
-    "$w\\,\\partial L/\\partial w$, to first order. ValueError without a gradient of this shape."
-    if weight.grad is None or weight.grad.shape != weight.shape:
-        raise ValueError("no gradient of this weight: call loss.backward() on the current model")
-    return _wide(weight) * _wide(weight.grad)
-
-
-CRITERIA: dict[str, Callable[[nn.Parameter], Tensor]] = {  # importance of single weights
-    "taylor": lambda weight: weight_times_gradient(weight).abs(),
-    "magnitude": lambda weight: _wide(weight).square(),
-    "random": lambda weight: torch.rand_like(weight, dtype=torch.float32),
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #6a216029
+CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # weight, gradient -> importance
+    "taylor": lambda w, gradient: (w * gradient).abs(),
+    "magnitude": lambda w, gradient: w.square(),
+    "random": lambda w, gradient: torch.rand_like(w),
 }
 
 
-def _neuron_scores(mlp: nn.Module, score: Callable[[nn.Parameter], Tensor]) -> Tensor:
-    "Sum over everything that goes with a neuron, [f]."
+def _wide(x: Tensor) -> Tensor:
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _taylor(weight: nn.Parameter) -> Tensor:
+    if weight.grad is None or weight.grad.shape != weight.shape:
+        raise ValueError("no gradient of this weight: call loss.backward() on the current model")
+    return CRITERIA["taylor"](_wide(weight), _wide(weight.grad))
+
+
+def mlp_taylor_scores(
+    mlp: nn.Module,  # gated MLP whose weights have gradients
+    score: Callable[[nn.Parameter], Tensor] = _taylor,  # a weight -> importance of its entries
+) -> Tensor:  # [f], one score per neuron; low: can go
+    "Sum over everything that goes with a neuron. Raises `ValueError` without gradients."
     rows = score(mlp.gate_proj.weight).sum(1) + score(mlp.up_proj.weight).sum(1)
     return (rows + score(mlp.down_proj.weight).sum(0)).abs()
 
 
-def _group_scores(attn: nn.Module, score: Callable[[nn.Parameter], Tensor]) -> Tensor:
-    "Sum over everything that goes with a KV group, [n_kv]."
+def kv_group_taylor_scores(
+    attn: nn.Module,  # attention whose weights have gradients
+    score: Callable[[nn.Parameter], Tensor] = _taylor,  # a weight -> importance of its entries
+) -> Tensor:  # [n_kv], one score per KV group; low: can go
+    "Sum over everything that goes with a KV group. Raises `ValueError` without gradients."
     n = attn.k_proj.out_features // attn.head_dim
     parts = [score(x.weight).sum(1) for x in (attn.q_proj, attn.k_proj, attn.v_proj)]
     parts.append(score(attn.o_proj.weight).sum(0))
     return sum(part.view(n, -1).sum(1) for part in parts).abs()
-
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #29230b59
-def mlp_taylor_scores(
-    mlp: nn.Module,  # gated MLP whose weights have gradients
-) -> Tensor:  # [f], one score per neuron; low: can go
-    "First-order Taylor score of each neuron. Raises `ValueError` without gradients."
-    return _neuron_scores(mlp, CRITERIA["taylor"])
-
-
-def kv_group_taylor_scores(
-    attn: nn.Module,  # attention whose weights have gradients
-) -> Tensor:  # [n_kv], one score per KV group; low: can go
-    "First-order Taylor score of each KV group. Raises `ValueError` without gradients."
-    return _group_scores(attn, CRITERIA["taylor"])
 
 # %% ../../nbs/compression/01_adapt_pruner.ipynb #49147d71
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -245,7 +211,7 @@ def _watch(layers: Sequence[nn.Module], metric: str) -> Iterator[Callable[[], Te
         for handle in handles:
             handle.remove()
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #0ad472c4
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #13ceaf8f
 def _check_ids(ids: Any, model: nn.Module) -> Tensor:
     "Token ids [n, L] on the model's device, or an error that says what is wrong with them."
     if isinstance(ids, Mapping):
@@ -255,17 +221,17 @@ def _check_ids(ids: Any, model: nn.Module) -> Tensor:
                              "as text: cut them with adaptlab.text.token_chunks")
     if isinstance(ids, (tuple, list)) and len(ids) == 1:
         ids = ids[0]  # what a DataLoader over a TensorDataset gives
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+    if (not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point()
+            or not len(ids) or ids.shape[1] < 2):
         got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"calibration data must be integer token ids [n, length], got {got}")
-    if ids.shape[0] == 0 or ids.shape[1] < 2:
-        raise ValueError(f"calibration ids {tuple(ids.shape)}: need samples of 2 tokens or more")
+        raise ValueError("calibration data must be fresh integer token ids [n, length] for each "
+                         "step, n samples of 2 tokens or more, from a function of the step's "
+                         f"number or a loader with one item per step; got {got}")
     size = model.get_input_embeddings().num_embeddings
     limit = getattr(model.config, "max_position_embeddings", None) or ids.shape[1]
-    if int(ids.min()) < 0 or int(ids.max()) >= size:
-        raise ValueError(f"calibration ids must lie in [0, {size}): is it the right tokenizer?")
-    if ids.shape[1] > limit:
-        raise ValueError(f"calibration samples of {ids.shape[1]} tokens, the model takes {limit}")
+    if int(ids.min()) < 0 or int(ids.max()) >= size or ids.shape[1] > limit:
+        raise ValueError(f"calibration ids must lie in [0, {size}), in samples of at most {limit} "
+                         f"tokens; got {tuple(ids.shape)}: is it the right tokenizer?")
     return ids.to(modules.device_of(model))
 
 
@@ -285,7 +251,7 @@ def layer_importance(
             model.base_model(input_ids=ids, use_cache=False)  # without the output layer
     return measured()
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #fb24051c
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #3057ef20
 def normalise_importance(
     importance: Tensor,  # raw importance [N]
 ) -> Tensor:  # [N], mean 0, largest absolute value 1
@@ -298,17 +264,7 @@ def normalise_importance(
         raise ValueError(f"importance must be finite numbers [N], got {importance}")
     centred = raw - raw.mean()
     largest = centred.abs().max()
-    if largest <= 1e-12 * raw.abs().max():
-        return torch.zeros_like(raw)
-    return centred / largest
-
-
-def rank_importance(
-    importance: Tensor,  # raw importance [N]
-) -> Tensor:  # [N], mean 0, evenly spaced from -1 to 1
-    "Ranks instead of values: one outstanding layer cannot drown the others. (Not in the paper.)"
-    raw = torch.as_tensor(importance).double()
-    return normalise_importance(raw.argsort(stable=True).argsort().double())
+    return centred / largest if largest > 1e-12 * raw.abs().max() else torch.zeros_like(raw)
 
 
 def update_sparsity(
@@ -324,12 +280,7 @@ def update_sparsity(
                          "amplitude >= 0")
     return (s + increment - amplitude * imp_hat).clamp(0, max_sparsity)
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #32876ce2
-def _floor(channels: int, s: float) -> int:
-    "Channels that stay; the tiny number undoes rounding, such as of 10 * (1 - 0.9) to 0.999..."
-    return math.floor(channels * (1 - s) + 1e-9)
-
-
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #5e3617cc
 def planned_shape(
     initial: LayerShape,  # of the layer when the schedule began
     current: LayerShape,  # of the layer now
@@ -337,192 +288,99 @@ def planned_shape(
     h: int,  # width of a head
 ) -> LayerShape:  # of the layer after this step; it never grows, and one of each stays
     "How many neurons and KV groups a sparsity leaves."
-    due = max(0, current.kv_groups * h - _floor(initial.kv_groups * h, s)) // h
-    neurons = min(current.neurons, _floor(initial.neurons, s))
+    def floor(channels: int) -> int:  # the tiny number undoes rounding: 10 * (1 - 0.9) is 0.999...
+        return math.floor(channels * (1 - s) + 1e-9)
+
+    due = max(0, current.kv_groups * h - floor(initial.kv_groups * h)) // h
+    neurons = min(current.neurons, floor(initial.neurons))
     return LayerShape(max(1, current.kv_groups - due), max(1, neurons))
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #8f534c84
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "granite", "smollm3")
-
-
-def _resize_layer(layer: nn.Module, kv_groups: int, neurons: int) -> None:
-    "Give an untrained decoder layer the sizes of a pruned one."
-    attn, mlp = layer.self_attn, layer.mlp
-    d, kv = attn.q_proj.in_features, kv_groups * attn.head_dim
-    q = kv * attn.num_key_value_groups
-    sizes = ((q, d), (kv, d), (kv, d), (d, q), (neurons, d), (neurons, d), (d, neurons))
-    places = [(part, name) for part, names in _PARTS.items() for name in names]
-    for (part, name), (rows, cols), old in zip(places, sizes, _projections(layer), strict=True):
-        new = nn.Linear(cols, rows, bias=old.bias is not None, device=old.weight.device,
-                        dtype=old.weight.dtype)
-        setattr(getattr(layer, part), name, new)
-    mlp.intermediate_size = neurons
-
-
-class _RaggedConfig:
-    "What a configuration needs besides: the sizes of each layer."
-
-    def validate_architecture(self):
-        "Heads are cut without cutting the width, so it need not be a multiple of their number."
-
-
-class _RaggedModel:
-    "A model whose layers are built by the two lists."
-
-    def __init__(self, config):
-        super().__init__(config)
-        groups, neurons = config.layer_kv_groups or (), config.layer_neurons or ()
-        for layer, *sizes in zip(self.model.layers, groups, neurons, strict=bool(groups)):
-            _resize_layer(layer, *sizes)
-        self.post_init()
-
-
-def _family(model: nn.Module) -> str:
-    "The model type, or `ValueError` if it is none of `FAMILIES`."
-    kind = str(getattr(getattr(model, "config", None), "model_type", None))
-    kind = kind.removeprefix("ragged_")
-    if kind not in FAMILIES:
-        raise ValueError(f"model_type = {kind!r}: it must be one of {', '.join(FAMILIES)}")
-    return kind
-
-
-@cache
-def ragged_classes(
-    kind: str,  # one of `FAMILIES`
-) -> tuple[type, type, type, type]:  # plain config and model, ragged config and model
-    "The classes of a family; from now on `AutoModelForCausalLM` knows the ragged ones too."
-    import transformers
-    from huggingface_hub.dataclasses import strict
-
-    plain = transformers.CONFIG_MAPPING[kind]
-    plain_model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[plain]
-    name, lists = plain.__name__.removesuffix("Config"), ("layer_kv_groups", "layer_neurons")
-    fields = {"__annotations__": dict.fromkeys(lists, list | None), **dict.fromkeys(lists)}
-    config = strict(type(f"Ragged{name}Config", (_RaggedConfig, plain), {
-        "model_type": f"ragged_{kind}", "__module__": __name__, **fields}))
-    model = type(f"Ragged{name}ForCausalLM", (_RaggedModel, plain_model), {
-        "config_class": config, "__module__": __name__})
-    transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
-    transformers.AutoModelForCausalLM.register(config, model, exist_ok=True)
-    globals().update({x.__name__: x for x in (config, model)})  # so that they pickle
-    return plain, plain_model, config, model
-
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #af440f4f
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #3b8c5620
 def sync_config(
-    model: nn.Module,  # pruned Llama-like model; its configuration and class are changed
-) -> bool:  # whether the model is now a plain one
-    """Write the layers' sizes into the configuration; `AdaptPruner.run` does it by itself.
-
-    Layers that are all alike give the plain class; otherwise the class is the ragged one of its
-    family. Raises `ValueError` for a family without one (see `FAMILIES`).
-    """
-    plain_config, plain, ragged_config, ragged = ragged_classes(_family(model))
+    model: nn.Module,  # pruned Llama-like model; its configuration is changed
+) -> bool:  # whether the configuration alone describes the model
+    "Write the layers' sizes into the configuration; `AdaptPruner.run` does it by itself."
     sizes, config = layer_shapes(model), model.config
     attn = decoder_layers(model)[0].self_attn
-    groups, neurons = (max(x) for x in zip(*sizes, strict=True))
-    config.head_dim, config.intermediate_size = attn.head_dim, neurons
-    config.num_key_value_heads = groups
-    config.num_attention_heads = groups * attn.num_key_value_groups
-    uniform = len(set(sizes)) == 1 and config.hidden_size % config.num_attention_heads == 0
-    config.__class__ = plain_config if uniform else ragged_config
-    for name, values in (("layer_kv_groups", [x.kv_groups for x in sizes]),
-                         ("layer_neurons", [x.neurons for x in sizes])):
-        if uniform:
-            vars(config).pop(name, None)
-        else:
-            setattr(config, name, values)
-    if type(model) in (plain, ragged):
-        model.__class__ = plain if uniform else ragged
-    config.architectures = [(plain if uniform else ragged).__name__]
-    return uniform
+    groups, neurons = sizes[0]
+    heads = groups * attn.num_key_value_groups
+    plain = len(set(sizes)) == 1 and config.hidden_size % heads == 0
+    if plain:
+        config.head_dim, config.intermediate_size = attn.head_dim, neurons
+        config.num_key_value_heads, config.num_attention_heads = groups, heads
+    config.layer_shapes = None if plain else [list(x) for x in sizes]
+    return plain
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #21da4d04
-class _Seen(NamedTuple):
-    "What one calibration pass saw."
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #17d86044
+def _measure(p: "AdaptPruner", batches: Sequence[Tensor]) -> tuple[Tensor, float, dict]:
+    "Importance, loss, and the gradients of all weights that can be cut, from one pass."
+    layers, losses, sums = decoder_layers(p.model), [], {}
+    weights = [w for i, layer in enumerate(layers) for w in _check_layer(i, layer)]
+    scale = 2**12 if weights[0].dtype is torch.float16 else 1  # or small gradients become 0
 
-    importance: Tensor  # raw, [N]
-    loss: float  # mean loss, nats per token
-    groups: list[Tensor]  # scores of the KV groups, per layer
-    neurons: list[Tensor]  # scores of the neurons, per layer
+    def collect(w: nn.Parameter) -> None:
+        found = _wide(w.grad).div_(scale)
+        sums[w] = sums[w].add_(found) if w in sums else found
+        w.grad = None
 
+    with modules.untouched(p.model), _watch(layers, p.layer_metric) as measured:
+        p.model.eval().requires_grad_(False)
+        needed = weights if p.criterion not in ("magnitude", "random") else []
+        handles = [w.requires_grad_(True).register_post_accumulate_grad_hook(collect)
+                   for w in needed]
+        try:
+            for ids in batches:
+                loss = p.model(input_ids=ids, labels=ids, use_cache=False).loss
+                if not torch.isfinite(loss):
+                    raise ValueError(f"the calibration loss is {loss.item()}: no score is possible")
+                if handles:
+                    (loss * scale).backward()
+                losses.append(loss.item())
+        finally:
+            for handle in handles:
+                handle.remove()
+        return measured(), sum(losses) / len(losses), sums
 
-def _agree(values: list[Tensor]) -> list[Tensor]:
-    "The mean over all processes, so that all of them prune the same."
-    n = processes.world_size()
-    if n == 1:
-        return values
-    parts = processes.gather([[v.cpu() for v in values]])
-    return [(sum(each) / n).to(v) for each, v in zip(zip(*parts, strict=True), values, strict=True)]
-
-
-def _calibrate(model: nn.Module, batches: Sequence[Tensor], metric: str, score: Callable,
-               gradients: bool) -> _Seen:
-    "One forward (and backward) pass over the data: importance, loss and scores."
-    layers, losses = decoder_layers(model), []
-    with modules.untouched(model), _watch(layers, metric) as measured:
-        model.eval().requires_grad_(False)
-        for linear in (linear for layer in layers for linear in _projections(layer)):
-            linear.weight.requires_grad_(gradients)
-        for ids in batches:
-            with torch.set_grad_enabled(gradients):
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            if not torch.isfinite(loss):
-                raise ValueError(f"the calibration loss is {loss.item()}: nothing can be scored")
-            if gradients:
-                loss.backward()  # gradients add up over the batches
-            losses.append(loss.item())
-        found = [_group_scores(layer.self_attn, score) for layer in layers]
-        found += [_neuron_scores(layer.mlp, score) for layer in layers]
-        importance, *found = _agree([measured(), *found])
-    if not all(torch.isfinite(x).all() for x in (importance, *found)):
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #31f63f04
+def _look(p: "AdaptPruner", batches: Sequence[Tensor], step: int) -> tuple:
+    "Importance, loss, and for each layer the scores of its groups and neurons."
+    importance, loss, gradients = _measure(p, batches)
+    criterion, found = CRITERIA.get(p.criterion, p.criterion), [importance]
+    with torch.random.fork_rng():
+        torch.manual_seed(p.seed * 1_000_003 + step)
+        for layer in decoder_layers(p.model):
+            for score, part in ((kv_group_taylor_scores, layer.self_attn),
+                                (mlp_taylor_scores, layer.mlp)):
+                found.append(score(part, lambda w: criterion(_wide(w), gradients.get(w))))
+    if processes.world_size() > 1:  # the mean over all of them, so that all prune the same
+        parts = processes.gather([[v.cpu() for v in found]])
+        found = [sum(each) / len(parts) for each in zip(*parts, strict=True)]
+    if not all(torch.isfinite(x).all() for x in found):
         raise ValueError("a score is NaN or infinite: gradients overflow; use float32 or bfloat16")
-    return _Seen(importance, sum(losses) / len(losses), found[: len(layers)], found[len(layers) :])
+    return found[0], loss, list(zip(found[1::2], found[2::2], strict=True))
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #77369dea
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #59162b8f
 @contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
     "If the block fails, the model gets its old parameters, sizes, classes and configuration back."
-    sizes = ("in_features", "out_features", "intermediate_size")
-    before = [(m, dict(m._parameters), {k: getattr(m, k) for k in sizes if hasattr(m, k)})
-              for m in model.modules()]
+    before = [(m, dict(vars(m)), dict(m._parameters)) for m in model.modules()]
     kinds, settings = (type(model), type(model.config)), dict(vars(model.config))
     try:
         yield
     except BaseException:
-        for module, parameters, values in before:
+        for module, values, parameters in before:
+            vars(module).update(values)
             module._parameters.update(parameters)
-            for name, value in values.items():
-                setattr(module, name, value)
         model.__class__, model.config.__class__ = kinds
         vars(model.config).clear()
         vars(model.config).update(settings)
         raise
 
-
-def _draws(calibration: Any, model: nn.Module, batch_size: int) -> Callable[[int], list[Tensor]]:
-    "Step number -> batches of token ids."
-    draw = calibration
-    if isinstance(calibration, Tensor) or not (callable(draw) or isinstance(draw, Iterable)):
-        raise TypeError(
-            "calibration must be a function of the step number that returns token ids [n, L], or "
-            f"a loader with one item per step, got {type(calibration).__name__}; fresh data for "
-            "each step is part of the method (for one fixed set: lambda step: ids)")
-    if not callable(draw):
-        items = iter(calibration)
-
-        def draw(step: int) -> Any:
-            for item in items:
-                return item
-            raise ValueError(f"the calibration data ended before step {step}: give one item per "
-                             "step")
-
-    return lambda step: list(_check_ids(draw(step), model).split(batch_size))
-
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #d47e67cb
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #5a6f8a6f
 class PruneStep(NamedTuple):
     "One step of `AdaptPruner`."
 
-    loss: float  # on the calibration data, before the cut; NaN without data
+    loss: float  # on the calibration data, before the cut
     importance: Tensor  # normalised, [N]
     sparsity: Tensor  # cumulative, [N], after the step
     params: int  # parameters after the cut
@@ -539,49 +397,44 @@ class PruneReport:
     history: list[PruneStep]  # every step
 
 
-def _needs_gradient(criterion: str | Callable) -> bool:
-    return criterion not in ("magnitude", "random")
-
-
 def _count(model: nn.Module) -> int:
-    return adapters.count_parameters(model)[1]  # tied ones once
+    return sum(p.numel() for p in model.parameters())  # tied ones once
 
 
-def _unit_costs(layer: nn.Module) -> tuple[int, int]:
+def _unit_costs(layer: nn.Module, shape: LayerShape) -> tuple[int, int]:
     "Parameters of one KV group and of one neuron, biases included."
-    q, k, v, o, gate, up, down = _projections(layer)
-    biases = [sum(x.bias.numel() for x in some if x.bias is not None)
-              for some in ((q, k, v), (gate, up))]
-    attention = sum(x.weight.numel() for x in (q, k, v, o)) + biases[0]
-    mlp = sum(x.weight.numel() for x in (gate, up, down)) + biases[1]
-    n = k.out_features // layer.self_attn.head_dim
-    return attention // n, mlp // gate.out_features
+    a, m = layer.self_attn, layer.mlp
+    groups = [*a.q_proj.parameters(), *a.k_proj.parameters(), *a.v_proj.parameters()]
+    neurons = [*m.gate_proj.parameters(), *m.up_proj.parameters(), m.down_proj.weight]
+    return (sum(p.numel() for p in [*groups, a.o_proj.weight]) // shape.kv_groups,
+            sum(p.numel() for p in neurons) // shape.neurons)
 
 
 def _check_settings(p: "AdaptPruner") -> None:
     "Raise `ValueError` for settings that make no sense."
-    n, whole = len(p.initial), isinstance(p.steps, int) and not isinstance(p.steps, bool)
     for ok, text in (
-        (whole and p.steps >= 1, f"steps = {p.steps!r}: a whole number >= 1 is needed"),
+        (isinstance(p.steps, int) and p.steps >= 1, f"steps = {p.steps!r}: it must be 1, 2, ..."),
         (0 <= p.amplitude < math.inf, f"amplitude = {p.amplitude}: it must not be negative"),
         (0 < p.channel_sparsity <= 1, f"channel_sparsity = {p.channel_sparsity}: not in (0, 1]"),
         (callable(p.criterion) or p.criterion in CRITERIA,
          f"criterion = {p.criterion!r}: give one of {', '.join(CRITERIA)}, or a function"),
         (p.layer_metric in METRICS, f"layer_metric = {p.layer_metric!r}: {', '.join(METRICS)}"),
         (p.target_params > 0, f"target_params = {p.target_params}: it must be positive"),
-        (all(0 <= i < n for i in p.protect), f"protect = {p.protect}: layers are 0 to {n - 1}"),
-        (len(p.free) > 0, f"protect = {p.protect}: no layer is left to prune"),
     ):
         if not ok:
             raise ValueError(text)
-    layers, least = decoder_layers(p.model), _count(p.model)
-    for i in p.free:  # one KV group and one neuron stay
-        least -= sum((n - 1) * c for n, c in zip(p.initial[i], _unit_costs(layers[i]), strict=True))
+    least = _count(p.model)  # without all but one KV group and one neuron per layer
+    for layer, shape in zip(decoder_layers(p.model), p.initial, strict=True):
+        costs = _unit_costs(layer, shape)
+        least -= sum((n - 1) * c for n, c in zip(shape, costs, strict=True))
     if p.target_params < least:
         raise ValueError(f"target_params = {p.target_params:,}: with one KV group and one neuron "
                          f"per layer the model still has {least:,}; choose a larger target")
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #a4f2f576
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #043998da
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "granite", "smollm3")
+
+
 class AdaptPruner:
     """Prune a Llama-like model to a size, most where layers change their input least.
 
@@ -596,81 +449,67 @@ class AdaptPruner:
         steps: int = 50,  # of the full schedule
         amplitude: float = 0.02,  # A, 0: the same sparsity everywhere
         channel_sparsity: float = 1.0,  # sparsity at the end of the full schedule
-        criterion: str | Callable = "taylor",  # or "magnitude", "random", or weight -> scores
+        criterion: str | Callable = "taylor",  # or "magnitude", "random", (w, gradient) -> scores
         layer_metric: str = "cosine",  # "cosine", "euclidean", "manhattan": which layers give
         seed: int = 42,  # of the random criterion
-        normalise: Callable[[Tensor], Tensor] = normalise_importance,  # or `rank_importance`
-        protect: Iterable[int] = (),  # numbers of layers that are left alone
+        normalise: Callable[[Tensor], Tensor] = normalise_importance,  # or a rule of your own
         batch_size: int = 16,  # calibration samples per forward pass
     ):
-        _family(model)
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        if kind not in FAMILIES:
+            raise ValueError(f"model_type = {kind!r}: it must be one of {', '.join(FAMILIES)}")
         if (target_params is None) == (target_ratio is None):
             raise ValueError("give target_params or target_ratio, and not both")
-        if target_ratio is not None:
+        if target_params is None:
             if not 0 < target_ratio <= 1:
                 raise ValueError(f"target_ratio = {target_ratio}: it must lie in (0, 1]")
             target_params = int(target_ratio * _count(model))
         self.model, self.initial, self.target_params = model, layer_shapes(model), target_params
         self.steps, self.amplitude, self.channel_sparsity = steps, amplitude, channel_sparsity
         self.criterion, self.layer_metric, self.seed = criterion, layer_metric, seed
-        self.normalise, self.protect, self.batch_size = normalise, tuple(protect), batch_size
-        self.free = [i for i in range(len(self.initial)) if i not in self.protect]
+        self.normalise, self.batch_size = normalise, batch_size
         _check_settings(self)
 
     def run(
         self,
-        calibration: Callable[[int], Tensor] | Iterable | None = None,  # step -> ids [n, L], or
-        # one item per step; None where no data is needed (no gradients, amplitude 0)
+        calibration: Callable[[int], Tensor] | Iterable,  # step, from 1 -> ids [n, L]; or one
+        # item per step. Fresh data for each step is part of the method
     ) -> PruneReport:  # sizes, what was kept, and every step
         """Prune, all or nothing. Warns if there is nothing to do.
 
         Raises `ValueError` for bad data, a loss that is not finite, a schedule that ends early.
         """
-        before, s = _count(self.model), torch.zeros(len(self.initial), dtype=torch.float64)
-        kept = [tuple(torch.arange(n) for n in shape) for shape in self.initial]
-        history: list[PruneStep] = []
-        if before <= self.target_params:
-            warnings.warn(f"the model has {before:,} parameters, at most {self.target_params:,} "
-                          "are wanted: nothing to prune", stacklevel=2)
-        elif calibration is None and (_needs_gradient(self.criterion) or self.amplitude):
-            raise ValueError("this criterion, or an amplitude above 0, needs calibration data")
-        draw = None if calibration is None else _draws(calibration, self.model, self.batch_size)
-        with _all_or_nothing(self.model):
-            while (params := _count(self.model)) > self.target_params:
+        model, target, history = self.model, self.target_params, []
+        before, s = _count(model), torch.zeros(len(self.initial), dtype=torch.float64)
+        kept = [tuple(map(torch.arange, shape)) for shape in self.initial]
+        if before <= target:
+            warnings.warn(f"the model has {before:,} parameters, at most {target:,} are wanted: "
+                          "nothing to prune", stacklevel=2)
+        items = None if callable(calibration) else iter(calibration)
+        with _all_or_nothing(model):
+            while (params := _count(model)) > target:
                 if len(history) == self.steps:
                     raise ValueError(
-                        f"after {self.steps} steps {params:,} parameters are left, not "
-                        f"{self.target_params:,}: raise channel_sparsity, or lower the amplitude "
-                        "if it spares some layers for good")
-                seen, imp_hat = _look(self, draw, len(history) + 1), torch.zeros_like(s)
-                imp_hat[self.free] = self.normalise(seen.importance[self.free]).to(s)
+                        f"after {self.steps} steps {params:,} parameters are left, not {target:,}:"
+                        " raise channel_sparsity, or lower the amplitude if it spares some layers "
+                        "for good")
+                step = len(history) + 1
+                ids = next(items, None) if items else calibration(step)
+                batches = _check_ids(ids, model).split(self.batch_size)
+                importance, loss, scores = _look(self, batches, step)
+                imp_hat = self.normalise(importance).to(s)
                 s = _advance(self, s, imp_hat)
-                _cut_to(self, s, seen, kept)
-                history.append(PruneStep(seen.loss, imp_hat, s, _count(self.model)))
-            sync_config(self.model)
-        return PruneReport(before, _count(self.model), layer_shapes(self.model), kept, history)
+                _cut_to(self, s, scores, kept)
+                history.append(PruneStep(loss, imp_hat, s, _count(model)))
+            sync_config(model)
+        return PruneReport(before, _count(model), layer_shapes(model), kept, history)
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #044ccd3a
-def _look(p: AdaptPruner, draw: Callable | None, step: int) -> _Seen:
-    "Scores of this step; without data (none is needed) only those that weights give."
-    score = CRITERIA.get(p.criterion, p.criterion)
-    with torch.random.fork_rng():
-        torch.manual_seed(p.seed * 1_000_003 + step)
-        if draw is not None:
-            return _calibrate(p.model, draw(step), p.layer_metric, score,
-                              _needs_gradient(p.criterion))
-        layers = decoder_layers(p.model)
-        groups = [_group_scores(layer.self_attn, score) for layer in layers]
-        neurons = [_neuron_scores(layer.mlp, score) for layer in layers]
-    return _Seen(torch.zeros(len(layers)), math.nan, groups, neurons)
-
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #cdc1b6bc
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #be49cd11
 def _advance(p: AdaptPruner, s: Tensor, imp_hat: Tensor) -> Tensor:
     "The next sparsity; the last step is shortened to land at the target."
-    step, free, increment = torch.zeros_like(s), p.free, p.channel_sparsity / p.steps
-    step[free] = update_sparsity(s[free], imp_hat[free], increment, p.amplitude) - s[free]
+    step = update_sparsity(s, imp_hat, p.channel_sparsity / p.steps, p.amplitude) - s
     layers, now, params = decoder_layers(p.model), layer_shapes(p.model), _count(p.model)
-    costs, h = [_unit_costs(layer) for layer in layers], layers[0].self_attn.head_dim
+    costs, h = list(map(_unit_costs, layers, now)), layers[0].self_attn.head_dim
 
     def reached(k: int) -> bool:
         left, at = params, (s + k / 2**20 * step).tolist()
@@ -682,18 +521,18 @@ def _advance(p: AdaptPruner, s: Tensor, imp_hat: Tensor) -> Tensor:
     return s + bisect_left(range(2**20), True, key=reached) / 2**20 * step
 
 
-def _cut_to(p: AdaptPruner, s: Tensor, seen: _Seen, kept: list) -> None:
+def _cut_to(p: AdaptPruner, s: Tensor, scores: list, kept: list) -> None:
     "Cut every layer to the size that its sparsity leaves, the lowest scores first."
-    now = layer_shapes(p.model)
-    for i, layer in enumerate(decoder_layers(p.model)):
-        plan = planned_shape(p.initial[i], now[i], float(s[i]), layer.self_attn.head_dim)
-        best = [x[i].argsort(descending=True, stable=True) for x in (seen.groups, seen.neurons)]
-        keep = [order[:n].sort().values for order, n in zip(best, plan, strict=True)]
-        if plan.kv_groups < now[i].kv_groups:
+    for i, (layer, now) in enumerate(zip(decoder_layers(p.model), layer_shapes(p.model),
+                                         strict=True)):
+        plan = planned_shape(p.initial[i], now, float(s[i]), layer.self_attn.head_dim)
+        best = [x.argsort(descending=True, stable=True) for x in scores[i]]
+        keep = [order[:n].sort().values.cpu() for order, n in zip(best, plan, strict=True)]
+        if plan.kv_groups < now.kv_groups:
             prune_kv_groups_(layer.self_attn, keep[0])
-        if plan.neurons < now[i].neurons:
+        if plan.neurons < now.neurons:
             prune_mlp_(layer.mlp, keep[1])
-        kept[i] = tuple(old[new.cpu()] for old, new in zip(kept[i], keep, strict=True))
+        kept[i] = tuple(a[b] for a, b in zip(kept[i], keep, strict=True))
 
 # %% ../../nbs/compression/01_adapt_pruner.ipynb #247c804c
 def _check_stages(stages: int) -> None:
@@ -764,7 +603,7 @@ class WSDSchedule(torch.optim.lr_scheduler.LRScheduler):
         done = max(0.0, (step - begin) / max(1, self.total_steps - begin))
         return [max(lr - (lr - self.min_lr) * done, self.min_lr) for lr in self.base_lrs]
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #ba5cb614
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #013f85fa
 class Stage(NamedTuple):
     "What a stage's training needs to know."
 
@@ -781,18 +620,14 @@ class AccelReport:
 
     stages: list[Stage]  # what was asked of each stage
     pruned: list[PruneReport]  # what its pruning did
-    trained: list[Any] = field(default_factory=list)  # what train_fn returned
+    trained: list[Any]  # what train_fn returned
 
 
 def _own_copies(model: nn.Module) -> None:
     "Give a model copies of its parameters, ties kept: training then spares the originals."
-    copies: dict[int, nn.Parameter] = {}
+    copies = {p: nn.Parameter(p.detach().clone(), p.requires_grad) for p in model.parameters()}
     for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                if id(p) not in copies:
-                    copies[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
-                module._parameters[name] = copies[id(p)]
+        module._parameters.update({k: copies.get(p) for k, p in module._parameters.items()})
 
 
 def adapt_accel(
@@ -818,83 +653,70 @@ def adapt_accel(
     targets = stage_targets(params_before or _count(model), target_params, stages)
     edges = [sum(stage_data_shares(stages, shares)[:i]) for i in range(stages)] + [1.0]
     per_stage = AdaptPruner(model, target_params, **settings).steps  # what can't be: fails here
-    if not callable(calibration) or not callable(train_fn):
-        raise TypeError("calibration and train_fn must be functions: see the parameters")
-    report = AccelReport([], [])
+    report = AccelReport([], [], [])
     with _all_or_nothing(model):
         _own_copies(model)
         for i in range(done, stages):
             stage = Stage(i + 1, stages, targets[i], edges[i], edges[i + 1])
             pruner = AdaptPruner(model, targets[i], **settings)
             report.stages.append(stage)
-            report.pruned.append(
-                pruner.run(lambda step, i=i: calibration(i * per_stage + step)))
+            report.pruned.append(pruner.run(lambda step, i=i: calibration(i * per_stage + step)))
             report.trained.append(train_fn(model, stage))
     return report
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #26f4537c
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #671aed58
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def save_pruned(
     model: nn.Module,  # pruned Llama-like model
     folder: Path | str,  # the folder to make; it must not exist yet
 ) -> Path:  # the folder
-    """Write weights (safetensors) and configuration, all or nothing.
-
-    If all layers are alike, any tool that reads a plain Llama can load the folder. Raises
-    `FileExistsError` if it exists, and as `sync_config`.
-    """
-    from transformers.utils import logging
-
+    "Write weights and configuration, all or nothing. Raises `FileExistsError` if it exists."
     if Path(folder).exists():
         raise FileExistsError(f"{folder} exists: nothing is overwritten; choose another folder")
     sync_config(model)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with atomic_path(folder) as temporary:
-            model.save_pretrained(temporary)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    with _without_bars(), atomic_path(folder) as temporary:
+        model.save_pretrained(temporary)
     return Path(folder)
 
-
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #d08dd60a
 def load_pruned(
     folder: Path | str,  # written by `save_pruned` or by `model.save_pretrained`
     device: str | torch.device = "auto",  # see `adaptlab.models.load`
     dtype: str | torch.dtype = "auto",  # see `adaptlab.models.load`
 ) -> nn.Module:  # the model in eval mode
     "Read a pruned model back. Raises `ValueError` for a folder without a safetensors model."
-    config = Path(folder) / "config.json"
-    if config.is_file():
-        kind = str(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
-        if kind.startswith("ragged_"):
-            ragged_classes(kind.removeprefix("ragged_"))
-    return models.load(Path(folder), device, dtype, task="text-generation").model
+    import transformers
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #b9d162bc
-@torch.no_grad()
-def pad_to_plain(
-    model: nn.Module,  # pruned Llama-like model; it stays as it is
-) -> nn.Module:  # a new plain model that computes the same
-    """Fill every layer up to the widest one with zeros, for engines that know no ragged layers.
+    file = Path(folder) / "config.json"
+    if not file.is_file() or not json.loads(file.read_text("utf-8")).get("layer_shapes"):
+        return models.load(Path(folder), device, dtype, task="text-generation").model
+    config = transformers.AutoConfig.from_pretrained(folder)
+    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
-    What is padded saves nothing. Raises `ValueError` if the width is not a multiple of the
-    number of heads that would be needed, and as `sync_config`.
-    """
-    plain_config, plain = ragged_classes(_family(model))[:2]
-    attn = decoder_layers(model)[0].self_attn
-    groups, neurons = (max(x) for x in zip(*layer_shapes(model), strict=True))
-    skip = ("model_type", "layer_kv_groups", "layer_neurons", "architectures")
-    settings = {k: v for k, v in model.config.to_dict().items() if k not in skip}
-    settings |= {"num_key_value_heads": groups, "intermediate_size": neurons,
-                 "num_attention_heads": groups * attn.num_key_value_groups,
-                 "head_dim": attn.head_dim}
-    if settings["hidden_size"] % settings["num_attention_heads"]:
-        raise ValueError(
-            f"{plain_config.__name__} needs a width that is a multiple of the heads; "
-            f"{settings['hidden_size']} is none of {settings['num_attention_heads']}")
-    padded = plain(plain_config(**settings)).to(next(model.parameters()))
-    source = model.state_dict()
-    for name, target in padded.state_dict().items():
-        target.zero_()[tuple(map(slice, source[name].shape))] = source[name]
-    return padded.eval()
+    class Ragged(kind):  # its layers are cut before they get their weights
+        def __init__(self, config):
+            super().__init__(config)
+            with torch.device("cpu"):  # of the numbers; the layers may still be on "meta"
+                for layer, shape in zip(self.model.layers, config.layer_shapes, strict=True):
+                    prune_kv_groups_(layer.self_attn, range(shape[0]))
+                    prune_mlp_(layer.mlp, range(shape[1]))
+
+    device = modules.resolve_device(device)
+    if dtype == "auto" and device.type != "cuda":
+        dtype = torch.float32
+    with _without_bars():
+        model = Ragged.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    model.__class__ = kind
+    return model.to(device).eval()

@@ -6,7 +6,7 @@
 __all__ = ['SMALL', 'ARMS', 'PRUNE_CASES', 'experiment', 'FULL', 'Config', 'Texts', 'calibration_draws', 'prune_bed', 'prune_arm',
            'to_messages', 'accel_bed', 'train_stage', 'accel_arm']
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #0222f739
+# %% ../../nbs/experiments/adapt_pruner.ipynb #a9ba5a97
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -27,10 +27,10 @@ from ..bench.runs import BaseConfig, Run, bounded, tracks
 from ..bench.testbeds import Bed, windows
 from ..compression.adapt_pruner import (
     AdaptPruner, Stage, WSDSchedule, adapt_accel, decoder_layers, layer_shapes, load_pruned,
-    save_pruned, stage_data_shares, weight_times_gradient)
+    normalise_importance, save_pruned, stage_data_shares)
 from ..train import Training, set_seed
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #3aac2633
+# %% ../../nbs/experiments/adapt_pruner.ipynb #726b57e6
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     "Settings of the Adapt-Pruner experiment."
@@ -40,7 +40,7 @@ class Config(BaseConfig):
     model: str = "smollm2"  # language model that is pruned without training
     dtype: str = "auto"  # of its weights
     arms: tuple[str, ...] = (  # of prune
-        "adaptive", "uniform", "ends spared", "one step", "signed sums", "random channels")
+        "adaptive", "uniform", "ends spared", "shuffled", "one step", "signed sums")
     remove: float = bounded(0.2, above=0, below=1)  # share of the decoder's parameters, prune
     steps: int = bounded(10, low=1)  # of the full schedule: the increment is 1 / steps
     text: str = "pydoc"  # text to calibrate on, as `testbeds.windows` takes it
@@ -110,16 +110,32 @@ def prune_bed(
     pool, choose, test = _windows(cfg, loaded.processor)
     return Bed(loaded.model, Texts(pool), choose, test, tokenizer=loaded.processor)
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #5194727d
-ARMS: dict[str, Callable[[float, int], dict[str, Any]]] = {  # (increment, last layer) -> settings
-    "adaptive": lambda increment, last: {"amplitude": increment},
-    "uniform": lambda increment, last: {"amplitude": 0.0},
-    "ends spared": lambda increment, last: {"amplitude": 0.0, "protect": (0, last)},
-    "one step": lambda increment, last: {"amplitude": 1.0, "steps": 1},
-    "signed sums": lambda increment, last: {
-        "amplitude": increment, "criterion": weight_times_gradient},
-    "random channels": lambda increment, last: {"amplitude": 0.0, "criterion": "random"},
+# %% ../../nbs/experiments/adapt_pruner.ipynb #e92f3355
+def _ends(importance: Tensor) -> Tensor:
+    "The first and the last layer stand still, the others are alike."
+    hat = torch.zeros_like(importance)
+    hat[[0, -1]] = 1
+    return hat
+
+
+def _shuffled(seed: int) -> Callable[[Tensor], Tensor]:
+    "The layers' importances, dealt to the layers by lot: one lot for the whole run."
+    def normalise(importance: Tensor) -> Tensor:
+        rng = torch.Generator().manual_seed(seed)
+        return normalise_importance(importance)[torch.randperm(len(importance), generator=rng)]
+
+    return normalise
+
+
+ARMS: dict[str, Callable[[int], dict[str, Any]]] = {  # seed -> settings; the amplitude is 1 / steps
+    "adaptive": lambda seed: {},
+    "uniform": lambda seed: {"normalise": torch.zeros_like},
+    "ends spared": lambda seed: {"normalise": _ends},
+    "shuffled": lambda seed: {"normalise": _shuffled(seed)},
+    "one step": lambda seed: {"steps": 1},
+    "signed sums": lambda seed: {"steps": 1, "criterion": torch.mul},
 }
+
 
 def _target(model: nn.Module, remove: float) -> int:
     "Parameters that are left without a share of the decoder's."
@@ -133,18 +149,14 @@ def prune_arm(
     seed: int,  # of the draws
     *,
     arm: str,  # a name of `ARMS`
-    remove: float,  # share of the decoder's parameters
-    steps: int,  # of the full schedule
-    samples: int,  # calibration windows per step
+    cfg: Config,  # how much to remove, in how many steps, looking at what
 ) -> None:
     "Prune by one arm's rule. ValueError for an unknown arm, and as `AdaptPruner`."
     if arm not in ARMS:
         raise ValueError(f"arm = {arm!r}: choose from {', '.join(ARMS)}")
-    last = len(decoder_layers(model)) - 1
-    settings = {"steps": steps, "seed": seed} | ARMS[arm](1 / steps, last)
-    draw = calibration_draws(bed.train.calibration, samples, seed)
-    draw = None if settings.get("criterion") == "random" else draw  # no data is needed
-    AdaptPruner(model, _target(model, remove), **settings).run(draw)
+    settings = {"steps": cfg.steps, "seed": seed} | ARMS[arm](seed)
+    AdaptPruner(model, _target(model, cfg.remove), amplitude=1 / settings["steps"], **settings).run(
+        calibration_draws(bed.train.calibration, cfg.samples, seed))
 
 
 def _pruned(model: nn.Module, bed: Bed) -> list[dict[str, Any]]:
@@ -154,7 +166,7 @@ def _pruned(model: nn.Module, bed: Bed) -> list[dict[str, Any]]:
     return [{"nats": x, "params": size} for x in _losses(model, bed.test)] + [
         {"item": i, "layer": i, **x._asdict()} for i, x in enumerate(shapes)]
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #d87abc81
+# %% ../../nbs/experiments/adapt_pruner.ipynb #cffbe395
 PRUNE_CASES = [
     Versus("pruning by measured layers beats the same from every layer at equal size", "adaptive",
            "uniform", "nats", "+1 to +7 points of accuracy over LLM-Pruner, FLAP and SliceGPT",
@@ -162,12 +174,12 @@ PRUNE_CASES = [
     Versus("measuring the layers beats sparing the first and the last one", "adaptive",
            "ends spared", "nats", "not compared", "",
            "one layer sets the scale of the importance, so that the last one is hardly spared"),
+    Versus("measuring the layers beats the same importances dealt by lot", "adaptive", "shuffled",
+           "nats", "not compared", "", "one draw of the lot"),
     Versus("several steps, measured anew, beat one step", "adaptive", "one step", "nats",
            "50 steps", "code", "a fifth is little enough for the scores of the whole model"),
-    Versus("absolute values beat sums that can cancel", "adaptive", "signed sums", "nats",
-           "absolute values", "code", "calibration windows are few"),
-    Versus("gradients choose better channels than chance", "uniform", "random channels", "nats",
-           "not given", "", "calibration windows are few"),
+    Versus("absolute values beat sums that can cancel (both in one step)", "one step",
+           "signed sums", "nats", "absolute values", "code", "calibration windows are few"),
 ]
 
 
@@ -203,8 +215,7 @@ def _prune(cfg: Config, run: Run, report: Report) -> None:
         return made[0]
 
     methods = {"dense": Method(lambda model, bed, seed: None)} | {
-        arm: Method(partial(prune_arm, arm=arm, remove=cfg.remove, steps=cfg.steps,
-                            samples=cfg.samples)) for arm in cfg.arms}
+        arm: Method(partial(prune_arm, arm=arm, cfg=cfg)) for arm in cfg.arms}
     table = sweep(run, "prune", methods, bed, cfg.seeds[:1], _pruned)
     report.table("prune", table)
     cases = [c for c in PRUNE_CASES if {c.method, c.rival} <= set(cfg.arms)]

@@ -14,7 +14,6 @@ from adaptlab.compression.adapt_pruner import (
     layer_importance,
     layer_shapes,
     load_pruned,
-    pad_to_plain,
     save_pruned,
 )
 from adaptlab.experiments import adapt_pruner as told
@@ -46,7 +45,7 @@ def test_float32_cuts_as_on_the_cpu():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_prune_save_load_pad_and_train(dtype, tmp_path):
+def test_prune_save_load_and_train(dtype, tmp_path):
     model = llama("smollm2", layers=4, dtype=dtype)
     target = int(0.85 * size_of(model))
     found = AdaptPruner(model, target, steps=10, amplitude=0.1).run(draw)
@@ -55,8 +54,6 @@ def test_prune_save_load_pad_and_train(dtype, tmp_path):
     with torch.no_grad():
         x = draw(0)
         assert torch.equal(again(x).logits, model(x).logits)
-        plain = pad_to_plain(again)(x).logits.float()
-        assert (plain - again(x).logits.float()).norm() <= 0.02 * plain.norm()
 
     def train(m, stage):
         fit(m.float(), {"input_ids": x.cpu(), "labels": x.cpu()}, steps=2, batch_size=2,
@@ -94,5 +91,5 @@ def test_full_step_of_the_papers_shape():
 
     seconds, _ = clock(step, rounds=1, warm=0)
     row("Adapt-Pruner FULL, one step at 8B", seconds, peak(step),
-        counted=f"{FULL.steps} steps a run; {2 * weights:.0f} GiB of gradients and old weights",
+        counted=f"{FULL.steps} steps a run; {3 * weights:.0f} GiB of gradients and old weights",
         measured=f"{FULL.steps * seconds / 60:.1f} min a run")

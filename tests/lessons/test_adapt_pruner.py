@@ -34,12 +34,9 @@ from adaptlab.compression.adapt_pruner import (
     load_pruned,
     mlp_taylor_scores,
     normalise_importance,
-    pad_to_plain,
     planned_shape,
     prune_kv_groups_,
     prune_mlp_,
-    ragged_classes,
-    rank_importance,
     save_pruned,
     stage_data_shares,
     stage_targets,
@@ -120,11 +117,8 @@ def test_a_cut_equals_a_mask_in_every_family(name, tmp_path):
     prune_kv_groups_(model.model.layers[2].self_attn, torch.tensor([False, True, True]))
     torch.testing.assert_close(logits(model), logits(masked), atol=1e-5, rtol=1e-5)
     again = load_pruned(save_pruned(model, tmp_path / "pruned"), device="cpu")
-    assert type(again) is ragged_classes(name)[3]
+    assert type(again) is type(model) and layer_shapes(again) == layer_shapes(model)
     assert torch.equal(logits(again), logits(model))
-    plain = pad_to_plain(again)
-    assert type(plain) is ragged_classes(name)[1]
-    torch.testing.assert_close(logits(plain), logits(again), atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=15, deadline=None)
@@ -169,6 +163,40 @@ def test_scores_agree_with_loops(kv_heads):
     torch.testing.assert_close(kv_group_taylor_scores(layer.self_attn), torch.stack(groups))
 
 
+def test_the_score_of_a_weight_is_its_finite_difference():
+    model = llama().double()
+    w, losses = model.model.layers[0].mlp.up_proj.weight, []
+    model(ids(), labels=ids()).loss.backward()
+    slope = w.detach() * w.grad
+    assert torch.equal(lesson.CRITERIA["taylor"](w.detach(), w.grad), slope.abs())
+    at = divmod(int(slope.abs().argmax()), w.shape[1])
+    start = float(w.detach()[at])
+    for factor in (0.9, 1.1):  # towards zero, and away from it
+        w.data[at] = factor * start
+        found = logits(model)[:, :-1].flatten(0, 1)
+        losses.append(nn.functional.cross_entropy(found, ids()[:, 1:].flatten()).item())
+    assert abs((losses[1] - losses[0]) / 0.2 / float(slope[at]) - 1) < 0.01
+
+
+def test_float16_gradients_do_not_vanish():
+    "Gradients that float16 cannot hold still rank the neurons as in float32."
+    def model(dtype):
+        net = llama()
+        net.lm_head.weight.data.mul_(1e-5)  # all gradients below it are tiny
+        for layer in net.model.layers:  # what ranks the neurons is no accident of rounding
+            layer.mlp.down_proj.weight.data *= torch.linspace(0.5, 2, 128)
+        return net.to(dtype)
+
+    half, single = model(torch.float16), model(torch.float32)
+    half(ids(), labels=ids()).loss.backward()
+    lost = half.model.layers[0].mlp.up_proj.weight.grad == 0
+    assert lost.float().mean() > 0.9  # so the plain way loses them
+    kept = [AdaptPruner(net, target_ratio=0.7, steps=2, amplitude=0).run(draw).kept
+            for net in (single, model(torch.float16))]
+    for (_, a), (_, b) in zip(*kept, strict=True):
+        assert len(set(a.tolist()) & set(b.tolist())) > 0.95 * len(a)
+
+
 def test_gradients_add_up_over_the_batches_of_a_step():
     kept = [AdaptPruner(llama(), target_ratio=0.7, batch_size=n).run(draw).kept for n in (4, 2)]
     assert all(torch.equal(a, b) for x, y in zip(*kept, strict=True)
@@ -197,7 +225,6 @@ def test_normalised_importance(values, scale, shift):
     if float(raw.max() - raw.min()) > 1e-6:
         assert abs(float(hat.mean())) < 1e-9 and math.isclose(float(hat.abs().max()), 1)
         torch.testing.assert_close(normalise_importance(scale * raw + shift), hat)
-    assert abs(float(rank_importance(raw).mean())) < 1e-9
 
 
 @settings(max_examples=40, deadline=None)
@@ -262,29 +289,31 @@ def test_random_scores_leave_the_random_state_alone():
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    AdaptPruner(llama(seed=3), target_ratio=0.9, criterion="random", amplitude=0).run()
+    model = llama()
     torch.manual_seed(3)
-    AdaptPruner(llama(), target_ratio=0.9, criterion="random", amplitude=0).run()
-    torch.manual_seed(3)
+    AdaptPruner(model, target_ratio=0.9, criterion="random", amplitude=0).run(draw)
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_magnitude_needs_no_data_and_drops_the_smallest():
+def test_magnitude_drops_the_smallest():
     model = llama(layers=1)
     for j in (5, 9):
         model.model.layers[0].mlp.gate_proj.weight.data[j] *= 1e-3
         model.model.layers[0].mlp.up_proj.weight.data[j] *= 1e-3
         model.model.layers[0].mlp.down_proj.weight.data[:, j] *= 1e-3
     target = count_parameters(model) - 2 * 3 * 48
-    found = AdaptPruner(model, target, criterion="magnitude", amplitude=0).run()
+    found = AdaptPruner(model, target, criterion="magnitude", amplitude=0).run(draw)
     assert set(range(128)) - set(found.kept[0][1].tolist()) == {5, 9}
-    with pytest.raises(ValueError, match="calibration data"):
-        AdaptPruner(model, target_ratio=0.5).run()
 
 
-def test_protected_layers_stay():
+def test_a_rule_of_ones_own_says_which_layers_stay():
+    def spare(importance):
+        hat = torch.zeros_like(importance)
+        hat[[0, 3]] = 1
+        return hat
+
     model = llama(layers=5)
-    found = AdaptPruner(model, target_ratio=0.7, amplitude=0.01, protect=(0, 3)).run(draw)
+    found = AdaptPruner(model, target_ratio=0.7, normalise=spare).run(draw)
     assert found.shapes[0] == found.shapes[3] == (3, 128) and found.shapes[1].neurons < 128
     assert all((step.sparsity[[0, 3]] == 0).all() for step in found.history)
 
@@ -332,9 +361,9 @@ def test_ragged_model_lives_on(tie, tmp_path):
     model = llama(tie=tie)
     model.model.layers[1].mlp.down_proj.weight.data.mul_(1e-3)
     AdaptPruner(model, target_ratio=0.8).run(draw)
-    assert len(set(layer_shapes(model))) > 1 and isinstance(model, transformers.LlamaForCausalLM)
+    assert len(set(layer_shapes(model))) > 1
     model.save_pretrained(tmp_path / "saved")  # as the Trainer does
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    again = load_pruned(tmp_path / "saved", device="cpu")
     assert type(again) is type(model) and layer_shapes(again) == layer_shapes(model)
     assert torch.equal(logits(again), logits(model))
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == tie
@@ -357,8 +386,6 @@ def test_heads_that_do_not_divide_the_width(tmp_path):
     assert not lesson.sync_config(model)
     again = load_pruned(save_pruned(model, tmp_path / "m"), device="cpu")
     assert torch.equal(logits(again), logits(model))
-    with pytest.raises(ValueError, match="multiple of the heads"):
-        pad_to_plain(model)
 
 
 def poisoned():
@@ -430,19 +457,17 @@ def padded():
         (lambda: AdaptPruner(llama(), target_ratio=0.5, channel_sparsity=1.1), "channel_spars"),
         (lambda: AdaptPruner(llama(), target_ratio=0.5, criterion="hessian"), "taylor"),
         (lambda: AdaptPruner(llama(), target_ratio=0.5, layer_metric="angle"), "cosine"),
-        (lambda: AdaptPruner(llama(), target_ratio=0.5, protect=(7,)), "protect"),
-        (lambda: AdaptPruner(llama(), target_ratio=0.5, protect=(0, 1, 2)), "no layer"),
-        (lambda: AdaptPruner(nn.Linear(2, 2), 1), "model_type = 'None'"),
+        (lambda: AdaptPruner(nn.Linear(2, 2), 1), "model_type = None"),
         (lambda: AdaptPruner(recipes.tiny_bert(), 1), "model_type = 'bert'"),
         (lambda: decoder_layers(nn.Linear(2, 2)), "no decoder layers"),
         (lambda: decoder_layers(recipes.tiny_bert()), "no decoder layers"),
-        (lambda: AdaptPruner(with_peft(), target_ratio=0.5), "merge_and_unload"),
-        (lambda: AdaptPruner(offloaded(), target_ratio=0.5), "offloaded"),
+        (lambda: AdaptPruner(with_peft(), target_ratio=0.5), "adapters merged"),
+        (lambda: AdaptPruner(offloaded(), target_ratio=0.5), "on meta can't be cut"),
         (lambda: AdaptPruner(eight_bit(), target_ratio=0.5), "float8.*can't be cut"),
         (lambda: AdaptPruner(shared_layers(), target_ratio=0.5), "share weights"),
         (lambda: layer_importance(llama(), [padded()]), "without padding"),
         (lambda: adapt_accel(llama(), 40_000, 2, print, draw, done=1), "params_before"),
-        (lambda: AdaptPruner(quantised(), target_ratio=0.5), "quantised"),
+        (lambda: AdaptPruner(quantised(), target_ratio=0.5), "int8.*quantised"),
         (lambda: AdaptPruner(adapted(), target_ratio=0.5), "adapters|no nn.Linear"),
         (lambda: layer_importance(llama(), []), "no calibration"),
         (lambda: layer_importance(llama(), [ids()], "angle"), "metric"),
@@ -454,7 +479,7 @@ def padded():
         (lambda: prune_mlp_(llama().model.layers[0].mlp, []), "empty"),
         (lambda: prune_mlp_(llama().model.layers[0].mlp, [1, 1]), "different"),
         (lambda: prune_mlp_(llama().model.layers[0].mlp, [128]), "from 0 to 127"),
-        (lambda: prune_mlp_(llama().model.layers[0].mlp, [0.5]), "numbers or a mask"),
+        (lambda: prune_mlp_(llama().model.layers[0].mlp, [0.5]), "mask of length 128"),
         (lambda: prune_kv_groups_(llama().model.layers[0].self_attn, [-1]), "from 0 to 2"),
         (lambda: stage_targets(100, 100, 3), "p_target"),
         (lambda: stage_targets(100, 50, 0), "stages"),
@@ -476,11 +501,11 @@ def test_bad_input_is_refused(call, words):
     [
         (poisoned, draw, "nan"),
         (llama, lambda step: ids().float(), "integer"),
-        (llama, lambda step: ids(2, 1), "2 tokens"),
-        (llama, lambda step: ids(0, 5), "samples of 2"),
+        (llama, lambda step: ids(2, 1), r"got \(2, 1\)"),
+        (llama, lambda step: ids(0, 5), r"got \(0, 5\)"),
         (llama, lambda step: ids() + 100, r"\[0, 64\)"),
-        (llama, lambda step: ids(1, 600), "takes 512"),
-        (llama, [ids(), ids()], "ended before step 3"),
+        (llama, lambda step: ids(1, 600), "at most 512"),
+        (llama, [ids(), ids()], "one item per step; got NoneType"),
         (llama, lambda step: ids() if step < 3 else ids().float(), "integer"),
         (llama, lambda step: 1 / (step - 4) and ids(), "zero"),
     ],
@@ -502,7 +527,7 @@ def test_a_schedule_that_ends_early_is_undone():
     with pytest.raises(ValueError, match="channel_sparsity"):
         AdaptPruner(model, target_ratio=0.3, steps=5, channel_sparsity=0.2).run(draw)
     assert unchanged(model, before)
-    with pytest.raises(TypeError, match="lambda step"):
+    with pytest.raises(ValueError, match=r"got \(12,\)"):
         AdaptPruner(model, target_ratio=0.5).run(ids())
 
 
@@ -514,7 +539,7 @@ def test_nothing_is_overwritten(tmp_path):
     assert (tmp_path / "m" / "mine.txt").is_file()
 
 
-def test_a_family_without_a_ragged_class_is_refused_at_once():
+def test_a_family_that_cannot_be_cut_is_refused_at_once():
     config = transformers.Olmo2Config(
         vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=6,
         num_key_value_heads=3, intermediate_size=40)  # it normalises all heads together
@@ -568,6 +593,18 @@ def test_accel_draws_fresh_data_and_covers_the_training_set():
     assert all(p.params_after <= s.target_params for p, s in zip(report.pruned, seen, strict=True))
 
 
+def test_accel_goes_on_where_it_was_cut_off():
+    "A model that has a stage behind it ends where an uninterrupted run ends."
+    nothing = lambda m, s: None  # noqa: E731
+    at_once, in_two = llama(), llama()
+    whole = count_parameters(at_once)
+    options = {"steps": 20, "amplitude": 0.05}
+    report = adapt_accel(at_once, whole // 2, 3, nothing, draw, **options)
+    AdaptPruner(in_two, report.stages[0].target_params, **options).run(draw)
+    adapt_accel(in_two, whole // 2, 3, nothing, draw, done=1, params_before=whole, **options)
+    assert torch.equal(logits(in_two), logits(at_once))
+
+
 def test_wsd_against_its_formula():
     for step in range(200):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3.0)
@@ -600,12 +637,12 @@ def test_arms_end_at_equal_sizes():
     bed, sizes = accel_bed(small_accel(), 0), {}
     for arm in ARMS:
         with bed.fresh() as model:
-            prune_arm(model, bed, 0, arm=arm, remove=0.15, steps=20, samples=2)
+            prune_arm(model, bed, 0, arm=arm, cfg=small_accel(remove=0.15, steps=20))
             sizes[arm] = count_parameters(model)
     assert max(sizes.values()) - min(sizes.values()) < 12 * 3 * 64  # some neurons of four layers
     assert layer_shapes(bed.model)[0] == (2, 168)  # what was copied is untouched
     with pytest.raises(ValueError, match="arm = 'none'"):
-        prune_arm(bed.model, bed, 0, arm="none", remove=0.1, steps=5, samples=1)
+        prune_arm(bed.model, bed, 0, arm="none", cfg=small_accel())
 
 
 def test_one_seed_and_resume_repeats_nothing(tmp_path, monkeypatch):
