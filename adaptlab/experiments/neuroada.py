@@ -139,7 +139,7 @@ def _state(cfg: Config) -> pd.DataFrame:
                          **held, "total": sum(held.values())})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/neuroada.ipynb #e9d1bec9
+# %% ../../nbs/experiments/neuroada.ipynb #b91d23a8
 CASES = [
     Versus("k = 1 beats LoRA of rank 1 with half the trained numbers", "NeuroAda k=1", "LoRA r=1",
            "new", "80.0 average, k = 1 on LLaMA-7B", "repository",
@@ -206,7 +206,7 @@ def _vision(cfg: Config, run: Run, report: Report) -> None:
                 for name, prepare in PREPARE.items()}
     table = sweep(run, "vision", methods, partial(digits, turn=cfg.turn, sizes=cfg.images),
                   cfg.seeds,
-                  lambda m, bed: {"new": accuracy(m, bed.test), "old": accuracy(m, bed.old)},
+                  lambda m, bed: {"new": accuracy(m, bed.test)},
                   choose=lambda m, bed: accuracy(m, bed.choose))
     state = run.stage("vision-state", partial(_state, cfg))
     report.table("vision", table)
