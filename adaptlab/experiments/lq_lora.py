@@ -30,7 +30,7 @@ from ..lowrank.lq_lora import (
 from ..stats import over_seeds
 from ..train import Training
 
-# %% ../../nbs/experiments/lq_lora.ipynb #64195244
+# %% ../../nbs/experiments/lq_lora.ipynb #cd6be71c
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     "Settings of the LQ-LoRA experiment."
@@ -61,7 +61,8 @@ class Config(BaseConfig):
     glue: tuple[str, ...] = ("mrpc",)  # its tasks
     budgets: tuple[float, ...] = bounded((2.75,), above=0)  # bits per weight there
     glue_rank: int = bounded(64, low=1)  # of L1 and L2 there
-    glue_training: Training = Training(epochs=10, batch_size=32, schedule="linear")
+    glue_training: Training = Training(  # of every method there
+        epochs=10, batch_size=32, schedule="linear")
     glue_lrs: tuple[float, ...] = bounded((2e-5,), above=0)  # grid of every method there
     max_length: int = bounded(128, low=8)  # tokens per text
 
@@ -70,13 +71,21 @@ SMALL = Config()
 LAYOUTS = {"2.13": QuantConfig(2, 8, "bf16", 64, 64), "2.52": QuantConfig(2, 8, "bf16", 16, 64),
            "3.13": QuantConfig(3, 8, "bf16", 64, 64), "4.13": QuantConfig(4, 8, "bf16", 64, 64)}
 
-# %% ../../nbs/experiments/lq_lora.ipynb #60aa1c74
-def nf(W: Tensor, layout: QuantConfig) -> Tensor:
+# %% ../../nbs/experiments/lq_lora.ipynb #33df7c29
+def nf(
+    W: Tensor,  # [o, i]
+    layout: QuantConfig,  # of the codes
+) -> Tensor:  # [o, i]
     "Quantised, and nothing else."
     return quantize(W, layout).dequantize()
 
 
-def quantised_first(W: Tensor, layout: QuantConfig, rank: int, rounds: int) -> Tensor:
+def quantised_first(
+    W: Tensor,  # [o, i]
+    layout: QuantConfig,  # of the codes
+    rank: int,  # of the product
+    rounds: int,  # of codes and product
+) -> Tensor:  # [o, i]
     "LoftQ's order: the quantiser sees the whole matrix first."
     low = torch.zeros_like(W, dtype=torch.float32)
     for _ in range(rounds):
@@ -85,11 +94,14 @@ def quantised_first(W: Tensor, layout: QuantConfig, rank: int, rounds: int) -> T
         low = L1 @ L2
     return Q + low
 
-# %% ../../nbs/experiments/lq_lora.ipynb #6bc13532
+# %% ../../nbs/experiments/lq_lora.ipynb #69ec2db4
 class Starts:
     "A model whose layers can be replaced by what a method begins with."
 
-    def __init__(self, cfg: Config):
+    def __init__(
+        self,
+        cfg: Config,  # of the experiment
+    ):
         self.cfg = cfg
         self.model, self.tokenizer = models.load(cfg.model, device=cfg.device, dtype=cfg.dtype)[:2]
         self.layers = adapters.match_layers(self.model, re.compile(cfg.targets))
@@ -108,12 +120,18 @@ class Starts:
         lq = lq_decompose(self.own[name], self.cfg.rank, layout, fisher, rounds)
         return lq.Q.dequantize() + lq.L1 @ lq.L2, min(lq.errors) ** 2
 
-    def costs(self, weighted: bool) -> list[list[float]]:
+    def costs(
+        self,
+        weighted: bool,  # by Fisher information
+    ) -> list[list[float]]:  # per matrix, of each layout
         "What each layout costs each matrix."
         return [[self.made(n, c, weighted, self.cfg.rounds)[1] for c in self.grid]
                 for n in self.layers]
 
-    def losses(self, matrices: Callable[[str], Tensor] | None = None) -> list[float]:
+    def losses(
+        self,
+        matrices: Callable[[str], Tensor] | None = None,  # layer -> [o, i]; None: its own
+    ) -> list[float]:  # of each window
         "Nats per token of each window, with these matrices in place of the layers' own."
         ids = windows(self.cfg.text, self.tokenizer, self.cfg.window, self.cfg.windows)
         try:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from .. import adapters, modules
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #2b0bef81
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #9f2b6383
 STATES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BITS = (2, 3, 4, 8)
 
@@ -41,13 +41,12 @@ class QuantConfig:
 
     def __post_init__(self):
         if self.bits not in BITS or self.scale_bits not in BITS:
-            raise ValueError(f"bits = {self.bits}, scale_bits = {self.scale_bits}: give one of "
-                             f"{BITS} for each")
+            raise ValueError(f"bits = {self.bits}, scale_bits = {self.scale_bits}: give {BITS}")
         if self.state_dtype not in STATES:
             raise ValueError(f"state_dtype = {self.state_dtype!r}: give one of {', '.join(STATES)}")
         if min(self.block_size, self.superblock_size) < 1:
-            raise ValueError(f"block_size = {self.block_size}, superblock_size = "
-                             f"{self.superblock_size}: both must be at least 1")
+            raise ValueError("block_size and superblock_size must be at least 1, got "
+                             f"{self.block_size} and {self.superblock_size}")
 
     @property
     def bits_per_param(self) -> float:
@@ -151,7 +150,7 @@ class QuantizedTensor:
         values.view(len(scales), -1).mul_(scales[:, None])
         return values[:n].view(self.shape).to(dtype)
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #71ff52d6
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #dbd2b383
 def _check_matrix(W: Any) -> None:
     "TypeError for anything but a matrix of floating-point numbers, ValueError for NaN."
     if not isinstance(W, Tensor) or W.ndim != 2 or not W.is_floating_point():
@@ -170,12 +169,12 @@ def _nearest(x: Tensor, middles: Tensor) -> Tensor:
         codes += x > middle
     return codes
 
-
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #da468c64
 @torch.no_grad()
 def quantize(
     W: Tensor,  # [o, i], finite
     config: QuantConfig,  # how to store it
-) -> QuantizedTensor:
+) -> QuantizedTensor:  # on W's device
     """Block-wise NormalFloat with quantised scales (section 2.1 of the paper, after QLoRA).
 
     Raises TypeError for no matrix of floats, ValueError for NaN or scales that overflow.
@@ -200,7 +199,7 @@ def quantize(
                            pack_codes(codes, config.scale_bits), states, offset,
                            tuple(W.shape), config)
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #b376302d
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #b3a151dd
 def _check_fisher(fisher: Any, shape: tuple[int, ...]) -> None:
     "ValueError for weights that no error can have."
     if fisher is None:
@@ -224,7 +223,7 @@ def _leading(X: Tensor, rank: int, exact: bool, seed: int) -> tuple[Tensor, Tens
     U, s, Vh = torch.linalg.svd(basis.T @ X, full_matrices=False)
     return (basis @ U)[:, :rank], s[:rank], Vh[:rank]
 
-
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #2ef411a7
 def weighted_svd(
     W: Tensor,  # [o, i]
     fisher: Tensor | None,  # [o, i], at least 0: weight of each squared error; None: all alike
@@ -256,7 +255,7 @@ def weighted_svd(
     root = s.sqrt()
     return U * root / d1, root[:, None] * Vh / d2
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #8792b01d
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #2fcd244e
 class LQ(NamedTuple):
     "W = Q + L1 L2, nearly."
 
@@ -275,7 +274,7 @@ def lq_decompose(
     num_iter: int = 100,  # at most; it stops when the error no longer falls
     exact_svd: bool = False,  # the whole SVD instead of a sketch
     seed: int = 0,  # of the sketch
-) -> LQ:
+) -> LQ:  # the best pair of all rounds
     "Algorithm 1 of the paper, and its data-aware form. Raises ValueError, TypeError as its parts."
     if num_iter < 1:
         raise ValueError(f"num_iter = {num_iter}: at least one iteration is needed")
@@ -296,8 +295,11 @@ def lq_decompose(
             break
     return LQ(*best, tuple(errors))
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #2ee03066
-def block_linears(name: str, module: nn.Module) -> bool:
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #01ac8c29
+def block_linears(
+    name: str,  # of a module
+    module: nn.Module,  # itself
+) -> bool:  # whether it is quantised unless other layers are named
     "Linear layers inside a numbered block: neither embeddings nor a head."
     linear = isinstance(module, nn.Linear | modules.Conv1D)
     return linear and re.search(r"(^|\.)\d+\.", name) is not None
@@ -313,7 +315,7 @@ def _linears(model: nn.Module, targets: Any) -> dict[str, nn.Module]:
                             f"{problem or type(layer).__name__ + ' is not linear'}")
     return found
 
-
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #5ed850a0
 def empirical_fisher(
     model: nn.Module,  # any model; left as it was
     batches: Iterable[Any],  # of one sample each, with labels
@@ -337,7 +339,7 @@ def empirical_fisher(
     return {name: adapters.FrozenLayer(layer).as_weight(total) for (name, layer), total
             in zip(layers.items(), sums, strict=True)}  # a transposition, where there is one
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #b4372b8c
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #5e2bd490
 class CostTable(NamedTuple):
     "What each layout would cost each matrix."
 
@@ -359,7 +361,7 @@ def quantization_table(
     fisher: Mapping[str, Tensor] | None = None,  # layer -> [o, i], from `empirical_fisher`
     target_modules: adapters.Targets | None = None,  # layers; None: the blocks' linear layers
     num_iter: int = 100,  # of each decomposition, at most
-) -> CostTable:
+) -> CostTable:  # for `assign_bits`
     "Decompose every matrix in every layout, and keep the errors. ValueError without its Fisher."
     layers = _linears(model, target_modules)
     if fisher is not None and (absent := [n for n in layers if n not in fisher]):
@@ -576,7 +578,7 @@ def get_lq_lora_model(
         name: partial(LQLoRALinear, lq=lq, alpha=config.alpha, dropout=config.dropout)
         for name, lq in found.items()})
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #7fa35d82
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #a91ef64c
 class Storage(NamedTuple):
     "Bytes of the quantised layers."
 
@@ -602,7 +604,7 @@ def quantized_layers(
 
 def storage(
     model: nn.Module,  # with quantised layers
-) -> Storage:
+) -> Storage:  # counted on their tensors
     "What the quantised layers and their factors take."
     layers, found = quantized_layers(model), adapters.adapters(model)
     return Storage(sum(m.in_features * m.out_features for m in layers.values()),
