@@ -201,7 +201,7 @@ CASES = [
            "accuracy", _EIGHT, "Llama-3-8B table", FEW),
 ]
 
-# %% ../../nbs/experiments/sketchtune.ipynb #e85ade5b
+# %% ../../nbs/experiments/sketchtune.ipynb #5d98b3a1
 SHOWN = {"2 bits: tables over RTN + LoRA": ("sketch 2 bits", "RTN 2 bits + LoRA r=2"),
          "3 bits: tables over RTN + LoRA": ("sketch 3 bits", "RTN 3 bits + LoRA r=4"),
          "2-bit tables over LoRA r=2": ("sketch 2 bits", "LoRA r=2"),
@@ -224,6 +224,9 @@ def _plot(table: pd.DataFrame) -> Any:
     plots.tradeoff(points, "trained", "accuracy", "method", hue="what", ax=left)
     left.set(xlabel="trained numbers (log scale)", ylabel="accuracy on turned digits (%)",
              title="What trained numbers bring")
+    counts = sorted(points["trained"].unique())
+    left.set_xticks(counts, [f"{n:,.0f}" for n in counts])
+    left.minorticks_off()
     plots.differences({text: differences(table, *pair, "accuracy") for text, pair in SHOWN.items()},
                       unit="points of accuracy", fmt="+.1f", ax=right)
     right.set_title("What each choice is worth")

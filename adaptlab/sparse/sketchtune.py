@@ -289,7 +289,7 @@ class _SketchProduct(torch.autograd.Function):
                 dlut[s].scatter_add_(2, codes, dense.view_as(codes))
         return None if dx is None else dx.view_as(x).to(x.dtype), dlut, None
 
-# %% ../../nbs/sparse/02_sketchtune.ipynb #86c124b6
+# %% ../../nbs/sparse/02_sketchtune.ipynb #dfe8cfe9
 class SketchedLinear(nn.Module):
     """A linear layer whose weight is a sketch; the tables are trained.
 
@@ -349,11 +349,6 @@ class SketchedLinear(nn.Module):
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.detach().to(W.dtype).clone())
         return layer
-
-    def extra_repr(self) -> str:
-        "Sizes, as PyTorch prints them."
-        _, g, k = self.lut.shape
-        return f"{self.in_features}, {self.out_features}, entries={k}, groups_per_row={g}"
 
 # %% ../../nbs/sparse/02_sketchtune.ipynb #d47faf99
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
