@@ -133,7 +133,7 @@ def _part(columns: Any, rows: Tensor) -> Any:
         return {k: v[rows] for k, v in columns.items()}
     return tuple(v[rows] for v in columns)
 
-# %% ../../nbs/experiments/diffora.ipynb #4639a121
+# %% ../../nbs/experiments/diffora.ipynb #ecd693f1
 def _teacher_scores(cfg: Config, seed: int) -> dict[str, Tensor]:
     "One teacher: the truth, and every score."
     bed = digits(seed, turn=0.0, sizes=(cfg.planted, 1))
@@ -177,30 +177,33 @@ def _planted(cfg: Config, run: Run, report: Report) -> None:
                  above=100 / types, paper="the most suitable modules", source="abstract",
                  unit="% of the blocks")
     versus(report, table, PLANTED, unit="points")
-    report.figure("main", _draw(cfg, found[0], table, names), "Left: gates after a search; boxes "
-                  "are planted modules. Middle: the same gates over time. Right: share of blocks "
-                  "whose planted module has the highest score, all teachers.")
+    report.figure("main", _draw(cfg, found, table, names), "Left: gates of the first teacher, "
+                  "boxes are planted modules. Middle: gates over time, all teachers. Right: share of "
+                  "blocks whose planted module has the highest score.")
 
-# %% ../../nbs/experiments/diffora.ipynb #23930615
-def _draw(cfg: Config, one: dict[str, Tensor], table: pd.DataFrame, names: list[str]) -> Any:
-    "Gates of one teacher, their way, and the hits of every score."
+# %% ../../nbs/experiments/diffora.ipynb #c6b40415
+def _draw(cfg: Config, found: list[dict[str, Tensor]], table: pd.DataFrame,
+          names: list[str]) -> Any:
+    "Gates of the first teacher, the way of all gates, and the hits of every score."
     import matplotlib.pyplot as plt
 
-    truth, path = one["truth"], one["path"]
+    truth, path = found[0]["truth"], found[0]["path"]
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(13.5, 4), layout="constrained",
                                               width_ratios=(1, 1, 1.1))
     plots.layer_heatmap(path[-1], names, [f"block {i}" for i in range(truth.shape[1])],
-                        label="gate", center=0.5, title="The gates after a search", ax=left)
+                        label="gate", center=0.5, title="After a search", ax=left)
     for n, layer in truth.nonzero().tolist():
         left.add_patch(plt.Rectangle((layer - 0.5, n - 0.5), 1, 1, fill=False, lw=3,
                                      ec=plots.COLORS["vermillion"]))
-    for n, layer in (~truth).nonzero().tolist():
-        middle.plot(path[:, n, layer], color="grey", alpha=0.5, lw=1)
-    for n, layer in truth.nonzero().tolist():
-        middle.plot(path[:, n, layer], color=plots.COLORS["vermillion"], lw=2.5)
+    for mine, color, name in ((True, "vermillion", "planted"), (False, "black", "others")):
+        ways = torch.cat([one["path"][:, one["truth"] == mine] for one in found], 1)
+        if mine:
+            middle.plot(ways, color=plots.COLORS[color], alpha=0.25, lw=1)
+        middle.plot(ways.mean(1), color=plots.COLORS[color], lw=3, label=f"{name}, mean")
+    middle.legend(loc="upper left")
     middle.axvline(cfg.warmup, color="grey", ls=":")
     middle.set(xlabel="step of the search", ylabel="gate")
-    middle.set_title("Their way (red: planted)")
+    middle.set_title("Gates over time")
     hits = {m: stats.wilson(np.array(part["found"]) / 100)
             for m, part in table.groupby("method", sort=False)}
     for i, (name, hit) in enumerate(hits.items()):
@@ -244,15 +247,15 @@ METHODS = {  # method -> selection and sharing; learning rate, from the pilot
 }
 UNIFORM = "LoRA r / 2", 1e-2  # all modules at half the rank; learning rate
 
-# %% ../../nbs/experiments/diffora.ipynb #f052a818
+# %% ../../nbs/experiments/diffora.ipynb #db01b18e
 CASES = [
     Versus("the largest gates beat the smallest ones", "gates", "bottom", "accuracy",
            "some modules need no adapter", "abstract",
            "three seeds; any half of the modules reaches most of it"),
-    Versus("they beat a random half", "gates", "random", "accuracy", "the most suitable modules",
-           "abstract", "a random half holds good modules too"),
-    Versus("they beat uniform LoRA with as many numbers", "gates", "LoRA r / 2", "accuracy",
-           "best accuracy", "abstract",
+    Versus("the largest gates beat a random half", "gates", "random", "accuracy",
+           "the most suitable modules", "abstract", "a random half holds good modules too"),
+    Versus("the largest gates beat uniform LoRA with about as many numbers", "gates",
+           "LoRA r / 2", "accuracy", "best accuracy", "abstract",
            "many places at a low rank serve as well as few at a high one"),
     Versus("shared pairs for the rest help", "gates, shared", "gates", "accuracy",
            "weight sharing against the loss by rounding", "summaries",

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .. import adapters, data, modules
 
-# %% ../../nbs/lowrank/06_diffora.ipynb #ca5fee48
+# %% ../../nbs/lowrank/06_diffora.ipynb #a2c9503a
 Grid = dict[str, list[str]]  # type of module -> its names, block after block
 
 
@@ -47,7 +47,7 @@ def module_grid(
     named = {place: n for n, place in places.items()}
     lacking = [f"{b}.{t}" for t in types for b in blocks if (b, t) not in named]
     if lacking:
-        raise ValueError(f"the blocks differ: there is no {adapters.collapse(lacking)}; name "
+        raise ValueError(f"the blocks differ: there is no {', '.join(lacking[:5])}; name "
                          "target_modules that every block has")
     return {t: [named[b, t] for b in blocks] for t in types}
 
