@@ -30,7 +30,7 @@ from adaptlab.sparse.lt_sft import (
 )
 from ..train import Training, set_seed
 
-# %% ../../nbs/experiments/lt_sft.ipynb #7cab37e7
+# %% ../../nbs/experiments/lt_sft.ipynb #bc59c1e2
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     "Settings of the LT-SFT experiment."
@@ -39,7 +39,7 @@ class Config(BaseConfig):
     images: tuple[int, int, int] = bounded((1500, 500, 1000), low=1)  # train, choose, test
     training: Training = Training(steps=150, batch_size=32)  # of each phase
     lrs: tuple[float, ...] = bounded((1e-3, 3e-3), above=0)  # grid of every arm
-    shares: tuple[float, ...] = bounded((0.003, 0.01, 0.03, 0.1, 0.3), above=0, below=1)  # of LT
+    shares: tuple[float, ...] = bounded((0.01, 0.03, 0.1, 0.3), above=0, below=1)  # of LT
     rand: tuple[float, ...] = bounded((0.01, 0.1, 0.3), above=0, below=1)  # of random masks
     scales: tuple[float, ...] = bounded((0.2, 0.35, 0.5, 0.7), above=0)  # of dense differences
     model: str = "FacebookAI/xlm-roberta-base"  # of the languages: a hub id or a folder
@@ -48,7 +48,7 @@ class Config(BaseConfig):
     task_k: int = bounded(14_155_776, low=0)  # K of the task
     language_training: Training = Training(  # each phase; steps are the most
         steps=100_000, batch_size=8, lr=5e-5, schedule="linear")
-    language_epochs: float = bounded(100, above=0)  # passes over the text, within the steps
+    language_epochs: float = bounded(100.0, above=0)  # passes over the text, within the steps
     language_l1: float = bounded(0.1, low=0)  # weight of the L1 term
     task_training: Training = Training(  # each phase
         epochs=5, batch_size=32, lr=2e-5, schedule="linear")

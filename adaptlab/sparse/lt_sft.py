@@ -525,7 +525,7 @@ def _scope(model: nn.Module, maskable: Iterable[str] | None) -> list[str]:
         raise ValueError("there is no maskable parameter: all are frozen")
     return names
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #8735be39
+# %% ../../nbs/sparse/01_lt_sft.ipynb #563a8cf8
 @contextlib.contextmanager
 def _rewound(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     "Copies of parameters, which are put back at the end, and so are the buffers."
@@ -585,6 +585,8 @@ def tune(
             with torch.no_grad():
                 for n, i in chosen.items():
                     params[n].view(-1)[i.to(params[n].device)] = before[n]
+                for p in params.values():
+                    p.grad = None
     total = sum(params[n].numel() for n in maskable)
     return SparseDelta(diffs, found, base_digests(model, diffs), total)
 

@@ -1,0 +1,489 @@
+"""LT-SFT: selection, both phases, deltas that add and revert, files, bad input, full scale."""
+
+import copy
+import json
+import warnings
+from dataclasses import replace
+
+import pytest
+import schemas
+import torch
+from torch import nn
+
+from adaptlab import modules, recipes, weights
+from adaptlab.bench.runs import launch, start_run
+from adaptlab.experiments import lt_sft as told
+from adaptlab.experiments.lt_sft import FULL, SMALL, experiment
+from adaptlab.sparse.lt_sft import (
+    MaskPhase, SftArguments, SparseDelta, SparseFineTuner, VectorPhase, base_digests, fitting,
+    loss_through, movements, phase_steps, select, source_batches, tune,
+)
+from adaptlab.train import Training
+
+torch.manual_seed(0)
+X, Y = torch.randn(64, 6), torch.randint(3, (64,), generator=torch.Generator().manual_seed(0))
+
+
+def mlp(seed=0):
+    torch.manual_seed(seed)
+    return recipes.MLP((6, 8, 3))
+
+
+def loop(optimizer=torch.optim.SGD, **options):
+    "A train_fn that uses plain PyTorch."
+    def train_fn(model, steps, grad_hook):
+        made = optimizer([p for p in model.parameters() if p.requires_grad], **options)
+        for _ in range(steps):
+            made.zero_grad()
+            nn.functional.cross_entropy(model(X), Y).backward()
+            grad_hook()
+            made.step()
+
+    return train_fn
+
+
+SGD = loop(lr=0.3)
+
+
+def fit(model, k, steps=6, **options):
+    sft = SparseFineTuner(model, k, **{"maskable": ["layers"]} | options)
+    return sft, sft.fit(SGD, dense_steps=steps, sparse_steps=steps)
+
+
+# selection
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_selection_is_the_global_top_k_and_exact_in_ties(dtype):
+    g = torch.Generator().manual_seed(0)
+    sizes = {"a": (40, 30), "b": 500}
+    moved = {n: torch.rand(size, generator=g).to(dtype) for n, size in sizes.items()}
+    flat = torch.cat([m.flatten() for m in moved.values()]).float()
+    for k in (1, 13, 800, 1700):
+        chosen = select(moved, k)
+        assert sum(map(len, chosen.values())) == k
+        found = torch.cat([moved[n].flatten()[i] for n, i in chosen.items()]).float()
+        assert torch.equal(found.sort().values, flat.topk(k).values.sort().values)
+    same = select({"a": torch.ones(5), "b": torch.ones(5)}, 7)  # the first ones
+    assert same["a"].tolist() == [0, 1, 2, 3, 4] and same["b"].tolist() == [0, 1]
+
+
+def test_one_tensor_that_moves_more_takes_the_budget():
+    moved = {n: torch.rand(100, generator=torch.Generator().manual_seed(i)) + 0.01
+             for i, n in enumerate("abc")}
+    counts = {n: len(i) for n, i in select(moved | {"b": 100 * moved["b"]}, 90).items()}
+    assert counts.get("b", 0) == 90
+
+
+@pytest.mark.parametrize("k", [-1, 11])
+def test_more_than_there_is(k):
+    with pytest.raises(ValueError, match="10 entries"):
+        select({"a": torch.ones(10)}, k)
+    with pytest.raises(ValueError, match="diverged"):
+        select({"a": torch.tensor([1.0, float("nan")])}, 1)
+
+
+# phases
+
+
+@pytest.mark.parametrize("phase", [VectorPhase, MaskPhase])
+@pytest.mark.parametrize("optimizer, options", [
+    (torch.optim.SGD, {"lr": 0.3, "momentum": 0.9}),
+    (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.0}),
+    (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.0, "fused": True}),
+    (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.0, "foreach": True}),
+])
+def test_both_phases_train_the_same(phase, optimizer, options):
+    "Against dense gradients, masked by hand; a new optimiser, nothing left of phase 1."
+    net, names = mlp(), ["layers.0.weight", "layers.0.bias"]
+    chosen = select(movements(net, names, loop(optimizer, **options), 5), 20)
+    delta = tune(net, names, chosen, loop(optimizer, **options), 8, phase=phase)
+    by_hand = copy.deepcopy(net)
+    masks = {n: torch.zeros_like(p) for n, p in by_hand.layers.named_parameters("layers")}
+    for n, i in chosen.items():
+        masks[n].view(-1)[i] = 1
+    made = optimizer(by_hand.parameters(), **options)
+    for _ in range(8):
+        made.zero_grad()
+        nn.functional.cross_entropy(by_hand(X), Y).backward()
+        for n, p in by_hand.layers.named_parameters("layers"):
+            p.grad.mul_(masks[n])
+        made.step()
+    with delta.applied(net):
+        torch.testing.assert_close(net.state_dict(), by_hand.state_dict(), rtol=1e-5, atol=1e-6)
+    assert not hasattr(net, "sft_values")
+
+
+@pytest.mark.parametrize("phase", [VectorPhase, MaskPhase])
+def test_others_stay_bit_for_bit_and_the_model_is_left_as_found(phase):
+    net = mlp()
+    before = copy.deepcopy(net.state_dict())
+    sft, delta = fit(net, 17, phase=phase)
+    assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
+    assert sum(map(len, sft.chosen.values())) == 17 and delta.count == 17
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+    with delta.applied(net):
+        moved = {n: (v != before[n]).flatten().nonzero()[:, 0] for n, v in net.state_dict().items()
+                 if "layers" in n}
+    assert {n: i.tolist() for n, i in moved.items() if len(i)} == {
+        n: i.tolist() for n, i in sft.chosen.items()}
+
+
+def test_all_is_dense_and_none_is_the_head():
+    net = mlp()
+    dense = copy.deepcopy(net)
+    SGD(dense, 6, lambda: None)
+    _, everything = fit(net, 56)
+    with everything.applied(net):
+        torch.testing.assert_close(net.state_dict(), dense.state_dict(), rtol=1e-5, atol=1e-6)
+    _, nothing = fit(net, 0)
+    assert nothing.count == 0 and sorted(nothing.abs) == ["head.bias", "head.weight"]
+    assert not torch.equal(nothing.abs["head.weight"], net.head.weight)
+
+
+def test_weight_decay_moves_what_masks_hide_and_not_what_a_vector_leaves_out():
+    net, decay = mlp(), loop(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
+    sft = SparseFineTuner(net, 5, maskable=["layers"], phase=MaskPhase)
+    with pytest.raises(RuntimeError, match="without weight decay"):
+        sft.fit(decay, dense_steps=2, sparse_steps=2)
+    before = copy.deepcopy(net.state_dict())
+    SparseFineTuner(net, 5, maskable=["layers"]).fit(decay, dense_steps=2, sparse_steps=2)
+    assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("phase", [VectorPhase, MaskPhase])
+def test_l1_adds_the_sign_and_nothing_at_the_start(phase):
+    net, chosen = mlp(), {"layers.0.weight": torch.tensor([3, 7])}
+    with phase(net, chosen, ["layers.0.weight", "layers.0.bias"], strength=0.25) as hook:
+        for shift, sign in ((0.0, 0.0), (1.0, 1.0), (-2.0, -1.0)):
+            if phase is VectorPhase:
+                hook.v.data = hook.first + shift
+                hook.v.grad = torch.zeros(2)
+            else:
+                net.layers[0].weight.data = hook.starts["layers.0.weight"] + shift
+                net.layers[0].weight.grad = torch.zeros(8, 6)
+            head = net.head.bias
+            head.data = head.data * 0 + shift + (hook.starts[-1] if phase is VectorPhase
+                                                 else hook.starts["head.bias"])
+            head.grad = torch.zeros(3)
+            hook()
+            found = hook.v.grad if phase is VectorPhase else (
+                net.layers[0].weight.grad.view(-1)[[3, 7]])
+            assert found.tolist() == [0.25 * sign] * 2 and head.grad.tolist() == [0.25 * sign] * 3
+        net.layers[0].weight.data = hook.starts["layers.0.weight"] if phase is MaskPhase else (
+            net.layers[0].weight.data)
+
+
+def test_a_loop_that_forgets_the_hook():
+    net = mlp()
+
+    def forgetful(model, steps, grad_hook):
+        SGD(model, steps, lambda: None)
+
+    assert SparseFineTuner(net, 5, maskable=["layers"]).fit(
+        forgetful, dense_steps=2, sparse_steps=2).count == 5
+    with pytest.raises(RuntimeError, match="never called"):
+        SparseFineTuner(net, 5, maskable=["layers"], l1=0.1).fit(
+            forgetful, dense_steps=2, sparse_steps=2)
+
+
+def test_rounds_share_the_budget_and_keep_earlier_entries():
+    net = mlp()
+    sft, delta = fit(net, 10, n_iterations=3)
+    assert sum(map(len, sft.chosen.values())) == 10 and 0 < delta.count <= 10
+    random, made = fit(net, 10, selection="random", seed=3)
+    again, _ = fit(net, 10, selection="random", seed=3)
+    assert made.count == 10 and all(
+        torch.equal(random.chosen[n], again.chosen[n]) for n in random.chosen)
+
+
+def test_half_precision_keeps_the_vector_in_float32():
+    net = mlp().bfloat16()
+
+    def train_fn(model, steps, grad_hook):
+        made = torch.optim.SGD(model.parameters(), lr=1e-4)
+        for _ in range(steps):
+            made.zero_grad()
+            nn.functional.cross_entropy(model(X.bfloat16()), Y).backward()
+            grad_hook()
+            made.step()
+
+    delta = tune(net, ["layers.0.weight"], {"layers.0.weight": torch.arange(9)}, train_fn, 3)
+    values = delta.diffs["layers.0.weight"].values
+    assert values.dtype == torch.float32 and 0 < values.abs().max() < 1e-2
+
+
+# deltas
+
+
+def some_delta(net, seed, names=("layers.0.weight",), k=7):
+    g = torch.Generator().manual_seed(seed)
+    params = dict(net.named_parameters())
+    chosen = select({n: torch.rand(params[n].shape, generator=g) for n in names}, k)
+    return SparseDelta({n: weights.SparseDelta(i, torch.randn(len(i), generator=g),
+                                               tuple(params[n].shape)) for n, i in chosen.items()},
+                       base=base_digests(net, chosen), total=48)
+
+
+def test_order_does_not_matter_and_revert_is_exact():
+    net = mlp()
+    before = copy.deepcopy(net.state_dict())
+    a, b = some_delta(net, 0, k=30), some_delta(net, 1, k=30)
+    found = []
+    for first, second in ((a, b), (b, a)):
+        first.apply(net)
+        second.apply(net)
+        found.append(net.layers[0].weight.detach().clone())
+        first.revert(net)
+        second.revert(net)
+        assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
+    with (a + b).applied(net):
+        found.append(net.layers[0].weight.detach().clone())
+        assert list(net.state_dict()) == list(before)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-6)
+    assert not any(t.abs().max() > 1e-6 for t in (a + -a).dense().values())
+    torch.testing.assert_close(a.scale(2.0).dense(), (a + a).dense())
+
+
+def test_disjoint_deltas_leave_each_other_intact():
+    net = mlp()
+    start = net.layers[0].weight.detach().clone().view(-1)
+    at = {"a": torch.arange(0, 48, 2), "b": torch.arange(1, 48, 2)}
+    made = {n: SparseDelta({"layers.0.weight": weights.SparseDelta(i, torch.ones(24), (8, 6))},
+                           total=48) for n, i in at.items()}
+    assert made["a"].overlap(made["b"]) == 0 and made["a"].overlap(made["a"]) == 0.5
+    with (made["a"] + made["b"]).applied(net):
+        now = net.layers[0].weight.view(-1)
+        assert torch.equal(now, start + 1)
+
+
+def test_overlap_of_random_masks_is_the_product_of_densities():
+    def delta(seed, k):
+        g = torch.Generator().manual_seed(seed)
+        i = select({"w": torch.rand(100_000, generator=g)}, k)["w"]
+        return SparseDelta({"w": weights.SparseDelta(i, torch.ones(k), (100_000,))}, total=100_000)
+
+    assert delta(0, 20_000).overlap(delta(1, 30_000)) == pytest.approx(0.06, abs=0.002)
+
+
+def test_what_cannot_be_applied(tmp_path):
+    net = mlp()
+    a = some_delta(net, 0)
+    with pytest.raises(ValueError, match="not those that the delta was made for"):
+        a.apply(mlp(seed=1))
+    with pytest.raises(ValueError, match="no such tensor"):
+        a.apply(nn.Linear(6, 8))
+    with pytest.raises(ValueError, match=r"\(8, 6\) in the delta"):
+        a.apply(recipes.MLP((7, 8, 3)))
+    with pytest.raises(RuntimeError, match="not applied"):
+        a.revert(net)
+    with a.applied(net), pytest.warns(UserWarning, match="added twice"):
+        a.apply(net)
+        a.revert(net)
+    with pytest.raises(ValueError, match="finite"):
+        weights.SparseDelta(torch.tensor([0]), torch.tensor([float("inf")]), (3,))
+    head = replace(a, abs={"head.weight": torch.zeros(4, 8)})
+    with pytest.raises(ValueError, match="with_abs=False"):
+        head.apply(net)
+    with head.applied(net, with_abs=False):
+        pass
+    with pytest.raises(ValueError, match="both have a head.weight"):
+        head + head
+    with pytest.raises(ValueError, match="bases differ"):
+        a + some_delta(mlp(seed=1), 0)
+    with pytest.raises(FileNotFoundError, match="save_pretrained"):
+        SparseDelta.from_pretrained(tmp_path)
+
+
+def test_a_task_is_learnt_on_top_of_a_language_and_moved_to_another():
+    net = mlp()
+    english, other = some_delta(net, 1, k=9), some_delta(net, 2, k=9)
+    with english.applied(net):
+        _, task = fit(net, 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with (other + task).applied(net):  # the same base, whatever was on it
+            pass
+        with other.applied(net), task.applied(net):
+            pass
+    assert not torch.equal(task.abs["head.bias"], net.head.bias)
+
+
+def test_files_are_exact_and_grow_with_k(tmp_path):
+    net = mlp()
+    _, delta = fit(net, 20)
+    size = delta.save_pretrained(tmp_path).stat().st_size
+    again = SparseDelta.from_pretrained(tmp_path)
+    with delta.applied(net):
+        wanted = copy.deepcopy(net.state_dict())
+    with again.applied(net):
+        assert all(torch.equal(v, wanted[n]) for n, v in net.state_dict().items())
+    assert again.total == delta.total == 56 and again.base == delta.base
+    large, small = (SparseDelta({"w": weights.SparseDelta(
+        torch.arange(n), torch.ones(n), (2000, 2000))}) for n in (1020, 20))
+    grown = large.save_pretrained(tmp_path / "a").stat().st_size - small.save_pretrained(
+        tmp_path / "b").stat().st_size
+    assert 12_000 <= grown <= 12_100 and size < 4000  # int64 positions, float32 values
+
+
+def test_half_precision_copy_is_the_same_base():
+    net = mlp()
+    a = some_delta(net, 0)
+    half = copy.deepcopy(net).bfloat16()
+    before = half.layers[0].weight.detach().clone()
+    with a.applied(half):
+        assert not torch.equal(half.layers[0].weight, before)
+    assert torch.equal(half.layers[0].weight, before)
+
+
+# bad input
+
+
+@pytest.mark.parametrize("options, error, words", [
+    ({"num_params": 57}, ValueError, "num_params = 57: there are 56"),
+    ({"num_params": -1}, ValueError, "num_params = -1: there are 56"),
+    ({"density": 1.5}, ValueError, "density = 1.5: a share of the 56"),
+    ({"density": -0.1}, ValueError, "density = -0.1"),
+    ({"num_params": 3, "density": 0.1}, ValueError, "give one"),
+    ({"maskable": ["nowhere"]}, KeyError, "nowhere"),
+    ({"maskable": "layers"}, TypeError, "list of names"),
+    ({"selection": "best"}, ValueError, "magnitude_change"),
+    ({"n_iterations": 0}, ValueError, "n_iterations = 0"),
+    ({"l1": -1.0}, ValueError, "l1 = -1.0"),
+])
+def test_settings_that_cannot_be(options, error, words):
+    with pytest.raises(error, match=words):
+        SparseFineTuner(mlp(), **{"maskable": ["layers"]} | options)
+
+
+def test_frozen_and_quantised_weights():
+    net = mlp()
+    net.layers[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="is frozen"):
+        SparseFineTuner(net, 3, maskable=["layers.0.weight"])
+    net.layers[0].weight = nn.Parameter(torch.zeros(8, 6, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match="int8"):
+        SparseFineTuner(net, 3)
+
+
+def test_lengths_of_phases():
+    with pytest.raises(ValueError, match="give max_epochs or max_steps"):
+        phase_steps(100, 10)
+    with pytest.raises(ValueError, match="min_steps = 9 > max_steps = 8"):
+        phase_steps(100, 10, 1, 9, 8)
+    for steps in ({"sparse_steps": 3}, {"dense_steps": 3, "sparse_steps": 0}):
+        with pytest.raises(ValueError, match="length of each phase"):
+            SparseFineTuner(mlp(), 3, maskable=["layers"]).fit(SGD, **steps)
+
+
+def test_sources_and_a_loss_through_a_delta():
+    epoch = source_batches({"a": 17, "b": 8}, 4, {"b": 3}, seed=1)
+    assert sorted(s for s, _ in epoch) == ["a"] * 4 + ["b"] * 6
+    assert sorted(torch.cat([r for s, r in epoch if s == "b"]).tolist()) == sorted(
+        list(range(8)) * 3)
+    net = mlp()
+    a = some_delta(net, 0)
+    ce = lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1])  # noqa: E731
+    with VectorPhase(net, {"layers.0.weight": torch.arange(48)}, ["layers.0.weight"]) as hook:
+        loss_through(a, ce)(net, (X, Y)).backward()
+        hook()
+        found = hook.v.grad.clone()
+    with a.applied(net):
+        wanted = torch.autograd.grad(ce(net, (X, Y)), net.layers[0].weight)[0]
+    torch.testing.assert_close(found, wanted.flatten())
+
+
+def test_trainer_equals_the_fine_tuner(tmp_path):
+    "The Trainer's phases train what SparseFineTuner's do, by the same steps."
+    from transformers import TrainingArguments
+
+    from adaptlab.sparse.lt_sft import LotteryTicketTrainer
+
+    torch.manual_seed(0)
+    bert = recipes.tiny_bert(n_classes=2, hidden_size=16, layers=1).eval()
+    for p in bert.modules():
+        if isinstance(p, nn.Dropout):
+            p.p = 0.0
+    rows = [{"input_ids": [2, 7, 9, i % 5 + 4, 3], "attention_mask": [1] * 5, "labels": i % 2}
+            for i in range(8)]
+    deltas = []
+    for phase in (VectorPhase, MaskPhase):
+        arguments = TrainingArguments(
+            tmp_path / phase.__name__, per_device_train_batch_size=8, learning_rate=1e-3,
+            report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, log_level="error",
+            logging_strategy="no", max_grad_norm=0.0)
+        deltas.append(LotteryTicketTrainer(
+            bert, arguments, train_dataset=rows, phase=phase, sft_args=SftArguments(
+                ft_params_num=200, full_ft_max_steps_per_iteration=3,
+                sparse_ft_max_steps_per_iteration=4)).train())
+    assert sorted(deltas[0].abs) == ["classifier.bias", "classifier.weight"]
+    torch.testing.assert_close(deltas[0].dense(), deltas[1].dense(), rtol=1e-4, atol=1e-6)
+
+
+# the experiment
+
+
+def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch):
+    cfg = SMALL.replace(images=(32, 20, 20), seeds=(0,), lrs=(1e-3,), shares=(0.01, 0.1),
+                        rand=(0.1,), scales=(0.5,), training=Training(steps=2, batch_size=8))
+    monkeypatch.setattr(told, "_plot", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        launch("lt_sft", cfg, root=tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(Training, "fit", lambda *a, **k: 1 / 0)  # nothing is trained again
+    report = launch("lt_sft", cfg, root=tmp_path, resume=True)
+    assert {c.verdict for c in report.claims} == {"not decided at this scale"}
+    assert json.loads((report.folder / "report.json").read_text())["paper"] == "lt_sft"
+
+
+def test_dense_is_phase_one():
+    "What the experiment remembers as phase 1 is what `movements` gives."
+    bed = told.skills(0, (40, 8, 8))
+    arms = told.Arms(SMALL.replace(training=Training(steps=3, batch_size=8), device="cpu"))
+    _, made = arms.make(bed.model, bed, 0, kind="dense", share=1.0, lr=1e-3)
+    names = [f"layers.{n}" for n, _ in bed.model.layers.named_parameters()]
+    run = fitting(Training(steps=3, batch_size=8, lr=1e-3), bed.train["turned"],
+                  modules.cross_entropy, seed=0, device="cpu", progress=False)
+    moved = movements(bed.model, names, run, 3)
+    for name, d in made["turned"].dense().items():
+        torch.testing.assert_close(d.abs(), moved[name], rtol=1e-4, atol=2e-6)
+
+
+def _on_the_hub(monkeypatch):
+    "Columns and splits of the two sources that no other lesson reads (rows: of the stand-in)."
+    def text(i):
+        return {"id": str(i), "url": "https://x", "title": schemas.prose(i, 2),
+                "text": schemas.prose(i, 60)}
+
+    def pair(i):
+        return {"premise": schemas.prose(i, 9), "hypothesis": schemas.prose(i + 1, 5),
+                "label": i % 3}
+
+    for code in ("ay", "gn", "nah", "qu", "simple"):
+        monkeypatch.setitem(schemas.SCHEMAS, f"wikimedia/wikipedia@20231101.{code}",
+                            schemas.Schema({"train": 1000}, text))
+    for code in FULL.languages:
+        monkeypatch.setitem(schemas.SCHEMAS, f"nala-cub/americas_nli@{code}",
+                            schemas.Schema({"validation": 300, "test": 738}, pair))
+
+
+def test_full_scale_path_with_a_tiny_model(tmp_path, recorded, monkeypatch):
+    "Languages, the task on top of English, and the transfer, from data of the hub's form."
+    _on_the_hub(monkeypatch)
+    from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
+
+    torch.manual_seed(0)
+    XLMRobertaForMaskedLM(XLMRobertaConfig(
+        vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=70, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2)).save_pretrained(tmp_path / "xlmr")
+    recipes.byte_tokenizer().save_pretrained(tmp_path / "xlmr")
+    short = {"steps": 1, "epochs": None, "batch_size": 2}
+    cfg = FULL.replace(model=str(tmp_path / "xlmr"), device="cpu", seeds=(0,), language_k=50,
+                       task_k=60, window=16, max_length=16, language_training=short,
+                       task_training={"epochs": 0.5, "batch_size": 4})
+    report = experiment(cfg, start_run("lt_sft", cfg, "full", root=tmp_path / "runs"))
+    table = report.tables["languages"]
+    assert sorted(table["language"].unique()) == sorted(FULL.languages) and len(table) == 12
+    assert told.TASK in map(str, recorded.asked)
