@@ -204,7 +204,7 @@ def _rows(cfg: Config, run: Run) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFra
     return pd.DataFrame(rows), pd.DataFrame(layouts), run.stage("predicted", lambda: _predicted(
         cfg, start(), run.stage("costs-True", lambda: start().costs(True)), rows))
 
-# %% ../../nbs/experiments/lq_lora.ipynb #a7a7b753
+# %% ../../nbs/experiments/lq_lora.ipynb #7a05bcbf
 OVERRATED = "squared errors times Fisher weights overrate the first block"
 CASES = [
     Versus("at 2.13 bits, LQ starts better than NF with zero factors", "LQ 2.13", "NF 2.13",
@@ -250,8 +250,8 @@ def _plot(table: pd.DataFrame) -> Any:
     left.axhline(mean["full precision"].iloc[0], color="grey", ls=":", label="full precision")
     top = 3 * mean["LQ"].max()
     if mean["NF"].max() > top:  # beyond the picture
-        left.annotate(f"NF: {mean['NF'].max():,.0f}", (mean["NF"].idxmax(), top), xytext=(12, -14),
-                      textcoords="offset points")
+        left.annotate(f"NF:\n{mean['NF'].max():,.0f}", (mean["NF"].idxmax(), top),
+                      xytext=(0, -32), textcoords="offset points")
         left.set_ylim(0.9 * mean.min(), top)
     left.set(yscale="log", xlabel="bits per quantised weight (factors not counted)",
              ylabel="perplexity before training (log)", title="Where fine-tuning would start")
