@@ -757,7 +757,7 @@ def test_full_scale_path_with_tiny_models(tmp_path, monkeypatch):
     table = report.tables["prune"]
     assert list(table.method.unique()) == ["dense", *cfg.arms]
     assert np.isfinite(table.dropna(subset="nats").nats).all()
-    assert set(report.figures) == {"main", "accel"}
+    assert set(report.figures) == {"main"}
     frame = report.tables["accel"]
     assert list(frame.method) == ["before", "one-shot", "3 stages"]
     assert frame.mmlu.between(0, 100).all()
