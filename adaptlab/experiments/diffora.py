@@ -133,7 +133,7 @@ def _part(columns: Any, rows: Tensor) -> Any:
         return {k: v[rows] for k, v in columns.items()}
     return tuple(v[rows] for v in columns)
 
-# %% ../../nbs/experiments/diffora.ipynb #ecd693f1
+# %% ../../nbs/experiments/diffora.ipynb #7a9b7895
 def _teacher_scores(cfg: Config, seed: int) -> dict[str, Tensor]:
     "One teacher: the truth, and every score."
     bed = digits(seed, turn=0.0, sizes=(cfg.planted, 1))
@@ -178,8 +178,8 @@ def _planted(cfg: Config, run: Run, report: Report) -> None:
                  unit="% of the blocks")
     versus(report, table, PLANTED, unit="points")
     report.figure("main", _draw(cfg, found, table, names), "Left: gates of the first teacher, "
-                  "boxes are planted modules. Middle: gates over time, all teachers. Right: share of "
-                  "blocks whose planted module has the highest score.")
+                  "boxes are planted modules. Middle: gates over time, all teachers. Right: share "
+                  "of blocks whose planted module has the highest score.")
 
 # %% ../../nbs/experiments/diffora.ipynb #c6b40415
 def _draw(cfg: Config, found: list[dict[str, Tensor]], table: pd.DataFrame,
@@ -219,7 +219,7 @@ def _draw(cfg: Config, found: list[dict[str, Tensor]], table: pd.DataFrame,
     right.set_title("What names them", pad=16)
     return fig
 
-# %% ../../nbs/experiments/diffora.ipynb #30badbec
+# %% ../../nbs/experiments/diffora.ipynb #988a05c3
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 
 
@@ -242,16 +242,12 @@ def _selected(model: nn.Module, bed: Bed, seed: int, *, cfg: Config, scores: dic
 METHODS = {  # method -> selection and sharing; learning rate, from the pilot
     "gates": ({}, 1e-2),
     "gates, shared": ({"sharing": "type"}, 1e-2),
-    "bottom": ({"kind": "bottom"}, 1e-2),
     "random": ({"kind": "random"}, 1e-2),
 }
 UNIFORM = "LoRA r / 2", 1e-2  # all modules at half the rank; learning rate
 
-# %% ../../nbs/experiments/diffora.ipynb #db01b18e
+# %% ../../nbs/experiments/diffora.ipynb #9e9bd24c
 CASES = [
-    Versus("the largest gates beat the smallest ones", "gates", "bottom", "accuracy",
-           "some modules need no adapter", "abstract",
-           "three seeds; any half of the modules reaches most of it"),
     Versus("the largest gates beat a random half", "gates", "random", "accuracy",
            "the most suitable modules", "abstract", "a random half holds good modules too"),
     Versus("the largest gates beat uniform LoRA with about as many numbers", "gates",
