@@ -26,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .. import processes, weights
 from ..train import Callback, Training
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #0064ab3a
+# %% ../../nbs/sparse/01_lt_sft.ipynb #2fd9323c
 def _bits(moved: Tensor, taken: Tensor | None) -> Tensor:
     "int32 that sort like |moved|; -1 for what is taken."
     bits = moved.detach().reshape(-1).float().abs().view(torch.int32)
@@ -54,7 +54,7 @@ def _count(tensors: Mapping[str, Tensor], taken: Mapping[str, Tensor], top: int 
             counts += torch.bincount(half, minlength=1 << 16).cpu()
     return counts
 
-
+# %% ../../nbs/sparse/01_lt_sft.ipynb #b96e0e79
 def select(
     moved: Mapping[str, Tensor],  # by how much each entry moved
     k: int,  # how many entries, over all tensors
@@ -110,8 +110,7 @@ class VectorPhase:
             p.requires_grad_(False)
         self.starts = [p.detach().clone() for p in self.others] if self.strength else []
         parts = [p.detach().view(-1)[self.chosen[n]] for n, p in self.params.items()]
-        kinds = [p.dtype for p in parts] + [torch.float32]
-        kind = torch.float64 if torch.float64 in kinds else torch.float32
+        kind = torch.float64 if any(p.dtype == torch.float64 for p in parts) else torch.float32
         where = parts[0].device if parts else "cpu"
         self.v = nn.Parameter(torch.cat([p.to(where, kind) for p in parts] or [torch.zeros(0)]))
         self.first = self.v.detach().clone()
@@ -373,7 +372,7 @@ class SparseDelta:
         "Read one. FileNotFoundError or the hub's own error if there is none."
         return _load(source)
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #615cc492
+# %% ../../nbs/sparse/01_lt_sft.ipynb #5f79832c
 def _checked(params: Mapping[str, Tensor], delta: SparseDelta, names: Iterable[str]) -> None:
     "ValueError for tensors that the model lacks, or has in another shape."
     for name in names:
@@ -412,7 +411,7 @@ def _apply(
     record.digests |= found
     record.stack.append((delta, with_abs, stash))
 
-
+# %% ../../nbs/sparse/01_lt_sft.ipynb #90b6009f
 @torch.no_grad()
 def _revert(
     model: nn.Module,  # that the delta was applied to
@@ -473,7 +472,7 @@ def _load(
     heads = {n.removeprefix("abs."): t for n, t in tensors.items() if n.startswith("abs.")}
     return SparseDelta(weights.unpack(diffs), heads, json.loads(about["base"]), int(about["total"]))
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #bf0cb077
+# %% ../../nbs/sparse/01_lt_sft.ipynb #f1ed621a
 TrainFn = Callable[[nn.Module, int, Callable[[], None]], None]
 
 
@@ -497,7 +496,7 @@ def fitting(
 
     return train_fn
 
-
+# %% ../../nbs/sparse/01_lt_sft.ipynb #08163abf
 def _scope(model: nn.Module, maskable: Iterable[str] | None) -> list[str]:
     "Names of the maskable parameters."
     params = dict(model.named_parameters())
@@ -525,7 +524,7 @@ def _scope(model: nn.Module, maskable: Iterable[str] | None) -> list[str]:
         raise ValueError("there is no maskable parameter: all are frozen")
     return names
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #563a8cf8
+# %% ../../nbs/sparse/01_lt_sft.ipynb #2ffeeb2e
 @contextlib.contextmanager
 def _rewound(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     "Copies of parameters, which are put back at the end, and so are the buffers."
@@ -557,7 +556,7 @@ def movements(
             train_fn(model, steps, hook)
         return {n: (params[n].detach() - start[n]).abs() for n in maskable}
 
-
+# %% ../../nbs/sparse/01_lt_sft.ipynb #a6e409cf
 def tune(
     model: nn.Module,  # left as it was found
     maskable: Sequence[str],  # names of parameters
@@ -775,10 +774,8 @@ class SftArguments:
 @cache
 def _trainer() -> type:
     from transformers import Trainer
-
     class LotteryTicketTrainer(Trainer):
         "The Trainer in two phases; `train()` returns the delta and leaves the model as it was."
-
         def __init__(self, *args: Any, sft_args: SftArguments, maskable: Any = None,
                      phase: type = VectorPhase, **kwargs: Any):
             super().__init__(*args, **kwargs)
@@ -786,13 +783,11 @@ def _trainer() -> type:
             self.grad_hook: Callable | None = None
             if sft_args.freeze_layer_norm:
                 prepare_body(self.model)
-
         def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
             loss = super().training_step(*args, **kwargs)
             if self.grad_hook is not None and self.accelerator.sync_gradients:
                 self.grad_hook()
             return loss
-
         def _phase(self, model: nn.Module, steps: int, grad_hook: Callable) -> None:
             folder, self.rounds = self.args.output_dir, self.rounds + 1
             self.args.max_steps, self.args.output_dir = steps, f"{folder}/phase{self.rounds}"
@@ -802,15 +797,13 @@ def _trainer() -> type:
                 super().train()
             finally:
                 self.args.output_dir, self.grad_hook = folder, None
-
         def train(self, *args: Any, **kwargs: Any) -> SparseDelta:
             if args or kwargs:
                 raise ValueError("LotteryTicketTrainer.train() can't resume: it takes no arguments")
             a, self.rounds = self.sft_args, 0
             size = self.args.train_batch_size * self.args.gradient_accumulation_steps * (
                 self.args.world_size)
-            random = a.sparse_ft_method == "Random"
-            n = len(self.train_dataset)
+            random, n = a.sparse_ft_method == "Random", len(self.train_dataset)
             sft = SparseFineTuner(
                 self.model, a.ft_params_num,
                 None if a.ft_params_num is not None else a.ft_params_proportion, self.maskable,
@@ -818,7 +811,6 @@ def _trainer() -> type:
                 self.phase, self.args.seed)
             return sft.fit(self._phase, dense_steps=None if random else a.steps("full", n, size),
                            sparse_steps=a.steps("sparse", n, size))
-
     return LotteryTicketTrainer
 
 
