@@ -275,7 +275,8 @@ MODELS = {  # base models that presets name
     "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-3B-Instruct", "Qwen/Qwen2.5-0.5B",
     "EleutherAI/gpt-neo-2.7B", "distilbert/distilgpt2", "yahma/llama-7b-hf",
     "FacebookAI/roberta-base", "openai/clip-vit-base-patch32", "google/vit-base-patch16-224",
-    "google/vit-base-patch16-224-in21k", "FacebookAI/roberta-large",
+    "google/vit-base-patch16-224-in21k", "FacebookAI/roberta-large", "HuggingFaceTB/SmolLM2-135M",
+    "FacebookAI/xlm-roberta-base", "microsoft/deberta-v3-base", "huggyllama/llama-7b",
     "microsoft/resnet-18", "microsoft/resnet-50", "microsoft/resnet-101",
     "timm/efficientnet_b4.ra2_in1k",
 }
