@@ -277,7 +277,9 @@ MODELS = {  # base models that presets name
     "FacebookAI/roberta-base", "openai/clip-vit-base-patch32", "google/vit-base-patch16-224",
     "google/vit-base-patch16-224-in21k", "FacebookAI/roberta-large", "HuggingFaceTB/SmolLM2-135M",
     "FacebookAI/xlm-roberta-base", "microsoft/deberta-v3-base", "huggyllama/llama-7b",
-    "timdettmers/qlora-alpaca-7b",
+    *(f"timdettmers/qlora-{name}-7b" for name in (
+        "alpaca", "chip2", "longform", "oasst1", "self-instruct", "hh-rlhf", "flan",
+        "unnatural-instructions", "flan-v2")),
     "microsoft/resnet-18", "microsoft/resnet-50", "microsoft/resnet-101",
     "timm/efficientnet_b4.ra2_in1k",
 }
