@@ -1,12 +1,12 @@
 """A step of the super-net, and of the selected half, against LoRA, in one run."""
 
-import copy
 from functools import partial
 
 import torch
 from clock import in_turn, row
+from steps import four_blocks, training_step
 
-from adaptlab import adapters, models, modules
+from adaptlab import adapters
 from adaptlab.evaluate import peak_memory
 from adaptlab.lowrank.diffora import (
     DiffoRAConfig, attach_supernet, build_adapted_model, module_grid)
@@ -14,24 +14,9 @@ from adaptlab.lowrank.diffora import (
 
 def test_train_step_against_lora():
     "Gates cost next to nothing; half of the modules cost less than all, with equal counts or not."
-    model, _ = models.load("smollm2", device="cpu", dtype="float32")
-    model.model.layers = model.model.layers[:4]
-    model.config.num_hidden_layers = 4
-    ids = torch.randint(1000, (2, 128), generator=torch.Generator().manual_seed(0))
+    model, ids = four_blocks()
     names = tuple(n for names in module_grid(model).values() for n in names)
-
-    def step(wrap):
-        net = copy.deepcopy(model)
-        wrap(net)
-        theta = adapters.trainable_parameters(net)
-        adam = torch.optim.AdamW(theta, lr=0.0)
-
-        def work():
-            adam.zero_grad()
-            modules.call(net, {"input_ids": ids, "labels": ids}, labels=True).loss.backward()
-            adam.step()
-
-        return work
+    step = partial(training_step, model, ids)
 
     def lora(rank):
         make = partial(adapters.LoraAdapter, rank=rank, alpha=rank)

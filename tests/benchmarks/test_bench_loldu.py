@@ -1,34 +1,20 @@
 """A training step of LoLDU against LoRA, in one run; LU of a large weight."""
 
-import copy
 from functools import partial
 
 import torch
 from clock import in_turn, row
+from steps import four_blocks, training_step
 
-from adaptlab import adapters, models
+from adaptlab import adapters
 from adaptlab.evaluate import peak_memory
 from adaptlab.lowrank.loldu import LoLDUConfig, get_loldu_model, ldu
 
 
 def test_train_step_against_lora():
     "LoRA's smallest rank is the nearest count: 1,152 and 768 numbers for a layer."
-    model, _ = models.load("smollm2", device="cpu", dtype="float32")
-    model.model.layers = model.model.layers[:4]
-    model.config.num_hidden_layers = 4
-    ids = torch.randint(1000, (2, 128), generator=torch.Generator().manual_seed(0))
-
-    def step(wrap):
-        net = copy.deepcopy(model)
-        wrap(net)
-        adam = torch.optim.AdamW(adapters.trainable_parameters(net), lr=0.0)
-
-        def work():
-            adam.zero_grad()
-            net(input_ids=ids, labels=ids).loss.backward()
-            adam.step()
-
-        return work
+    model, ids = four_blocks()
+    step = partial(training_step, model, ids)
 
     make = partial(adapters.LoraAdapter, rank=1, alpha=1)
     lora = step(partial(adapters.attach, make=make, targets=["q_proj", "v_proj"]))

@@ -1,13 +1,13 @@
 """A sketched layer against autograd through a gather, a step against LoRA, learning a sketch."""
 
-import copy
 from functools import partial
 
 import torch
 from clock import in_turn, row
+from steps import four_blocks, training_step
 from torch.nn import functional as F
 
-from adaptlab import adapters, models
+from adaptlab import adapters
 from adaptlab.evaluate import peak_memory
 from adaptlab.sparse.sketchtune import (
     SketchConfig, SketchedLinear, hessian_factor, learn_sketch, sketch_model)
@@ -33,22 +33,8 @@ def test_layer_against_a_gather():
 
 def test_train_step_against_lora():
     "Tables need the products of a full gradient: half more than LoRA's operations."
-    model, _ = models.load("smollm2", device="cpu", dtype="float32")
-    model.model.layers = model.model.layers[:4]
-    model.config.num_hidden_layers = 4
-    ids = torch.randint(1000, (2, 128), generator=torch.Generator().manual_seed(0))
-
-    def step(wrap):
-        net = copy.deepcopy(model)
-        wrap(net)
-        adam = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.0)
-
-        def work():
-            adam.zero_grad()
-            net(input_ids=ids, labels=ids).loss.backward()
-            adam.step()
-
-        return work
+    model, ids = four_blocks()
+    step = partial(training_step, model, ids)
 
     names = SketchConfig().target_modules
     ours = step(partial(sketch_model, batches=None, config=SketchConfig(bits=4)))
