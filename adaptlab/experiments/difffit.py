@@ -245,7 +245,7 @@ def error(
                  for rows in torch.arange(len(x)).split(size)]
         return 1000 * float(torch.cat([noise_error(model, *part) for part in parts]).mean())
 
-# %% ../../nbs/experiments/difffit.ipynb #db27e741
+# %% ../../nbs/experiments/difffit.ipynb #acc31ce7
 def _wrap(model: nn.Module, bed: Bed, seed: int, *, gates: bool = True, **options: Any) -> None:
     "DiffFit or a part of it."
     DiffFit.wrap(model, DiffFitConfig(**options))
@@ -288,8 +288,9 @@ CASES = [
            why="the classes' vectors go through every adaptive norm"),
     Versus("the classes' vectors add to biases and scales", "DiffFit", "no classes", "error",
            why="the biases serve all classes together"),
-    Versus("without the gates' biases, scales add to biases", "DiffFit, no gates",
-           "BitFit, no gates", "error", why="biases do enough without those of the gates"),
+    Versus("with the modulation's biases frozen, the gates' among them, scales add",
+           "DiffFit, no gates", "BitFit, no gates", "error",
+           why="biases do enough without those of the gates"),
 ]
 
 # %% ../../nbs/experiments/difffit.ipynb #3151a0ab

@@ -358,7 +358,7 @@ def _gate_step(losses: Iterable[Callable], theta: list[Tensor], gates: torch.opt
     logits.grad = None
     return value
 
-# %% ../../nbs/lowrank/06_diffora.ipynb #fc2779f2
+# %% ../../nbs/lowrank/06_diffora.ipynb #ea0ed048
 def search(
     model: nn.Module,  # from `attach_supernet`; its pairs are trained in place
     dam: DifferentialAdaptationMatrix,  # its gates; trained in place
@@ -370,7 +370,7 @@ def search(
     lr: float = 1e-2,  # of the weights, AdamW
     gate_lr: float = 5e-2,  # of the logits, Adam
     *,
-    second_order: bool = False,  # look through one step of the weights: four passes more
+    second_order: bool = False,  # look through one step of the weights: three passes more
     weight_decay: float = 0.0,  # of the weights; the gates never decay
 ) -> SearchHistory:  # losses, and gates over time
     """Alternate: gates on validation batches, weights on training batches (stage 2).

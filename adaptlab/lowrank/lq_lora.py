@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from .. import adapters, modules
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #9f2b6383
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #e445cef3
 STATES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BITS = (2, 3, 4, 8)
 
@@ -59,7 +59,7 @@ class QuantConfig:
 def normal_float_codebook(
     bits: int,  # b
 ) -> Tensor:  # float32 [2^b], increasing from -1 to 1
-    "Quantiles of the normal distribution, half of them below zero. ValueError for other bits."
+    "Quantiles of the normal distribution, zero among them. ValueError for other bits."
     if bits not in BITS:
         raise ValueError(f"bits = {bits!r}: give one of {BITS}")
     top, half = 0.9677083, 2 ** (bits - 1)  # the outermost quantile, as in QLoRA
