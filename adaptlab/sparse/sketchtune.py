@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import adapters, modules
-from ..lowrank.corda import collect_covariance
+from ..moments import collect_covariance
 
 Init = Literal["linspace", "kmeans++"]
 
