@@ -1,9 +1,10 @@
 """GLUE and photographs: the body is kept, parts share nothing, scores are the suites' own."""
 
 import pytest
+import tiny_models
 import torch
 
-from adaptlab import data, recipes
+from adaptlab import data
 from adaptlab.bench import suites
 from adaptlab.bench.compare import Method
 from adaptlab.bench.runs import BaseConfig, start_run
@@ -19,15 +20,7 @@ def test_scores_of_glue():
 
 @pytest.fixture
 def roberta(tmp_path):
-    from transformers import RobertaConfig, RobertaForMaskedLM
-
-    torch.manual_seed(0)
-    RobertaForMaskedLM(RobertaConfig(
-        vocab_size=260, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=70, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2)).save_pretrained(tmp_path / "roberta")
-    recipes.byte_tokenizer().save_pretrained(tmp_path / "roberta")
-    return str(tmp_path / "roberta")
+    return tiny_models.roberta(tmp_path / "roberta", layers=2)
 
 
 def test_glue_keeps_the_body_and_cuts_validation_in_two(roberta, recorded):
@@ -82,14 +75,8 @@ def test_accuracy_on_photos_is_counted_over_batches():
 
 
 def test_photos_bed_sets_pictures_aside(tmp_path):
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
-
-    ViTForImageClassification(ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        image_size=28, patch_size=7)).save_pretrained(tmp_path / "vit")
-    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path / "vit")
-    bed = suites.photos(0, "mnist5k#validation", "mnist5k#test", str(tmp_path / "vit"), held=0.25,
-                        device="cpu")
+    vit = tiny_models.vit(tmp_path / "vit", image=28, patch=7)
+    bed = suites.photos(0, "mnist5k#validation", "mnist5k#test", vit, held=0.25, device="cpu")
     assert (len(bed.train), len(bed.choose), len(bed.test)) == (750, 250, 1000)
     assert bed.model.classifier.out_features == 10
     assert bed.train[0][0].shape == (3, 28, 28) and 0 <= suites.photo_accuracy(

@@ -6,6 +6,7 @@ import struct
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
@@ -350,19 +351,10 @@ def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch):
 @pytest.fixture
 def tiny(tmp_path):
     "A RoBERTa and a Llama with two adapters, of the paper's architecture, small."
-    from transformers import RobertaConfig, RobertaForMaskedLM
-
-    torch.manual_seed(0)
-    RobertaForMaskedLM(RobertaConfig(
-        vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=70, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2)).save_pretrained(tmp_path / "roberta")
-    recipes.tiny_llama(max_length=4096).save_pretrained(tmp_path / "llama")
-    for name in ("roberta", "llama"):
-        recipes.byte_tokenizer().save_pretrained(tmp_path / name)
     for seed in (1, 2):
         lora(seed).save_pretrained(tmp_path / f"adapter{seed}")
-    return {"model": str(tmp_path / "roberta"), "base": str(tmp_path / "llama"),
+    return {"model": tiny_models.roberta(tmp_path / "roberta"),
+            "base": tiny_models.llama(tmp_path / "llama", max_length=4096),
             "adapters": tuple(str(tmp_path / f"adapter{s}") for s in (1, 2))}
 
 

@@ -5,6 +5,7 @@ import json
 import warnings
 
 import pytest
+import tiny_models
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -377,15 +378,9 @@ def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch):
 
 
 def test_full_scale_path_with_a_tiny_model(tmp_path, recorded, monkeypatch):
-    from transformers import RobertaConfig, RobertaForMaskedLM
-
-    RobertaForMaskedLM(RobertaConfig(
-        vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=70, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2)).save_pretrained(tmp_path / "model")
-    recipes.byte_tokenizer().save_pretrained(tmp_path / "model")
-    cfg = FULL.replace(model=str(tmp_path / "model"), device="cpu", seeds=(0,), glue_lrs=(1e-3,),
-                       max_length=16, glue_training=Training(steps=1, batch_size=2))
+    cfg = FULL.replace(model=tiny_models.roberta(tmp_path / "model"), device="cpu", seeds=(0,),
+                       glue_lrs=(1e-3,), max_length=16,
+                       glue_training=Training(steps=1, batch_size=2))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a tiny GELU model is never exactly zero
         report = experiment(cfg, start_run("deft", cfg, "full", root=tmp_path / "runs"))

@@ -5,11 +5,12 @@ import math
 from functools import partial
 
 import pytest
+import tiny_models
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adaptlab import adapter_files, adapters, recipes
+from adaptlab import adapter_files, adapters
 from adaptlab.bench.runs import launch, start_run
 from adaptlab.experiments import hydra as told
 from adaptlab.experiments.hydra import FULL, SMALL, best_update, experiment
@@ -213,21 +214,9 @@ def test_best_updates_are_best():
     assert (best_update(W, exact, 0, 2) - exact).norm() < 1e-3 * exact.norm()
 
 
-def tiny_roberta(folder):
-    from transformers import RobertaConfig, RobertaForMaskedLM
-
-    model = RobertaForMaskedLM(RobertaConfig(
-        vocab_size=260, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=70, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2))
-    model.save_pretrained(folder)
-    recipes.byte_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 def test_full_scale_path_with_a_tiny_model(tmp_path, recorded):
     "All eight tasks, from data of the hub's form to a table."
-    cfg = FULL.replace(model=tiny_roberta(tmp_path / "model"), device="cpu", seeds=(0,),
+    cfg = FULL.replace(model=tiny_models.roberta(tmp_path / "model", 2), device="cpu", seeds=(0,),
                        glue_lrs=(1e-3,), max_length=32,
                        glue_training=Training(steps=2, batch_size=2))
     report = experiment(cfg, start_run("hydra", cfg, "full", root=tmp_path / "runs"))

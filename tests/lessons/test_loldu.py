@@ -5,6 +5,7 @@ import json
 from functools import partial
 
 import pytest
+import tiny_models
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -248,20 +249,8 @@ def test_controls_train_as_many_numbers():
 @pytest.fixture
 def tiny(tmp_path):
     "A ViT and a RoBERTa of the paper's architecture, small."
-    from transformers import (
-        RobertaConfig, RobertaForMaskedLM, ViTConfig, ViTImageProcessor, ViTModel)
-
-    torch.manual_seed(0)
-    ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                       intermediate_size=32, image_size=32, patch_size=16)).save_pretrained(
-        tmp_path / "vit")
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
-    RobertaForMaskedLM(RobertaConfig(
-        vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=70, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2)).save_pretrained(tmp_path / "roberta")
-    recipes.byte_tokenizer().save_pretrained(tmp_path / "roberta")
-    return {"vit": str(tmp_path / "vit"), "model": str(tmp_path / "roberta")}
+    return {"vit": tiny_models.vit(tmp_path / "vit"),
+            "model": tiny_models.roberta(tmp_path / "roberta")}
 
 
 def test_full_scale_path_with_tiny_models(tmp_path, tiny, recorded, monkeypatch):

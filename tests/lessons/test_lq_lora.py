@@ -7,6 +7,7 @@ import math
 from functools import partial
 
 import pytest
+import tiny_models
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -423,17 +424,8 @@ def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch):
 @pytest.fixture
 def tiny(tmp_path):
     "A Llama and a RoBERTa of the paper's architecture, small."
-    from transformers import RobertaConfig, RobertaForMaskedLM
-
-    recipes.tiny_llama().save_pretrained(tmp_path / "llama")
-    RobertaForMaskedLM(RobertaConfig(
-        vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=70, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2)).save_pretrained(tmp_path / "roberta")
-    for name in ("llama", "roberta"):
-        recipes.byte_tokenizer().save_pretrained(tmp_path / name)
-    return {"model": str(tmp_path / "llama"), "tuned": str(tmp_path / "llama"),
-            "roberta": str(tmp_path / "roberta")}
+    llama = tiny_models.llama(tmp_path / "llama")
+    return {"model": llama, "tuned": llama, "roberta": tiny_models.roberta(tmp_path / "roberta")}
 
 
 def test_full_scale_path_with_tiny_models(tmp_path, tiny, recorded, monkeypatch):

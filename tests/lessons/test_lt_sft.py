@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import schemas
+import tiny_models
 import torch
 from torch import nn
 
@@ -471,16 +472,9 @@ def _on_the_hub(monkeypatch):
 def test_full_scale_path_with_a_tiny_model(tmp_path, recorded, monkeypatch):
     "Languages, the task on top of English, and the transfer, from data of the hub's form."
     _on_the_hub(monkeypatch)
-    from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
-
-    torch.manual_seed(0)
-    XLMRobertaForMaskedLM(XLMRobertaConfig(
-        vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=70, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2)).save_pretrained(tmp_path / "xlmr")
-    recipes.byte_tokenizer().save_pretrained(tmp_path / "xlmr")
+    xlmr = tiny_models.roberta(tmp_path / "xlmr", kind="XLMRoberta")
     short = {"steps": 1, "epochs": None, "batch_size": 2}
-    cfg = FULL.replace(model=str(tmp_path / "xlmr"), device="cpu", seeds=(0,), language_k=50,
+    cfg = FULL.replace(model=xlmr, device="cpu", seeds=(0,), language_k=50,
                        task_k=60, window=16, max_length=16, language_training=short,
                        task_training={"epochs": 0.5, "batch_size": 4})
     report = experiment(cfg, start_run("lt_sft", cfg, "full", root=tmp_path / "runs"))
