@@ -6,7 +6,7 @@
 __all__ = ['SMALL', 'ARMS', 'PRUNE_CASES', 'experiment', 'FULL', 'Config', 'Texts', 'calibration_draws', 'prune_bed', 'prune_arm',
            'to_messages', 'accel_bed', 'train_stage', 'accel_arm']
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #a9ba5a97
+# %% ../../nbs/experiments/adapt_pruner.ipynb #d96ecf36
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapters, data, evaluate, models, modules, processes, recipes, text
-from ..bench import plots
+from ..bench import plots, suites
 from ..bench.compare import Method, Versus, differences, grid, sweep, versus
 from ..bench.report import Report
 from ..bench.runs import BaseConfig, Run, bounded, tracks
@@ -370,29 +370,15 @@ def _keep_stage(model: nn.Module, home: Any, number: int) -> None:
         if old.name != f"stage-{number:03d}":
             shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #f9dba816
-def _mmlu(model: nn.Module, tokenizer: Any, source: str) -> float:
-    "Percent right with five solved questions of the same subject before each; letters answer."
-    def ask(row: Mapping[str, Any], solved: bool = False) -> str:
-        options = "".join(f"\n{a}. {b}" for a, b in zip("ABCDEFGH", row["choices"], strict=False))
-        answer = f" {'ABCDEFGH'[row['answer']]}\n\n" if solved else ""
-        return f"{row['question'].strip()}{options}\nAnswer:{answer}"
-
-    shots: dict[str, str] = {}
-    columns = ["question", "choices", "answer", "subject"]
-    for row in data.load(f"{source}#dev", columns):  # five per subject
-        shots[row["subject"]] = shots.get(row["subject"], "") + ask(row, solved=True)
-    items = [{"context": shots.get(row["subject"], "") + ask(row), "answer": row["answer"],
-              "choices": [f" {x}" for x in "ABCDEFGH"[: len(row["choices"])]]}
-             for row in data.load(f"{source}#test", columns)]
-    return 100 * evaluate.multiple_choice(model, tokenizer, items).value
-
-
+# %% ../../nbs/experiments/adapt_pruner.ipynb #6d821b4e
 def _shrunk(model: nn.Module, bed: Bed, cfg: Config) -> dict[str, float]:
     "What a small model is worth."
     found = {"nats": float(np.mean(_losses(model, bed.test))),
              "params": adapters.count_parameters(model)[1]}
-    return found | ({"mmlu": _mmlu(model, bed.tokenizer, cfg.mmlu)} if cfg.mmlu else {})
+    if cfg.mmlu:
+        asked = suites.mmlu(cfg.mmlu)
+        found["mmlu"] = 100 * evaluate.multiple_choice(model, bed.tokenizer, asked).value
+    return found
 
 # %% ../../nbs/experiments/adapt_pruner.ipynb #05ddc7e9
 def _accel(cfg: Config, run: Run, report: Report) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'SCALES', 'RIVALS', 'experiment', 'FULL', 'Config', 'ExpertBed', 'trained_expert', 'put', 'ways']
 
-# %% ../../nbs/experiments/compeft.ipynb #52d8fb8a
+# %% ../../nbs/experiments/compeft.ipynb #23481c44
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .. import data, evaluate, models, stats
+from .. import evaluate, models, stats
 from ..adapters import adapters as adapters_in
 from ..arithmetic.compeft import (
     ALPHAS, DENSITIES, ComPEFTCompressor, Entry, TernaryVector, peft_state, save_compressed,
@@ -436,21 +436,7 @@ def _glue(cfg: Config, run: Run, report: Report) -> None:
                    "accuracy", "", "not compared in the paper", "the gain is the size's")],
                unit="points")
 
-# %% ../../nbs/experiments/compeft.ipynb #fac0208a
-def _letters(source: str, part: str) -> list[dict[str, Any]]:
-    "Questions with five solved ones of their subject before each; letters answer."
-    def ask(row: Any) -> str:
-        options = "".join(f"\n{a}. {b}" for a, b in zip("ABCD", row["choices"], strict=False))
-        return f"{row['question'].strip()}{options}\nAnswer:"
-
-    columns, solved = ["question", "choices", "answer", "subject"], {}
-    for row in data.load(f"{source}#dev", columns):
-        said = f"{ask(row)} {'ABCD'[row['answer']]}\n\n"
-        solved[row["subject"]] = solved.get(row["subject"], "") + said
-    return [{"context": solved.get(r["subject"], "") + ask(r), "answer": r["answer"],
-             "choices": [f" {x}" for x in "ABCD"]} for r in data.load(f"{source}#{part}", columns)]
-
-
+# %% ../../nbs/experiments/compeft.ipynb #a9f06846
 def _sent(cfg: Config, adapter: str) -> list[dict[str, Any]]:
     "One published adapter: as it is, re-scaled, compressed."
     from peft import PeftModel, set_peft_model_state_dict
@@ -462,7 +448,7 @@ def _sent(cfg: Config, adapter: str) -> list[dict[str, Any]]:
     count = sum(t.numel() for t in as_sent.values())
 
     def right(part: str) -> float:
-        return 100 * evaluate.multiple_choice(model, tokenizer, _letters(cfg.mmlu, part)).value
+        return 100 * evaluate.multiple_choice(model, tokenizer, suites.mmlu(cfg.mmlu, part)).value
 
     def load(flat: Tensor) -> float:
         set_peft_model_state_dict(model, split_flat(flat, top.entries))

@@ -83,3 +83,12 @@ def test_photos_bed_sets_pictures_aside(tmp_path):
         bed.model, bed.choose) <= 100
     with pytest.raises(ValueError, match="held = 1"):
         suites.photos(0, "mnist5k#validation", "mnist5k#test", held=1)
+
+
+def test_mmlu_shows_five_solved_questions_of_the_subject(recorded):
+    items = suites.mmlu(part="test")
+    assert {"cais/mmlu@all#dev", "cais/mmlu@all#test"} <= set(map(str, recorded.asked))
+    solved = [line for line in items[0]["context"].splitlines() if line.startswith("Answer: ")]
+    assert solved and items[0]["context"].endswith("\nAnswer:")
+    assert all(0 <= item["answer"] < len(item["choices"]) for item in items)
+    assert items[0]["choices"][:2] == [" A", " B"]

@@ -360,8 +360,8 @@ def tiny(tmp_path):
 
 def test_full_scale_path_with_tiny_models(tmp_path, tiny, recorded, monkeypatch):
     "Tasks and adapters, from data of the hub's form to tables."
-    letters = told._letters
-    monkeypatch.setattr(told, "_letters", lambda *a: [  # three questions, their last words
+    letters = told.suites.mmlu
+    monkeypatch.setattr(told.suites, "mmlu", lambda *a: [  # three questions, their last words
         item | {"context": item["context"][-60:]} for item in letters(*a)[:3]])
     monkeypatch.setattr(told, "ALPHAS", (1, 2))
     monkeypatch.setattr(told, "SCALES", (1, 2))
