@@ -13,12 +13,12 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ROOT_OK := $(if $(filter 0,$(shell id -u 2>/dev/null)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-gpu bench site preview readme
+.PHONY: help setup lab test test-gpu bench bench-lessons site preview readme
 .DELETE_ON_ERROR:
 
 help:  ## show this list
 	@echo "make <command> [ARGS=...] [PYTHON=python3.12]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # ------------------------------------------------------------------ set-up, done once
 
@@ -61,9 +61,14 @@ test-gpu: $(STAMPS)/models  ## run the tests that need a GPU
 	@HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" \
 	  $(BIN)/python -m pytest -p no:xdist -p no:nbval -p no:benchmark tests/gpu $(ARGS)
 
-bench: $(STAMPS)/models  ## measure what the course promises; ends with one table
-	@HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" \
-	  $(BIN)/python -m pytest -q -p no:xdist -p no:nbval --benchmark-quiet tests/benchmarks $(ARGS)
+BENCH = HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" \
+	  $(BIN)/python -m pytest -q -p no:xdist -p no:nbval --benchmark-quiet
+
+bench: $(STAMPS)/models  ## measure the methods against their references; ends with one table
+	@$(BENCH) tests/benchmarks --ignore=tests/benchmarks/test_bench_lessons.py $(ARGS)
+
+bench-lessons: $(STAMPS)/models  ## measure every lesson: CPU time and memory, two at a time
+	@$(BENCH) tests/benchmarks/test_bench_lessons.py $(ARGS)
 
 site: $(STAMPS)/install  ## build the website into _docs (with Quarto when it is installed)
 	@$(BIN)/python -m adaptlab.site build $(ARGS)

@@ -3,7 +3,7 @@
 `pytest --nbval-lax nbs` runs the notebooks cell by cell. A session that did ends with a list: for
 every lesson its words, cells, exported lines, estimated minutes, and the seconds that it took here,
 beside other tests. No test fails because a machine was busy: the bound on a lesson, 45 s of CPU
-time, is checked by `make bench`.
+time, is checked by `make bench-lessons`.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The table at the end of `make bench`."""
+"""The table at the end of `make bench` and of `make bench-lessons`."""
 
 import clock
 
