@@ -237,6 +237,13 @@ SCHEMAS: dict[str, Schema] = {  # "id" or "id@configuration"
     "nyu-mll/glue@mnli": Schema(
         {"train": 392_702, "validation_matched": 9_815, "validation_mismatched": 9_832,
          "test_matched": 9_796, "test_mismatched": 9_847}, _glue("premise hypothesis", 3)),
+    "EdinburghNLP/xsum": Schema(
+        {"train": 204_045, "validation": 11_332, "test": 11_334},
+        lambda i: {"document": prose(i, 40), "summary": prose(i + 1, 12), "id": str(i)},
+        script=True),
+    "wmt/wmt16@ro-en": Schema(
+        {"train": 610_320, "validation": 1_999, "test": 1_999},
+        lambda i: {"translation": {"ro": prose(i, 12), "en": prose(i + 1, 12)}}),
     "allenai/ai2_arc@ARC-Easy": Schema({"train": 2_251, "test": 2_376, "validation": 570}, _arc),
     "allenai/ai2_arc@ARC-Challenge": Schema(
         {"train": 1_119, "test": 1_172, "validation": 299}, _arc),
@@ -255,6 +262,13 @@ SCHEMAS: dict[str, Schema] = {  # "id" or "id@configuration"
     "blanchon/EuroSAT_RGB": _photos({"train": 16_200, "validation": 5_400, "test": 5_400}, 10),
     "nelorth/oxford-flowers": _photos({"train": 7_169, "test": 1_020}, 102),
     "tanganke/stanford_cars": _photos({"train": 8_144, "test": 8_041}, 196),
+    "tanganke/dtd": _photos({"train": 3_760, "test": 1_880}, 47),
+    "tanganke/gtsrb": _photos({"train": 26_640, "test": 12_630}, 43),
+    "tanganke/resisc45": _photos({"train": 18_900, "test": 6_300}, 45),
+    "tanganke/sun397": _photos({"train": 19_850, "test": 19_850}, 397),
+    "ylecun/mnist": _photos({"train": 60_000, "test": 10_000}, 10),
+    "ufldl-stanford/svhn@cropped_digits": _photos(
+        {"train": 73_257, "test": 26_032, "extra": 531_131}, 10),
     # series: one per row; the name of the column of values differs
     **{f"autogluon/chronos_datasets@{name}": Schema({"train": n}, row) for name, n, row in (
         ("monash_australian_electricity", 5, _series(("target",), minutes=30)),
