@@ -205,6 +205,10 @@ SCHEMAS: dict[str, Schema] = {  # "id" or "id@configuration"
                    "instruction": prose(i, 12)}),
     "O1-OPEN/OpenO1-SFT": Schema(
         {"train": 77_685}, lambda i: {"instruction": prose(i, 20), "output": prose(i + 1, 90)}),
+    **{f"allenai/tulu-3-sft-personas-{name}": Schema(
+        {"train": n}, lambda i: {"id": f"personas_{i}", "prompt": prose(10 * i, 12), "messages":
+                                 _chat(i, "role", "content", ("user", "assistant"))[:2]})
+       for name, n in (("math", 149_960), ("math-grade", 49_980), ("algebra", 20_000))},
     # questions
     "openai/gsm8k@main": Schema(
         _GSM8K, lambda i: {"question": prose(i, 45), "answer": f"{prose(i + 1, 50)}\n#### {i}"}),
@@ -294,6 +298,7 @@ MODELS = {  # base models that presets name
     *(f"timdettmers/qlora-{name}-7b" for name in (
         "alpaca", "chip2", "longform", "oasst1", "self-instruct", "hh-rlhf", "flan",
         "unnatural-instructions", "flan-v2")),
+    "meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B-Instruct", "allenai/OLMo-2-1124-7B",
     "microsoft/resnet-18", "microsoft/resnet-50", "microsoft/resnet-101",
     "timm/efficientnet_b4.ra2_in1k",
 }
