@@ -348,7 +348,7 @@ def _merging(kind: type) -> type:
     "The class of a block with merging in it."
     return type(f"Merging{kind.__name__}", (MergingBlock, kind), {})
 
-# %% ../../nbs/modular/03_pyra.ipynb #e7597e5c
+# %% ../../nbs/modular/03_pyra.ipynb #faccedb3
 _UNFIT = ("relative_position_bias_table", "relative_position_bias", "rel_pos_bias", "rel_pos",
           "window_size", "rope", "prompt", "prompts")
 
@@ -369,7 +369,8 @@ def vit_blocks(
         raise TypeError(f"{type(model).__name__} has no blocks like those of a ViT (norm, "
                         "attention with q_proj/k_proj/v_proj or qkv, norm, MLP)")
     for name, block in found.items():
-        bad = [n for n in _UNFIT for m in (block, _attn(block)[0]) if getattr(m, n, None) is not None]
+        bad = [n for n in _UNFIT for m in (block, _attn(block)[0])
+               if getattr(m, n, None) is not None]
         if bad:
             raise TypeError(f"block {name!r} has {bad[0]}: merged tokens lose their place in "
                             "windows and relative positions, so they can't be merged here")

@@ -394,7 +394,7 @@ def _has(block: nn.Module, path: str) -> bool:
     except AttributeError:
         return False
 
-# %% ../../nbs/modular/01_unified_view.ipynb #7cad0547
+# %% ../../nbs/modular/01_unified_view.ipynb #6c5d0135
 class DeltaBlock(adapters.Adapter):
     """All changes of one transformer block but LoRA's, which sits in its layers.
 
@@ -431,23 +431,36 @@ class DeltaBlock(adapters.Adapter):
         self.gates: dict[str, Tensor] | None = None  # filled by `prefix_gates`
 
     def layer_forward(self, base_forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        "Run the block, with hooks on its parts."
-        block, handles, routed = self.layer, [], []
+        "Run the block with its changes, also where its activations are computed twice."
+        block = self.layer
+        if not (self.training and getattr(block, "gradient_checkpointing", False)):
+            return self._changed(base_forward, *args, **kwargs)
+        kwargs |= {n: None for n in ("past_key_values", "layer_past") if n in kwargs}
+        return block._gradient_checkpointing_func(partial(self._changed, base_forward, **kwargs),
+                                                  *args)
+
+    def _changed(self, base_forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        "One pass, with hooks on the parts of the block."
+        block, handles, was = self.layer, [], {}
+        again = getattr(block, "gradient_checkpointing", None)
         try:
+            if again:
+                block.gradient_checkpointing = False
             for key, bottleneck in self.bottlenecks.items():
                 handles += _hooks(block, bottleneck, *self.sites[key])
             for path, prefixes in self.attended:
                 module = block.get_submodule(path)
-                routed.append((module, module.config))
                 run = _kernel(module, module.config)
-                attend = partial(self._attend, path, prefixes, run)
-                module.config = _Route(module.config, attend)
+                was[module] = module.config
+                module.config = _Route(module.config, partial(self._attend, path, prefixes, run))
             return base_forward(block, *args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
-            for module, config in routed:
+            for module, config in was.items():
                 module.config = config
+            if again:
+                block.gradient_checkpointing = again
 
     def _attend(self, path: str, prefixes: Sequence[Prefix], run: Callable, module: nn.Module,
                 q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None = None,
@@ -655,32 +668,17 @@ def prefix_gates(
         for block in blocks.values():
             block.gates = None
 
-# %% ../../nbs/modular/01_unified_view.ipynb #f08c8cd3
+# %% ../../nbs/modular/01_unified_view.ipynb #1c3efba8
 def count_delta_parameters(
     configs: DeltaConfig | Iterable[DeltaConfig],  # as for `apply_delta`
-    model: nn.Module,  # not changed
+    model: nn.Module,  # without adapters; is left as it was
     layouts: Mapping[str, Layout] | None = None,  # as for `apply_delta`
-) -> int:  # numbers that are stored: prefixes without their MLP
-    "How many numbers the changes have, by the formulas of appendix B and the biases."
+) -> int:  # numbers that are kept: prefixes without their MLP
+    "How many numbers the changes have, on this model. Raises as `apply_delta`."
     configs = (configs,) if isinstance(configs, DeltaConfig) else tuple(configs)
-    known, total = LAYOUTS | dict(layouts or {}), 0
-    for block in _blocks(adapters.unwrap(model), known).values():
-        layout = known[type(block).__name__]
-        sites = [a for a in layout.attention if _has(block, a[0])]
-        for c in configs:
-            if c.target in _LAYERS:
-                for path in _loras("", block, layout, (c,)):
-                    sides = adapters.layer_features(block.get_submodule(path[1:]))
-                    third = layout.joint and c.target in ("q", "k", "v")
-                    total += c.dim * (sides[0] + sides[1] // (3 if third else 1))
-            elif c.target == "attn_head":
-                for path, out, _ in sites:
-                    heads, width, _ = _heads(block, path, out, layout)
-                    total += 2 * c.dim * heads * width
-            else:
-                for j, _ in enumerate(_sites(c, layout, sites)):
-                    d_in, d_out = _widths(block, c, layout, sites, j)
-                    norm = {"in": 2 * d_in, "out": 2 * d_out}.get(c.layernorm, 0)
-                    bias = (c.dim + d_out) * (c.function != "linear")
-                    total += c.dim * (d_in + d_out) + bias + norm + c.train_scale
-    return total
+    with torch.random.fork_rng(devices=[]):
+        apply_delta(model, [replace(c, mlp_dim=None) for c in configs], layouts=layouts)
+    try:
+        return sum(p.numel() for a in adapters.adapters(model).values() for p in a.parameters())
+    finally:
+        adapters.detach(model)
