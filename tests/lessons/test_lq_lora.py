@@ -438,8 +438,8 @@ def test_full_scale_path_with_tiny_models(tmp_path, tiny, recorded, monkeypatch)
                        training=short, lrs=(1e-3,), glue_training=short, glue_lrs=(1e-3,),
                        glue_rank=4, max_length=16, glue=("mrpc", "stsb"), budgets=(2.75, 3.25))
     report = experiment(cfg, start_run("lq_lora", cfg, "full", root=tmp_path / "runs"))
-    assert len(report.tables["start"]) == 2 * 15 and len(report.tables["tune"]) == 6
+    assert len(report.tables["start"]) == 2 * 14 and len(report.tables["tune"]) == 8
     layouts = report.tables["layouts"].groupby(["method", "budget"])["bits"]
-    assert len(layouts) == 3 and layouts.size().eq(14).all()
+    assert len(layouts) == 2 and layouts.size().eq(14).all()
     assert sorted(report.tables["glue"]["task"].unique()) == ["mrpc", "stsb"]
     assert "Salesforce/wikitext@wikitext-103-raw-v1#train" in recorded.asked
