@@ -266,6 +266,9 @@ SCHEMAS: dict[str, Schema] = {  # "id" or "id@configuration"
     "blanchon/EuroSAT_RGB": _photos({"train": 16_200, "validation": 5_400, "test": 5_400}, 10),
     "nelorth/oxford-flowers": _photos({"train": 7_169, "test": 1_020}, 102),
     "tanganke/stanford_cars": _photos({"train": 8_144, "test": 8_041}, 196),
+    **{f"google/dreambooth@{name}": Schema({"train": 4}, _image) for name in (  # 4 to 6 each
+        "backpack", "bear_plushie", "can", "candle", "cat", "clock", "dog", "duck_toy",
+        "fancy_boot", "robot_toy", "teapot", "vase")},
     "tanganke/dtd": _photos({"train": 3_760, "test": 1_880}, 47),
     "tanganke/gtsrb": _photos({"train": 26_640, "test": 12_630}, 43),
     "tanganke/resisc45": _photos({"train": 18_900, "test": 6_300}, 45),
@@ -299,6 +302,7 @@ MODELS = {  # base models that presets name
         "alpaca", "chip2", "longform", "oasst1", "self-instruct", "hh-rlhf", "flan",
         "unnatural-instructions", "flan-v2")),
     "meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B-Instruct", "allenai/OLMo-2-1124-7B",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "microsoft/resnet-18", "microsoft/resnet-50", "microsoft/resnet-101",
     "timm/efficientnet_b4.ra2_in1k",
 }
