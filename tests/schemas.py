@@ -93,6 +93,14 @@ def _image_features() -> dict[str, Any]:
     return {"image": Image(), "label": ClassLabel(num_classes=1000)}
 
 
+def _pictures(n: int) -> Schema:
+    "Images alone."
+    def features() -> dict[str, Any]:
+        return {"image": _image_features()["image"]}
+
+    return Schema({"train": n}, lambda i: {"image": _image(i)["image"]}, features=features)
+
+
 def _photos(sizes: dict[str, int], classes: int, image: str = "image", label: str = "label",
             other: tuple[str, ...] = ()) -> Schema:
     "Photographs in classes, in the columns of the data set."
@@ -106,6 +114,17 @@ def _photos(sizes: dict[str, int], classes: int, image: str = "image", label: st
         return {image: Image(), label: ClassLabel(num_classes=classes)}
 
     return Schema(sizes, row, features=features)
+
+
+def _room(i: int) -> dict[str, Any]:
+    "A room of NYUv2: classes, depth, normals (on the hub 288 x 384 places; here fewer)."
+    rng = np.random.default_rng(i)
+    normal = rng.normal(size=(3, 32, 48))
+    return {"image": rng.random((3, 32, 48)).tolist(),
+            "segmentation": rng.integers(-1, 13, (32, 48)).tolist(),
+            "depth": (rng.random((1, 32, 48)) * 5).tolist(),
+            "normal": (normal / np.linalg.norm(normal, axis=0)).tolist(),
+            "noise": rng.random((1, 32, 48)).tolist()}
 
 
 def _letter_features() -> dict[str, Any]:
@@ -266,7 +285,8 @@ SCHEMAS: dict[str, Schema] = {  # "id" or "id@configuration"
     "blanchon/EuroSAT_RGB": _photos({"train": 16_200, "validation": 5_400, "test": 5_400}, 10),
     "nelorth/oxford-flowers": _photos({"train": 7_169, "test": 1_020}, 102),
     "tanganke/stanford_cars": _photos({"train": 8_144, "test": 8_041}, 196),
-    **{f"google/dreambooth@{name}": Schema({"train": 4}, _image) for name in (  # 4 to 6 each
+    "tanganke/nyuv2": Schema({"train": 795, "val": 654}, _room),
+    **{f"google/dreambooth@{name}": _pictures(4) for name in (  # 4 to 6 of each
         "backpack", "bear_plushie", "can", "candle", "cat", "clock", "dog", "duck_toy",
         "fancy_boot", "robot_toy", "teapot", "vase")},
     "tanganke/dtd": _photos({"train": 3_760, "test": 1_880}, 47),
@@ -303,6 +323,7 @@ MODELS = {  # base models that presets name
         "unnatural-instructions", "flan-v2")),
     "meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B-Instruct", "allenai/OLMo-2-1124-7B",
     "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "microsoft/swin-tiny-patch4-window7-224",
     "microsoft/resnet-18", "microsoft/resnet-50", "microsoft/resnet-101",
     "timm/efficientnet_b4.ra2_in1k",
 }
