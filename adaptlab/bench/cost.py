@@ -89,7 +89,7 @@ A100 = Machine("A100", 312, 80)
 H100 = Machine("H100", 990, 80)
 H200 = Machine("H200", 990, 141)
 
-# %% ../../nbs/bench/05_cost.ipynb #a5d542b5
+# %% ../../nbs/bench/05_cost.ipynb #fbc4619d
 def forward_flops(
     model: nn.Module,  # may be on the meta device
     batch: Any,  # what `modules.call` takes
@@ -101,6 +101,11 @@ def forward_flops(
         return evaluate.count_flops(lambda: modules.call(model, batch)) / samples
 
 
+def _memory(size: float) -> tuple[float, str]:
+    "Bytes as GiB, or as MiB where that would be 0.00."
+    return (size / 2**30, "GiB") if size >= 2**30 / 100 else (size / 2**20, "MiB")
+
+
 def needs(
     model: nn.Module,  # may be on the meta device
     *,
@@ -108,7 +113,7 @@ def needs(
     trained: float = 0,  # samples (or tokens) of all training steps
     looked_at: float = 0,  # samples (or tokens) of all forward passes without gradient
     trainable: int | None = None,  # numbers that are trained; None: all
-    activations: float = 0,  # bytes that one step keeps, from `activation_bytes`
+    activations: float | None = None,  # bytes that one step keeps, from `activation_bytes`
     bytes_per_weight: int | None = None,  # of the frozen weights; None: as in the model
     machine: Machine = H100,  # one accelerator
 ) -> pd.DataFrame:  # what, amount, unit, from
@@ -125,13 +130,15 @@ def needs(
     step = flops * (2 + min(1.0, trainable / max(weights, 1)))
     hours = (step * trained + flops * looked_at) / machine.flops / 3600
     of = f"{machine.share:.0%} of {machine.tflops:g} TFLOP/s"
+    without = "" if activations is not None or not trained else "; activations not counted"
     rows = [
-        ("weights", size / 2**30, "GiB", f"{weights / 1e6:,.1f} M"),
-        ("gradients and AdamW", 12 * trainable / 2**30, "GiB", f"{trainable:,} trained, float32"),
-        ("activations of a step", activations / 2**30, "GiB", "counted"),
-        ("memory, together", (size + 12 * trainable + activations) / 2**30, "GiB",
-         f"of {machine.gib:g} GiB of one {machine.name}"),
+        ("weights", *_memory(size), f"{weights / 1e6:,.1f} M"),
+        ("gradients and AdamW", *_memory(12 * trainable), f"{trainable:,} trained, float32"),
+        ("activations of a step", *_memory(activations or 0), "counted"),
+        ("memory, together", *_memory(size + 12 * trainable + (activations or 0)),
+         f"of {machine.gib:g} GiB of one {machine.name}{without}"),
         ("time", hours, "h", f"on one {machine.name}, {of}"),
         ("disk, a checkpoint", (size + 12 * trainable) / 1e9, "GB", "weights, AdamW"),
     ]
+    rows = [row for row in rows if row[1] or row[0] == "time"]  # what is not there has no line
     return pd.DataFrame(rows, columns=["what", "amount", "unit", "from"])

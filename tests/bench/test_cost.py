@@ -45,9 +45,13 @@ def test_needs_follow_the_counts():
     machine = cost.Machine("toy", 1.0, 2.0, share=0.5)
     found = cost.needs(net, trained=1e6, looked_at=1e6, machine=machine).set_index("what")["amount"]
     assert found["time"] == pytest.approx((3 + 1) * 2e6 * 1e6 / 0.5e12 / 3600)
-    assert found["weights"] == pytest.approx(4e6 / 2**30)
+    assert found["weights"] == pytest.approx(4e6 / 2**20)  # MiB: in GiB it would read 0.00
     assert found["memory, together"] == pytest.approx(16e6 / 2**30)
+    assert "activations of a step" not in found  # nobody counted them
     frozen = cost.needs(net, trained=1e6, trainable=0, bytes_per_weight=2, machine=machine)
     frozen = frozen.set_index("what")["amount"]
     assert frozen["time"] == pytest.approx(2 * 2e6 * 1e6 / 0.5e12 / 3600)
-    assert frozen["weights"] == pytest.approx(2e6 / 2**30)
+    assert frozen["weights"] == pytest.approx(2e6 / 2**20) and "gradients and AdamW" not in frozen
+    counted = cost.needs(net, trained=1, activations=3 * 2**30).set_index("what")
+    assert counted.loc["activations of a step", ["amount", "unit"]].tolist() == [3, "GiB"]
+    assert "not counted" not in counted.loc["memory, together", "from"]
