@@ -526,9 +526,12 @@ def _hooks(block: nn.Module, bottleneck: Bottleneck, read: str, changed: str, ho
     return [*handles, module.register_forward_hook(
         lambda _, __, out: bottleneck(seen[0] if read else out, out))]
 
-# %% ../../nbs/modular/01_unified_view.ipynb #c25795eb
-class JointLora(adapters.Adapter):
+# %% ../../nbs/modular/01_unified_view.ipynb #3715959c
+class JointLora(adapters.LowRank):
     "LoRA on thirds of a layer that makes query, key and value at once. Raises as `LoraAdapter`."
+
+    supports = (nn.Linear, modules.Conv1D)
+    scaling = 1.0  # each third has its own, inside of B
 
     def __init__(
         self,
@@ -538,30 +541,22 @@ class JointLora(adapters.Adapter):
         super().__init__(layer)
         if self.out_features % 3:
             raise ValueError(f"{self.out_features} outputs are not query, key and value")
-        self.thirds, self.width = {k: dict(v) for k, v in thirds.items()}, self.out_features // 3
-        self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
-        for key, one in self.thirds.items():
-            A = torch.empty(one["dim"], self.in_features, **self.factory)
-            self.A[key] = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)))
-            self.B[key] = nn.Parameter(torch.zeros(self.width, one["dim"], **self.factory))
+        self.thirds, width = {k: dict(v) for k, v in thirds.items()}, self.out_features // 3
+        self.dropout = max(one["dropout"] for one in thirds.values())  # they share their input
+        A = torch.empty(sum(one["dim"] for one in thirds.values()), self.in_features,
+                        **self.factory)
+        self.A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)))
+        self.parts = nn.ParameterDict({key: torch.zeros(width, one["dim"], **self.factory)
+                                       for key, one in thirds.items()})
 
-    def forward(self, x: Tensor, base_output: Tensor) -> Tensor:
-        "base_output + s B A x, in each third that is trained."
-        parts = list(base_output.split(self.width, -1))
-        for key, one in self.thirds.items():
-            low = F.linear(F.dropout(x, one["dropout"], self.training), self.A[key].to(x.dtype))
-            i = "qkv".index(key)
-            parts[i] = torch.add(parts[i], F.linear(low, self.B[key].to(x.dtype)),
-                                 alpha=one["scale"])
-        return torch.cat(parts, -1)
-
-    def delta_weight(self) -> Tensor:
-        "s B A in each third."
-        whole = self.base_weight().new_zeros(self.out_features, self.in_features)
-        for key, one in self.thirds.items():
-            i = "qkv".index(key) * self.width
-            whole[i : i + self.width] = one["scale"] * self.B[key] @ self.A[key]
-        return self.as_weight(whole)
+    @property
+    def B(self) -> Tensor:  # [out, all ranks]
+        "Each part in the rows of its third."
+        width, rows = self.out_features // 3, self.out_features
+        starts = {key: "qkv".index(key) * width for key in self.parts}
+        return torch.cat([F.pad(self.thirds[key]["scale"] * part,
+                                (0, 0, starts[key], rows - width - starts[key]))
+                          for key, part in self.parts.items()], 1)
 
 # %% ../../nbs/modular/01_unified_view.ipynb #2bd903cd
 def _blocks(model: nn.Module, layouts: Mapping[str, Layout]) -> dict[str, nn.Module]:

@@ -307,6 +307,22 @@ def test_generation_with_a_cache_writes_the_same(family):
     assert torch.equal(written[0], written[1]) and torch.equal(written[2], written[3])
 
 
+def test_the_order_of_prefixes_and_of_units_does_not_matter():
+    model, batch = made("bart")
+    y = moved(apply_delta(model, uv.mam_adapter(4, 6, 4.0, None)), size=0.5)(**batch).logits
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for block in adapters.adapters(model).values():
+            for prefix in block.prefixes.values():
+                prefix.table.copy_(prefix.table[torch.randperm(4, generator=g)])
+            for one in block.bottlenecks.values():
+                order = torch.randperm(6, generator=g)
+                for t in (one.down.weight, one.down.bias):
+                    t.copy_(t[order])
+                one.up.weight.copy_(one.up.weight[:, order])
+    torch.testing.assert_close(model(**batch).logits, y, rtol=1e-4, atol=1e-5)
+
+
 def test_gates_and_what_has_none():
     model, batch = made("bart")
     with pytest.raises(ValueError, match="no prefixes"):
@@ -399,7 +415,8 @@ def test_joint_lora_changes_its_thirds_and_merges():
     layer = adapters.adapters(model)["transformer.h.0.attn.c_attn"]
     q, k, v = layer.delta_weight().split(32, -1)  # Conv1D keeps the outputs last
     assert q.any() and v.any() and not k.any()
-    torch.testing.assert_close(q.T, 2.0 * layer.B["q"] @ layer.A["q"])
+    torch.testing.assert_close(q.T, 2.0 * layer.parts["q"] @ layer.A[:3])
+    torch.testing.assert_close(v.T, 2.0 * layer.parts["v"] @ layer.A[3:])
     y = model(**batch).logits
     torch.testing.assert_close(adapters.merge(model)(**batch).logits, y, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="not query, key and value"):
