@@ -8,7 +8,7 @@ __all__ = ['Block', 'Stack', 'By', 'LowRank', 'inner', 'TaskVector', 'Factors', 
            'learn_negation', 'entropy_loss', 'trusted_set', 'ufm_loss', 'learn_test_time', 'block_gradients',
            'Selection', 'select_task_vectors', 'disentanglement_error', 'ComposedLora', 'attach_composition']
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #218dba32
+# %% ../../nbs/arithmetic/03_atlas.ipynb #2e726d3a
 import copy
 import math
 import re
@@ -16,17 +16,17 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import adapters, checkpoints, evaluate, modules, train, weights
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #b2135ebf
+# %% ../../nbs/arithmetic/03_atlas.ipynb #5a8411c2
 class LowRank(NamedTuple):
     "The change of a matrix as a product B A."
 
@@ -68,13 +68,23 @@ def _plus(a: Block, b: Block) -> Block:
 def _dense(a: Block) -> Tensor:
     return a.dense() if isinstance(a, LowRank) else a
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #62068365
+
 def _opened(source: Any) -> weights.LazyState:
     "Weights of a module, a state dict, or a path."
     return (weights.as_state(source) if isinstance(source, nn.Module)
             else checkpoints.open_state(source))
 
 
+def _of_adapter(adapter: adapters.Adapter) -> Block:
+    "An adapter's change in the layout of its layer's weight; of LoRA on a matrix its factors."
+    factors = adapter.lora_factors()
+    if factors is None or not isinstance(adapter.layer, (nn.Linear, modules.Conv1D)):
+        return adapter.delta_weight().detach().clone()
+    A, B = factors[0].detach().clone(), factors[1].detach() * factors[2]
+    turned = isinstance(adapter.layer, modules.Conv1D)  # its weight is [in, out]
+    return LowRank(B.T, A.T) if turned else LowRank(A, B)
+
+# %% ../../nbs/arithmetic/03_atlas.ipynb #c350355d
 class TaskVector(Mapping):
     """What a fine-tune changed: name of a weight -> its change. `+`, `-`, `*` make new ones.
 
@@ -111,16 +121,8 @@ class TaskVector(Mapping):
         name: str = "",  # of the task
     ) -> "TaskVector":  # one low-rank block for each adapted matrix
         "The change that a model's adapters make. ValueError without adapters."
-        found = {}
-        for layer, adapter in adapters.require_adapters(model).items():
-            factors = adapter.lora_factors()
-            if factors is None or adapter.frozen.layer.weight.ndim != 2 or isinstance(
-                    adapter.layer, nn.Embedding):
-                found[f"{layer}.weight"] = adapter.delta_weight().detach().clone()
-                continue
-            A, B = factors[0].detach().clone(), factors[1].detach() * factors[2]
-            turned = isinstance(adapter.layer, modules.Conv1D)  # its weight is [in, out]
-            found[f"{layer}.weight"] = LowRank(B.T, A.T) if turned else LowRank(A, B)
+        found = {f"{layer}.weight": _of_adapter(adapter)
+                 for layer, adapter in adapters.require_adapters(model).items()}
         return cls.of(found, name)
 
     def __getitem__(self, key: str) -> Block:
@@ -238,7 +240,7 @@ def sorted_by_part(
     place[order] = target
     return Parts(rows.view(len(stack), K, -1).transpose(0, 1).contiguous(), place.int())
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #2c988469
+# %% ../../nbs/arithmetic/03_atlas.ipynb #969bef25
 def _vectors(task_vectors: Any) -> list[TaskVector]:
     "A non-empty list."
     found = weights.as_list(task_vectors, "task_vectors")
@@ -247,6 +249,7 @@ def _vectors(task_vectors: Any) -> list[TaskVector]:
     return found
 
 
+@torch.no_grad()
 def _stacked(vectors: Sequence[TaskVector], name: str, like: Tensor, dtype: torch.dtype | None,
              factors: bool) -> Stack:
     "The changes of one block: factors where all of them are low-rank, else rows of a matrix."
@@ -273,7 +276,7 @@ def _stacked(vectors: Sequence[TaskVector], name: str, like: Tensor, dtype: torc
                          "the fine-tuned weights")
     return made
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #0c385f6a
+# %% ../../nbs/arithmetic/03_atlas.ipynb #50318d0c
 def _matched(params: Mapping[str, Tensor], vectors: Sequence[TaskVector], names: Sequence[str],
              pattern: str | re.Pattern | None, only_matrices: bool) -> list[str]:
     "The blocks that are composed, in the model's order."
@@ -290,15 +293,6 @@ def _matched(params: Mapping[str, Tensor], vectors: Sequence[TaskVector], names:
     return found
 
 
-def _parts_of(granularity: str | int) -> int:
-    "K. ValueError for anything but 'isotropic', 'block', or a whole number >= 1."
-    whole = isinstance(granularity, int) and not isinstance(granularity, bool)
-    if granularity not in ("isotropic", "block") and not (whole and granularity >= 1):
-        raise ValueError(f"granularity = {granularity!r}: give 'isotropic', 'block', or the "
-                         "number of parts K, >= 1")
-    return granularity if whole else 1
-
-
 def _part(name: str, numel: int, K: int, seed: int, device: torch.device) -> Tensor:
     "Which of K parts each entry of a block belongs to: uniform, the same for all vectors."
     if K > numel:
@@ -306,6 +300,15 @@ def _part(name: str, numel: int, K: int, seed: int, device: torch.device) -> Ten
                          "choose blocks (only_matrices=True)")
     g = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     return torch.randint(K, (numel,), generator=g).to(device)
+
+# %% ../../nbs/arithmetic/03_atlas.ipynb #c76a866b
+def _parts_of(granularity: str | int) -> int:
+    "K. ValueError for anything but 'isotropic', 'block', or a whole number >= 1."
+    whole = isinstance(granularity, int) and not isinstance(granularity, bool)
+    if granularity not in ("isotropic", "block") and not (whole and granularity >= 1):
+        raise ValueError(f"granularity = {granularity!r}: give 'isotropic', 'block', or the "
+                         "number of parts K, >= 1")
+    return granularity if whole else 1
 
 
 def _warn_far(params: Mapping[str, Tensor], vectors: Sequence[TaskVector],
@@ -345,7 +348,7 @@ def _taken_apart(model: nn.Module) -> _Network:
     params = {k: t for k, t in once.items() if isinstance(own[k], nn.Parameter)}
     return _Network(skeleton, once, names, params, fixed)
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #7d40b553
+# %% ../../nbs/arithmetic/03_atlas.ipynb #889a8d03
 class AnisotropicComposer(nn.Module):
     """f(x; theta_0 + sum of lambda * tau) with learned lambda (Equation 4); `coef` starts at 0.
 
@@ -402,7 +405,7 @@ class AnisotropicComposer(nn.Module):
         if not self.linearized:
             return run(self.composed())
         start = {k: self._tensors[k] for k in self.blocks}
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH):  # others have no forward mode
             out, change = torch.func.jvp(
                 lambda p: modules.logits_of(run(p)), (start,), (self.composed(step=True),))
         return out + change
@@ -411,9 +414,8 @@ class AnisotropicComposer(nn.Module):
     def bake(self) -> dict[str, Tensor]:
         "State dict of the plain network; blocks that nothing changes are shared with the base."
         if self.linearized or not self.coef.isfinite().all():
-            raise ValueError("a linearised composition can't be baked: it is no network of other "
-                             "weights" if self.linearized else "coefficients are NaN or infinite: "
-                             "lower the learning rate")
+            raise ValueError("a linearised composition is no network that could be baked" if
+                             self.linearized else "coefficients are NaN or infinite: lower lr")
         made = self._tensors | self.composed()
         return {key: made[name] for key, name in self._names.items()}
 
@@ -465,7 +467,7 @@ def _accuracy(model: nn.Module, data: Any, head: Callable = modules.logits_of) -
             total += len(said)
     return right / total
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #ceaa3dd9
+# %% ../../nbs/arithmetic/03_atlas.ipynb #2185d34f
 def learn_composition(
     composer: AnisotropicComposer,  # its coefficients are learned in place
     loader: Any,  # DataLoader, Dataset, or tensors (x, labels)
@@ -485,16 +487,15 @@ def learn_composition(
     loads = isinstance(loader, torch.utils.data.DataLoader)
     size = None if loads else min(batch_size, _count(loader))
     each = pass_steps or max(10, len(loader) if loads else math.ceil(_count(loader) / size))
-    callbacks, keeper = list(more.pop("callbacks", ())), None
+    callbacks, start = list(more.pop("callbacks", ())), composer.coef.detach().clone()
     if select_on is not None:
-        start, first = composer.coef.detach().clone(), float(select_on(composer))
-        keeper = train.KeepBest(select_on, every=each)
-        callbacks.append(keeper)
-    options = {"device": composer.coef.device, "progress": False} | more
+        first = float(select_on(composer))
+        callbacks.append(train.KeepBest(select_on, every=each))
+    options = {"device": composer.coef.device, "progress": False, "callbacks": callbacks} | more
     result = train.fit(composer, loader, loss_fn, lr=lr, weight_decay=weight_decay,
                        steps=max(1, math.ceil(epochs * each)), clip=max_grad_norm,
-                       batch_size=size, schedule=schedule, callbacks=callbacks, **options)
-    if keeper is not None and keeper.best <= first:
+                       batch_size=size, schedule=schedule, **options)
+    if select_on is not None and callbacks[-1].best <= first:
         with torch.no_grad():
             composer.coef.copy_(start)
     return result
