@@ -30,12 +30,12 @@ from ..bench.testbeds import Bed
 from ..modular import unified_view as uv
 from ..train import Training
 
-# %% ../../nbs/experiments/unified_view.ipynb #0ce83b18
+# %% ../../nbs/experiments/unified_view.ipynb #b4282f60
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     "Settings of the experiment."
 
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # one repetition for each
     tracks: tuple[str, ...] = ("names",)  # which parts to run
     names: tuple[int, int] = bounded((300, 100), low=1)  # to tune on, to choose on
     training: Training = Training(  # of every method on names
@@ -120,7 +120,7 @@ def loss(
     with modules.modes_kept(model):
         return float(modules.cross_entropy(model.eval(), part))
 
-# %% ../../nbs/experiments/unified_view.ipynb #1cc32ca4
+# %% ../../nbs/experiments/unified_view.ipynb #7b209bfb
 PA = partial(uv.DeltaConfig, init="lora", dim=30)
 TINY = 2  # length and width of the small budget
 PREPARE = {  # method -> its configs, and its learning rates
@@ -169,21 +169,27 @@ CASES = [
     Versus("at the large budget, the FFN is the better place", "PA ffn", "PA attn", "loss",
            "en-ro 36.4 vs 35.6 BLEU", "r = 200"),
     Versus("at a tiny budget, the heads are the better place", "heads, tiny", "PA ffn, tiny",
-           "loss", "en-ro 35.3 vs 33.0 BLEU", "r = 30, 0.1 %"),
+           "loss", "en-ro 35.3 vs 33.0 BLEU", "r = 30, 0.1 %",
+           "not tested; two units at the FFN read and write the whole width"),
     Versus("scaled addition beats addition", "scaled PA ffn", "PA ffn", "loss",
-           "XSum 21.54 vs 20.98 R-2", "s = 4"),
+           "XSum 21.54 vs 20.98 R-2", "s = 4",
+           "under Adam a scale is a learning rate, and each has its own"),
     Versus("the gate helps a prefix", "prefix", "no gate", "loss", "en-ro 35.2 vs 34.9 BLEU",
-           "l = 30, 0.1 %"),
+           "l = 30, 0.1 %", "the prefix keeps much of the attention: its mean gate is measured"),
     Versus("a prefix needs its MLP, with a learning rate of its own for each", "prefix",
-           "prefix, direct", "loss", "", "not compared in the paper"),
+           "prefix, direct", "loss", "", "not compared in the paper",
+           "a learning rate of its own may do what the MLP does"),
     Versus("MAM beats prefix tuning", "MAM", "prefix", "loss", "en-ro 37.5 vs 35.6 BLEU",
            "MAM 6.7 %, prefix l = 200"),
     Versus("MAM beats LoRA on attention", "MAM", "LoRA attn", "loss",
-           "en-ro 37.5 vs 36.8 BLEU", "the paper's LoRA is on the FFN"),
+           "en-ro 37.5 vs 36.8 BLEU", "the paper's LoRA is on the FFN",
+           "not tested"),
     Versus("MAM beats the same budget spent on its parallel adapter alone", "MAM",
-           "scaled PA ffn", "loss", "en-ro 37.5 vs 37.2 BLEU", "the paper's has r = 1024"),
+           "scaled PA ffn", "loss", "en-ro 37.5 vs 37.2 BLEU", "the paper's has r = 1024",
+           "its prefix takes attention from the tokens (not parted from the narrower adapter)"),
     Versus("MAM does better than full fine-tuning", "MAM", "full", "loss",
-           "en-ro 37.5 vs 37.3 BLEU", "the paper calls it a match"),
+           "en-ro 37.5 vs 37.3 BLEU", "the paper calls it a match",
+           "its adapter alone does better: what is mixed in costs"),
 ]
 
 # %% ../../nbs/experiments/unified_view.ipynb #0096ed76

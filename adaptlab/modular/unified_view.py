@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import adapters, modules
 
-# %% ../../nbs/modular/01_unified_view.ipynb #c3c14be1
+# %% ../../nbs/modular/01_unified_view.ipynb #af1584ce
 Function = Literal["relu_bottleneck", "linear", "softmax_prefix", "relu_prefix"]
 Insertion = Literal["parallel", "sequential"]
 Target = Literal["ffn", "attn", "attn_head", "block", "q", "k", "v", "up", "down"]
@@ -83,64 +83,86 @@ class DeltaConfig:
             raise ValueError(f"{said[0]}; got {self}")
 
 
-_LAYERS = ("q", "k", "v", "up", "down")
+_FFN = ("up", "down")
+_LAYERS = ("q", "k", "v", *_FFN)
 _CHOICES = {"function": Function, "insertion": Insertion, "target": Target,
             "composition": Composition, "init": Literal["lora", "bert"],
             "layernorm": Literal["none", "in", "out"],
             "position": Literal["pre_out", "post_out"]}
 
-# %% ../../nbs/modular/01_unified_view.ipynb #9a94c67e
+# %% ../../nbs/modular/01_unified_view.ipynb #f3edbf98
 Deltas = tuple[DeltaConfig, ...]
 
 
-def houlsby(r: int) -> Deltas:
+def houlsby(
+    r: int,  # width of each bottleneck
+) -> Deltas:  # for `apply_delta`
     "Adapters in sequence after attention and after the FFN (Houlsby et al.)."
     make = partial(DeltaConfig, insertion="sequential", dim=r)
     return make(target="attn", layernorm="in"), make(target="ffn")
 
 
-def pfeiffer(r: int) -> Deltas:
+def pfeiffer(
+    r: int,  # width of the bottleneck
+) -> Deltas:  # for `apply_delta`
     "One adapter per block, after its last normalisation (Pfeiffer et al.)."
     return (DeltaConfig(insertion="sequential", target="block", dim=r),)
 
 
-def parallel_adapter(r: int, target: Target = "ffn") -> Deltas:
+def parallel_adapter(
+    r: int,  # width of the bottleneck
+    target: Target = "ffn",  # "ffn" or "attn"
+) -> Deltas:  # for `apply_delta`
     "PA: reads what the sub-layer reads."
     return (DeltaConfig(target=target, dim=r),)
 
 
-def scaled_parallel_adapter(r: int, s: float = 4.0, target: Target = "ffn") -> Deltas:
+def scaled_parallel_adapter(
+    r: int,  # width of the bottleneck
+    s: float = 4.0,  # scale
+    target: Target = "ffn",  # "ffn" or "attn"
+) -> Deltas:  # for `apply_delta`
     "Scaled PA: starts at no change, and is scaled."
     return (DeltaConfig(target=target, dim=r, composition="scaled", scale=s, init="lora"),)
 
-
-def prefix_tuning(l: int, mlp_dim: int | None = 800) -> Deltas:  # noqa: E741
-    "Prefixes (Li & Liang), from an MLP or, with None, trained as they are."
+# %% ../../nbs/modular/01_unified_view.ipynb #9d322ae3
+def prefix_tuning(
+    l: int,  # length  # noqa: E741
+    mlp_dim: int | None = 800,  # width of the MLP; None: prefixes trained as they are
+) -> Deltas:  # for `apply_delta`
+    "Prefix tuning (Li & Liang)."
     return (DeltaConfig(function="softmax_prefix", target="attn_head", composition="gated", dim=l,
                         mlp_dim=mlp_dim),)
 
 
-def multihead_parallel_adapter(r: int) -> Deltas:
+def multihead_parallel_adapter(
+    r: int,  # width of the bottleneck in each head
+) -> Deltas:  # for `apply_delta`
     "A parallel adapter in each head that reads its query."
     return (DeltaConfig(function="relu_prefix", target="attn_head", dim=r, init="lora"),)
 
 
-def lora(r: int, alpha: float, target: Literal["attn", "ffn"] = "attn") -> Deltas:
-    "LoRA on query and value, or on the layers of the FFN; scale alpha / r."
+def lora(
+    r: int,  # rank
+    alpha: float,  # the scale is alpha / r
+    target: Literal["attn", "ffn"] = "attn",  # query and value, or the layers of the FFN
+) -> Deltas:  # for `apply_delta`
+    "LoRA. ValueError for another target or a rank below 1."
     if target not in ("attn", "ffn"):
         raise ValueError(f"target = {target!r}: give 'attn' or 'ffn'")
-    scale = alpha / r if r else math.nan
-    return tuple(DeltaConfig(function="linear", target=t, composition="scaled", dim=r, scale=scale,
-                             init="lora") for t in (("q", "v") if target == "attn" else _FFN))
+    make = partial(DeltaConfig, function="linear", composition="scaled", dim=r, init="lora",
+                   scale=alpha / max(r, 1))
+    return tuple(make(target=t) for t in (("q", "v") if target == "attn" else _FFN))
 
 
-def mam_adapter(l: int = 30, r: int = 512, s: float = 4.0,  # noqa: E741
-                mlp_dim: int | None = 800) -> Deltas:
+def mam_adapter(
+    l: int = 30,  # length of the prefix  # noqa: E741
+    r: int = 512,  # width of the bottleneck at the FFN
+    s: float = 4.0,  # its scale
+    mlp_dim: int | None = 800,  # as in `prefix_tuning`
+) -> Deltas:  # for `apply_delta`
     "MAM: a short prefix, and a wide scaled parallel adapter at the FFN."
     return prefix_tuning(l, mlp_dim) + scaled_parallel_adapter(r, s)
-
-
-_FFN = ("up", "down")
 
 # %% ../../nbs/modular/01_unified_view.ipynb #e628be70
 class Bottleneck(nn.Module):
@@ -349,7 +371,7 @@ def attend_with(
         out = torch.add(out, delta.transpose(1, 2), alpha=config.scale)
     return out, weights
 
-# %% ../../nbs/modular/01_unified_view.ipynb #799e4ebb
+# %% ../../nbs/modular/01_unified_view.ipynb #0222d72e
 @dataclass(frozen=True)
 class Layout:
     "Where the parts of a transformer block are. Paths start at the block."
@@ -357,8 +379,8 @@ class Layout:
     attention: tuple[tuple[str, str, str], ...]  # of each: module, W_o, where its output is ready
     ffn: tuple[str, str]  # what reads the input of the FFN, where its output is ready
     q: str = "q_proj"  # of query, key and value, from the attention module; "": no such layer
-    k: str = "k_proj"
-    v: str = "v_proj"
+    k: str = "k_proj"  # see q
+    v: str = "v_proj"  # see q
     up: tuple[str, ...] = ("fc1",)  # layers of the FFN that read its input
     down: tuple[str, ...] = ("fc2",)  # and those that write its output
     joint: str = ""  # one layer for query, key and value, in this order
@@ -471,7 +493,7 @@ class DeltaBlock(adapters.Adapter):
                 self.gates[path] = prefix_gate(q, k, prefix()[0], mask, options.get("scaling"))
         return attend_with(prefixes, run, module, q, k, v, attention_mask, options)
 
-# %% ../../nbs/modular/01_unified_view.ipynb #feb60672
+# %% ../../nbs/modular/01_unified_view.ipynb #ba6ded47
 def _sites(config: DeltaConfig, layout: Layout, attention: Sequence) -> list[tuple[str, str, str]]:
     "Of each bottleneck: what it reads, what it changes, and how."
     if config.target == "attn":
@@ -508,7 +530,7 @@ def _heads(block: nn.Module, path: str, out: str, layout: Layout) -> tuple[int, 
         raise ValueError(f"keys of width {inner} do not divide into heads of width {width}")
     return inner // width, width, d
 
-
+# %% ../../nbs/modular/01_unified_view.ipynb #5a27815e
 def _hooks(block: nn.Module, bottleneck: Bottleneck, read: str, changed: str, how: str) -> list:
     "Hooks for one pass of the block."
     module, seen, handles = block.get_submodule(changed), [], []
@@ -558,7 +580,7 @@ class JointLora(adapters.LowRank):
                                 (0, 0, starts[key], rows - width - starts[key]))
                           for key, part in self.parts.items()], 1)
 
-# %% ../../nbs/modular/01_unified_view.ipynb #2bd903cd
+# %% ../../nbs/modular/01_unified_view.ipynb #270901e4
 def _blocks(model: nn.Module, layouts: Mapping[str, Layout]) -> dict[str, nn.Module]:
     "The blocks whose layout is known."
     found = {n: m for n, m in adapters.base_modules(model).items() if type(m).__name__ in layouts}
@@ -590,7 +612,7 @@ def _loras(name: str, block: nn.Module, layout: Layout, configs: Deltas) -> dict
             makers[f"{name}.{path}"] = make
     return makers
 
-
+# %% ../../nbs/modular/01_unified_view.ipynb #1cffc11f
 def apply_delta(
     model: nn.Module,  # changed in place
     configs: DeltaConfig | Iterable[DeltaConfig],  # a preset, or presets added up
@@ -619,7 +641,7 @@ def apply_delta(
     _share_mlps(inner)
     return model
 
-# %% ../../nbs/modular/01_unified_view.ipynb #b6f14aa5
+# %% ../../nbs/modular/01_unified_view.ipynb #1a951f5f
 def _delta_blocks(model: nn.Module) -> dict[str, DeltaBlock]:
     return {n: a for n, a in adapters.adapters(model).items() if isinstance(a, DeltaBlock)}
 
@@ -644,7 +666,7 @@ def materialize_prefix(
             block.deltas[int(key.split("_")[1])]["mlp_dim"] = None
     return model
 
-
+# %% ../../nbs/modular/01_unified_view.ipynb #1090be47
 def prefix_gates(
     model: nn.Module,  # with gated prefixes
     batch: Any,  # inputs, as `modules.call` takes them
