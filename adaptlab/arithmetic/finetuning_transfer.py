@@ -151,7 +151,22 @@ class DiffVector:
         "Open what `save` wrote; tensors are read when they are needed."
         return cls(checkpoints.open_state(path))
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #e93e9701
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #c0110f9f
+def _comparable(state: LazyState, other: LazyState, dtype: torch.dtype) -> LazyState:
+    "Widened where the other is stored in another precision, and without talk of vocabularies."
+    def about() -> dict[str, Any]:
+        config = dict(state.about().get("config") or {})
+        return {"config": {k: v for k, v in config.items() if k != "vocab_size"}}
+
+    def kind(name: str) -> torch.dtype:
+        kinds = {s.specs[name].dtype for s in (state, other) if name in s}
+        quantised = any(k.itemsize == 1 for k in kinds)
+        return dtype if len(kinds) > 1 and not quantised else state.specs[name].dtype
+
+    plain = LazyState(state.specs, state.read, state.aliases, state.label, about)
+    return plain if all(kind(n) == s.dtype for n, s in state.specs.items()) else plain.cast(kind)
+
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #21dd1e7f
 Vocab = Literal["zero-pad", "error"]
 
 
@@ -172,7 +187,8 @@ def diff_vector(
     tuned = checkpoints.open_state(finetuned)
     start = _grown(checkpoints.open_state(base), tuned, vocab)
     skipped = _left_alone([tuned, start], strict)
-    state = weights.task_vector(tuned, start, skip=tuple(skipped), dtype=dtype, lazy=True)
+    pair = _comparable(tuned, start, dtype), _comparable(start, tuned, dtype)
+    state = weights.task_vector(*pair, skip=tuple(skipped), dtype=dtype, lazy=True)
     if not len(state):
         raise ValueError("there is no floating-point tensor to compare: dequantise the models")
     return DiffVector(state, skipped)
@@ -468,7 +484,7 @@ class Transfer:
         shares = {k: v / self.base[k] for k, v in self.moved.items() if self.base.get(k)}
         return sorted(shares.items(), key=lambda item: -item[1])[:n]
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #0a43a6e5
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #886a5958
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -481,7 +497,7 @@ def _local(source: Any) -> Any:
     from huggingface_hub import snapshot_download
 
     name, _, revision = str(source).partition("@")
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+    wanted = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
     except (OSError, ValueError) as error:
@@ -498,16 +514,15 @@ def _prepared(
     if strict:
         _check_models(states)
     tokens = [read_vocabulary(s) if isinstance(s, Path) and s.is_dir() else {} for s in sources]
-    plain = [LazyState(s.specs, s.read, s.aliases, s.label) for s in states]  # checked here
     if vocab == "by-token":
-        return [*_by_token(plain, tokens), plain[2]]
+        return [*_by_token(states, tokens), states[2]]
     for own, name in ((tokens[0], "the old base"), (tokens[2], "the new base")):
         check_tokens(tokens[1], own, name)
-    if vocab == "zero-pad" and strict and max(map(_rows, plain)) > _rows(plain[1]):
-        raise ValueError(f"old base, fine-tune and new base have {[*map(_rows, plain)]} rows of "
+    if vocab == "zero-pad" and strict and max(map(_rows, states)) > _rows(states[1]):
+        raise ValueError(f"old base, fine-tune and new base have {[*map(_rows, states)]} rows of "
                          "tokens: a base must not have more than the fine-tune. Pair them by "
                          "vocab='by-token'")
-    return plain
+    return list(states)
 
 # %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #b0871e69
 def transfer_finetuning(
