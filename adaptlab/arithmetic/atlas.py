@@ -204,7 +204,7 @@ class _Wide(torch.autograd.Function):
         return sum((rows[..., piece].to(g.dtype) @ g[:, piece, None])[..., 0]
                    for piece in _Wide._pieces(rows)), None
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #61854d8e
+# %% ../../nbs/arithmetic/03_atlas.ipynb #12f9c6e2
 def compose(
     base: Tensor,  # a block of the pre-trained model
     stack: Stack,  # the vectors' changes of it
@@ -215,7 +215,7 @@ def compose(
     if isinstance(stack, Factors):
         total = torch.addmm(wide, stack.B.to(wide) * coef[stack.owner], stack.A.to(wide))
     elif isinstance(stack, Tensor) and stack.dtype == coef.dtype:
-        total = torch.addmv(wide.reshape(-1), stack.t(), coef)
+        total = torch.addmm(wide.reshape(1, -1), coef[None], stack)
     else:
         parts = isinstance(stack, Parts)
         rows, each = (stack.rows, coef.t()) if parts else (stack[None], coef[None])
@@ -801,7 +801,7 @@ def disentanglement_error(
         composer.coef.copy_(kept)
     return float((said[0] != said[1]).float().mean())
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #f3b10e61
+# %% ../../nbs/arithmetic/03_atlas.ipynb #c7a1aabf
 class ComposedLora(adapters.Adapter):
     """W x + sum of coef_i B_i A_i x: frozen LoRAs of one layer, one learned number for each.
 
@@ -836,7 +836,7 @@ class ComposedLora(adapters.Adapter):
         "What `merge` adds to the weight."
         return self.as_weight((self.B * self.coef[self.owner]) @ self.A)
 
-
+# %% ../../nbs/arithmetic/03_atlas.ipynb #8b657df8
 def attach_composition(
     model: nn.Module,  # without adapters; changed in place
     task_vectors: Sequence[TaskVector],  # from `TaskVector.from_lora`
