@@ -189,7 +189,7 @@ class LayerwiseScalingKernel(nn.Module):
         wide = mixed.reshape(len(h), -1, m * a) @ template.to(h.dtype).flatten(1, 2)
         return wide.view(*h.shape[:2], s * b)
 
-# %% ../../nbs/modular/02_polyhistor.ipynb #6234cfe1
+# %% ../../nbs/modular/02_polyhistor.ipynb #2ff71790
 class Branch(NamedTuple):
     "The adapters of one layer, for some tasks."
 
@@ -211,7 +211,7 @@ class Branch(NamedTuple):
             return self.down[:, 0], self.up[:, 0]
         return self.kernels[0](self.down), self.kernels[1](self.up)
 
-
+# %% ../../nbs/modular/02_polyhistor.ipynb #67e10545
 def _shapes(widths: Sequence[int], config: PolyhistorConfig) -> list[tuple[int, int]]:
     "(d, n) of what each layer needs, or of the template. ValueError for widths that don't fit."
     rho, least = config.reduction, min(widths)
