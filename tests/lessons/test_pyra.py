@@ -469,6 +469,13 @@ def test_the_rate_of_the_modulators_is_applied():
         pyra_param_groups(model, 0.1, 0.1)
 
 
+def test_the_last_block_costs_the_class_token_nothing(case):
+    model, x = case
+    before = logits(model, x)
+    apply_token_merging(model, [0, 0, 5])
+    torch.testing.assert_close(logits(model, x), before)
+
+
 def test_counts_of_a_vit_base():
     with torch.device("meta"):
         model = ViTForImageClassification(ViTConfig())

@@ -1,0 +1,97 @@
+"""PYRA on a GPU: matching as on the CPU, throughput, training in half precision, the experiment."""
+
+from functools import partial
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+from adaptlab import adapters
+from adaptlab.bench.runs import launch
+from adaptlab.experiments.pyra import SMALL
+from adaptlab.modular.pyra import (
+    PYRAModulator,
+    apply_token_merging,
+    bipartite_soft_matching,
+    merge_wavg,
+    merging_schedule,
+    pyra_param_groups,
+)
+from gpu.card import DEVICE, DRY, clock, in_turn, row
+
+
+def vit(dtype=torch.float32):
+    "ViT-B/16 with random weights; a toy where only the code is tried."
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64,
+            "image_size": 112} if DRY else {}
+    return ViTForImageClassification(ViTConfig(num_labels=100, **size)).to(DEVICE, dtype).eval()
+
+
+def schedule(level):
+    return merging_schedule(12, 50 if DRY else 197, level)
+
+
+def images(n, dtype=torch.float32):
+    side = 112 if DRY else 224
+    return torch.randn(2 if DRY else n, 3, side, side, device=DEVICE, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matching_as_on_the_cpu(dtype):
+    torch.manual_seed(0)
+    metric, x = torch.randn(8, 197, 64, dtype=dtype), torch.randn(8, 197, 96, dtype=dtype)
+    modulator = PYRAModulator(96, 40).to(dtype)
+    torch.nn.init.normal_(modulator.W_D)
+    here = bipartite_soft_matching(metric, 40)
+    there = bipartite_soft_matching(metric.to(DEVICE), 40)
+    same = (there.src.cpu() == here.src).float().mean()  # sums round differently: rare near-ties
+    assert same > 0.9 and there.src.device.type == DEVICE
+    ours = merge_wavg(here, x, None, modulator)[0]
+    plan = here._replace(src=here.src.to(DEVICE), dst=here.dst.to(DEVICE), unm=here.unm.to(DEVICE))
+    theirs = merge_wavg(plan, x.to(DEVICE), None, modulator.to(DEVICE))[0].cpu()
+    near = 1e-4 if dtype == torch.float32 else 0.05
+    assert (ours - theirs).float().norm() <= near * ours.float().norm()
+
+
+def test_throughput_of_a_vit_base():
+    x = images(128, torch.bfloat16)
+    made = {"whole": vit(torch.bfloat16)}
+    for level in ("low", "high"):
+        for pyra in (False, True):
+            net = made[f"{level}{' PYRA' * pyra}"] = vit(torch.bfloat16)
+            apply_token_merging(net, schedule(level), pyra=pyra)
+    with torch.inference_mode():
+        times = dict(zip(made, in_turn(*(partial(net, x) for net in made.values())), strict=True))
+    for name, bound in (("low PYRA", 0.8), ("high PYRA", 0.5)):
+        row(f"ViT-B, 128 images, {name} against nothing merged", times[name],
+            reference=times["whole"], bound=bound)
+        plain = name.partition(" ")[0]
+        row(f"ViT-B, 128 images, {name} against plain merging", times[name],
+            reference=times[plain], bound=1.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trains(dtype):
+    model, x = vit(dtype), images(32, dtype)
+    apply_token_merging(model, schedule("high"))
+    adapters.attach(model, partial(adapters.LoraAdapter, rank=8, alpha=8),
+                    ["q_proj", "k_proj", "v_proj"], also_train=("classifier", "pyra"))
+    before = {k: p.detach().clone() for k, p in model.named_parameters()
+              if "W_D" in k and ".11." not in k}  # the last block's can't reach the class token
+    adam = torch.optim.AdamW(pyra_param_groups(model, 1e-3, 1e-3))
+
+    def step():
+        adam.zero_grad()
+        model(x).logits.float().square().mean().backward()
+        adam.step()
+
+    row(f"PYRA, ViT-B, step of 32 images, {dtype}", *clock(step))
+    after = dict(model.named_parameters())
+    assert all(not torch.equal(after[k], p) and after[k].isfinite().all()
+               for k, p in before.items())
+
+
+def test_small_experiment(tmp_path):
+    cfg = SMALL.replace(seeds=(0,), device=DEVICE)
+    assert launch("pyra", cfg, root=tmp_path).claims
