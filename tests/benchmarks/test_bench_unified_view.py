@@ -25,7 +25,8 @@ def test_train_step_against_lora():
         ours = step(partial(uv.apply_delta, configs=preset))
         row(f"{name} against LoRA, step", *in_turn(ours, lora, rounds=9), bound=1.0)
         row(f"{name} against LoRA, memory", peak_memory(ours, "cpu") / 2**20,
-            peak_memory(lora, "cpu") / 2**20, bound=1.0, unit="MiB")
+            peak_memory(lora, "cpu") / 2**20, unit="MiB",
+            bound=1.05 if name == "MAM" else 1.0)  # a prefix makes keys longer, and needs a mask
 
 
 def test_prefix_and_lora_against_peft():
