@@ -276,7 +276,7 @@ class ConceptSum(adapters.LowRank):
         "Nothing: a sum is exported by `to_peft`, and each concept by `save_concept`."
         raise TypeError("a sum of concepts has no file of its own: save each concept")
 
-# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #fb380625
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #ef92fa59
 def _check_together(concepts: Sequence[Concept]) -> None:
     "ValueError unless these concepts were made to be merged."
     if not concepts or len({c.name for c in concepts}) < len(concepts):
@@ -297,7 +297,7 @@ def _check_together(concepts: Sequence[Concept]) -> None:
             raise ValueError(f"{[c.name for c in concepts]} have blocks {blocks}: two registries "
                              "gave the same block away")
 
-
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #83f2ff91
 def _check_base(model: nn.Module, concept: Concept) -> None:
     "ValueError if the model's weights are not those that the concept was trained on."
     layers = adapters.base_modules(model)
@@ -321,7 +321,7 @@ def _weights(given: float | Sequence[float], n: int) -> list[float]:
         raise ValueError(f"weights = {given!r}: give one finite number, or {n} of them")
     return found
 
-# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #206a717f
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #a208aeb7
 def attach_concepts(
     model: nn.Module,  # without adapters; changed in place
     concepts: Sequence[Concept],  # what to add
@@ -339,7 +339,7 @@ def attach_concepts(
                                 columns=torch.cat([c.columns(layer) for c in concepts], 1))
     return adapters.attach(model, makers)
 
-
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #eb76d319
 def merge_concepts(
     model: nn.Module,  # without adapters; changed in place
     concepts: Sequence[Concept],  # trained on this model, each alone
@@ -367,7 +367,7 @@ def unmerge_concepts(
         raise ValueError("the model holds no merged concepts: merge_concepts(model, ...) first")
     return adapters.detach(model)
 
-# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #aa15231f
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #2d3220cd
 def crosstalk(
     a: Concept,  # one concept
     b: Concept,  # another one, on the same layers
@@ -387,7 +387,7 @@ def crosstalk(
         found[layer] = float((Ra @ (Ba.T @ Bb) @ Rb.T).norm() / size) if size > 0 else 0.0
     return found
 
-
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #fa447aeb
 @torch.no_grad()
 def functional_crosstalk(
     model: nn.Module,  # the base, without adapters
@@ -440,7 +440,7 @@ class ConceptTokens(nn.Module):
         chosen = self.values[:, places.clamp(min=0)]
         return torch.where((places >= 0)[..., None], chosen, embeddings.to(chosen))
 
-# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #61f974f7
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #508f0fa3
 def save_concept(
     concept: Concept,  # to be published
     path: str | Path,  # "....safetensors"
@@ -458,10 +458,10 @@ def save_concept(
                   {"format": "pt", "orthogonal_adaptation": about})
     return Path(path)
 
-
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #431bf345
 def load_concept(
     path: str | Path,  # written by `save_concept`
-) -> Concept:
+) -> Concept:  # as it was saved
     "Read a concept. ValueError for another kind of file, or a basis that comes out otherwise."
     from safetensors import safe_open
 
@@ -483,7 +483,7 @@ def load_concept(
                              "version of torch? Take the LoRA export of it")
     return concept
 
-# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #c3d123b0
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #d62215bc
 def to_peft(
     model: nn.Module,  # the base, without adapters; as it was afterwards
     concepts: Concept | Sequence[Concept],  # one, or several that are summed
@@ -502,7 +502,7 @@ def from_peft(
     model: nn.Module,  # the base, without adapters; as it was afterwards
     folder: str | Path,  # a LoRA in PEFT's format
     config: OrthogonalAdapterConfig,  # whose columns it must have
-) -> Concept:
+) -> Concept:  # its A's
     "Read a concept back. ValueError if a `lora_A` is not B^T of that concept and basis."
     adapter_files.from_peft(model, folder)
     try:

@@ -188,7 +188,7 @@ def merged(
         makers[name] = partial(SideBySide, up=weight * A, columns=B)
     return adapters.attach(model, makers) if makers else model
 
-# %% ../../nbs/experiments/orthogonal_adaptation.ipynb #3a94079f
+# %% ../../nbs/experiments/orthogonal_adaptation.ipynb #2b7419f7
 def _start(model: Denoiser, start: str, B: list[Tensor], g: torch.Generator) -> Tensor:
     "The first tokens [5, depth, dim]; for `own` their coordinates [5, depth, r]."
     if start == "class":
@@ -211,7 +211,7 @@ def train_concepts(
     everywhere: bool = False,  # adapters on all layers, not only on those that read the prompt
     steps: int = 150,  # each on all images
     token_lr: float = 5e-3,  # of the tokens
-) -> Trained:
+) -> Trained:  # factors and tokens
     "Five concepts, each alone, or jointly."
     g, made, B = torch.Generator().manual_seed(seed), {}, []
     for name, layer in model.named_modules() if kind != "tokens" else ():
