@@ -233,7 +233,7 @@ def _arms(cfg: Config, seed: int, lr: float, tuned: list[dict[str, Tensor]],
                           "accuracy": score(w, bed.test, cfg), "upright": score(w, bed.old, cfg)}
                          for name, i, w in found])
 
-# %% ../../nbs/experiments/finetuning_transfer.ipynb #f8e82961
+# %% ../../nbs/experiments/finetuning_transfer.ipynb #64893266
 CASES = [
     Versus("recycling: the new base plus the old diff beats the new base", "diff", "base",
            "accuracy", "51.2 vs 36.8, ten tasks", "Table 1"),
@@ -244,7 +244,7 @@ STARTS = {"finished": [
     Versus("a better start: fine-tuned from the transferred model, it beats plain fine-tuning with "
            "the same steps", "direct", "standard", "accuracy", "78.6 vs 75.5, GSM8K", "Table 4",
            "plain fine-tuning is finished: twice the steps add little"),
-    Versus("a faster start: with a tenth of the steps it is ahead", "direct, a tenth",
+    Versus("a faster start: by a run of a tenth of the steps it is ahead", "direct, a tenth",
            "standard, a tenth", "accuracy", "shown by curves", "figure"),
     Versus("iterative recycling beats the direct diff", "iterative", "direct", "accuracy",
            "78.6 vs 77.0, GSM8K", "Table 6",
