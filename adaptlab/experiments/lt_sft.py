@@ -6,9 +6,10 @@
 __all__ = ['SMALL', 'RECIPE', 'SKILLS', 'LANGUAGES', 'ENGLISH', 'TASK', 'TARGETS', 'experiment', 'FULL', 'Config', 'skills',
            'Arms', 'kept', 'added', 'best_of', 'frontier', 'language_delta']
 
-# %% ../../nbs/experiments/lt_sft.ipynb #d21c2019
+# %% ../../nbs/experiments/lt_sft.ipynb #9750adab
 import contextlib
 import itertools
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import data, modules, recipes, shifts, stats, text
 from ..bench import plots
-from ..bench.compare import Method, Versus, differences, grid, sweep, versus
+from ..bench.compare import Method, Versus, grid, sweep, versus
 from ..bench.report import Report
 from ..bench.runs import BaseConfig, Run, bounded, tracks
 from ..bench.testbeds import Bed, accuracy
@@ -78,7 +79,7 @@ def skills(
              for part in rows[: sum(images)].split(images)]
     return Bed(recipes.pretrained_small("mlp-mnist", **RECIPE), *parts, name="three skills")
 
-# %% ../../nbs/experiments/lt_sft.ipynb #37c7c07b
+# %% ../../nbs/experiments/lt_sft.ipynb #eea8c559
 class Arms:
     "Makes deltas of the three skills; remembers dense ones."
 
@@ -96,13 +97,12 @@ class Arms:
         names = [f"layers.{n}" for n, _ in model.layers.named_parameters()]
         return tune(model, names, chosen, run, self.cfg.training.steps)
 
-    def _everything(self, model: nn.Module, bed: Bed, seed: int, skill: str,
-                    lr: float) -> SparseDelta:
-        key = seed, skill, lr
+    def _everything(self, model: nn.Module, bed: Bed, *key: Any) -> SparseDelta:
+        "Phase 1 of (seed, skill, rate)."
         if key not in self.dense:
             chosen = {f"layers.{n}": torch.arange(p.numel())
                       for n, p in model.layers.named_parameters()}
-            self.dense[key] = self._train(model, bed, seed, skill, lr, chosen)
+            self.dense[key] = self._train(model, bed, *key, chosen)
         return self.dense[key]
 
     def make(
@@ -111,7 +111,7 @@ class Arms:
         bed: Bed,  # from `skills`
         seed: int,  # of training and of random masks
         *,
-        kind: str,  # LT, random, per layer, cut, dense
+        kind: str,  # LT, random, per layer, cut, no rewind, dense
         share: float,  # of the weights
         lr: float,  # learning rate
         scale: float = 1.0,  # of the differences
@@ -123,7 +123,7 @@ class Arms:
             moved = {n: d.abs() for n, d in whole.dense().items()}
             if kind == "random":
                 g = torch.Generator().manual_seed(10 * seed + i)
-                moved = {n: torch.rand(m.shape, generator=g) for n, m in moved.items()}
+                moved = {n: torch.rand(m.shape, generator=g) * (m > 0) for n, m in moved.items()}
             if kind == "per layer":
                 chosen = {n: select({n: m}, round(share * m.numel()))[n] for n, m in moved.items()}
             else:
@@ -132,6 +132,10 @@ class Arms:
                 made[skill] = whole.scale(scale)
             elif kind == "cut":
                 made[skill] = kept(whole, chosen)
+            elif kind == "no rewind":
+                with kept(whole, chosen).applied(model):
+                    more = self._train(model, bed, seed, skill, lr, chosen)
+                made[skill] = replace(kept(whole, chosen), abs={}) + more
             else:
                 made[skill] = self._train(model, bed, seed, skill, lr, chosen)
         return model, made
@@ -142,14 +146,12 @@ def kept(
     chosen: Mapping[str, Tensor],  # name -> flat positions
 ) -> SparseDelta:  # the same, with these positions only
     "Cut a delta."
-    diffs = {}
-    for name, d in delta.diffs.items():
-        if name in chosen:
-            some = torch.isin(d.indices, chosen[name])
-            diffs[name] = replace(d, indices=d.indices[some], values=d.values[some])
-    return replace(delta, diffs=diffs)
+    where = {n: torch.isin(d.indices, chosen[n]) for n, d in delta.diffs.items() if n in chosen}
+    return replace(delta, diffs={n: replace(
+        d, indices=d.indices[where[n]], values=d.values[where[n]])
+        for n, d in delta.diffs.items() if n in chosen})
 
-# %% ../../nbs/experiments/lt_sft.ipynb #c7dd872c
+# %% ../../nbs/experiments/lt_sft.ipynb #77015c8f
 def added(
     model: nn.Module,  # the base
     deltas: Mapping[str, SparseDelta],  # skill -> delta
@@ -189,12 +191,12 @@ def _methods(cfg: Config) -> dict[str, Method]:
     kinds["dense"] = ("dense", 1.0, 1.0)
     kinds |= {f"random {s:.1%}": ("random", s, 1.0) for s in cfg.rand}
     some = cfg.rand[len(cfg.rand) // 2]
-    kinds |= {"per layer": ("per layer", some, 1.0), "cut": ("cut", some, 1.0)}
+    kinds |= {kind: (kind, some, 1.0) for kind in ("per layer", "cut", "no rewind")}
     kinds |= {f"dense x {f:g}": ("dense", 1.0, f) for f in cfg.scales}
     return {name: Method(partial(arms.make, kind=kind, share=share, scale=scale), grid(lr=cfg.lrs))
             for name, (kind, share, scale) in kinds.items()}
 
-# %% ../../nbs/experiments/lt_sft.ipynb #3bd05017
+# %% ../../nbs/experiments/lt_sft.ipynb #9cab57e2
 def best_of(
     table: pd.DataFrame,  # from the experiment
     prefix: str,  # of the methods to choose among
@@ -213,8 +215,7 @@ def frontier(
     "Pairs of LT beyond those of random masks, where LT has the same accuracy alone."
     gaps = []
     for _, part in table.groupby("seed"):
-        line = part[part["method"].str.match("LT [0-9]") | (part["method"] == "head only")]
-        line = line.sort_values("alone")
+        line = part[part["method"].str.match("LT [0-9]|head only")].sort_values("alone")
         row = part[part["method"] == random].iloc[0]
         gaps.append(np.interp(row["alone"], line["alone"], line["pairs"]) - row["pairs"])
     return stats.over_seeds(gaps)
@@ -223,39 +224,35 @@ def frontier(
 def _claims(cfg: Config, report: Report, table: pd.DataFrame) -> None:
     small, large = f"LT {cfg.shares[0]:.1%}", f"LT {cfg.shares[-1]:.1%}"
     some = f"{cfg.rand[len(cfg.rand) // 2]:.1%}"
-    inside, where = "interior optimum", "abstract"
     few = "three seeds and one small net"
+    best, ours = ("interior optimum", "abstract", few), ("", "section 3")
     versus(report, table, [
         Versus("more weights make a skill alone better", large, small, "alone", "", "", few),
-        Versus("fewer weights keep more of it when both others are added", small, large,
-               "retention", "little interference", where, few),
-        Versus("added in pairs, the best K inside beats training heads only", "LT best",
-               "head only", "pairs", inside, where, few),
-        Versus("and beats dense differences", "LT best", "dense", "pairs", inside, where, few),
-        Versus("weights that moved most beat random ones, alone", f"LT {some}", f"random {some}",
+        Versus("in pairs, the best K beats heads only", "LT best", "head only", "pairs", *best),
+        Versus("in pairs, the best K beats dense differences", "LT best", "dense", "pairs",
+               *best),
+        Versus("in pairs, the best K beats dense differences made shorter", "LT best",
+               "shorter best", "pairs", "", "not compared in the paper", few),
+        Versus("alone, entries that moved most beat random ones", f"LT {some}", f"random {some}",
                "alone", "better on all tasks", "random-SFT rows", few),
-        Versus("and added in pairs", f"LT {some}", f"random {some}", "pairs",
-               "better on all tasks", "random-SFT rows",
-               "they learn more, and collide more: interference follows the length"),
-        Versus("training again beats cutting phase 1, alone", f"LT {some}", "cut", "alone", "",
-               "section 3", few),
-        Versus("a global threshold beats one per tensor, alone", f"LT {some}", "per layer",
-               "alone", "", "section 3", "the three large matrices move alike"),
-        Versus("the best K beats dense differences made shorter, in pairs", "LT best",
-               "shorter best", "pairs", "", "not compared in the paper",
-               "length can be had by scaling, too"),
+        Versus("in pairs, entries that moved most beat random ones", f"LT {some}",
+               f"random {some}", "pairs", "better on all tasks", "random-SFT rows", few),
+        Versus("alone, phase 2 beats phase 1 cut off", f"LT {some}", "cut", "alone", *ours),
+        Versus("alone, rewinding beats going on", f"LT {some}", "no rewind", "alone", *ours),
+        Versus("in pairs, rewinding beats going on", f"LT {some}", "no rewind", "pairs", *ours),
+        Versus("alone, a global threshold beats one per tensor", f"LT {some}", "per layer",
+               "alone", *ours, few),
     ], unit="points")
-    report.claim("at equal accuracy alone, LT keeps more in pairs than random masks",
+    report.claim("at equal accuracy alone, LT is better in pairs than random",
                  measured=frontier(table, f"random {some}"), above=0, unit="points",
-                 paper="", source="not compared in the paper",
-                 why="interference follows how far the function moved, not which weights did")
+                 source="not compared in the paper", why=few)
 
-# %% ../../nbs/experiments/lt_sft.ipynb #10939253
-def _plot(cfg: Config, table: pd.DataFrame) -> Any:
-    "Left: accuracy against density. Right: what each ingredient is worth."
+# %% ../../nbs/experiments/lt_sft.ipynb #59a2c0c2
+def _plot(cfg: Config, report: Report, table: pd.DataFrame) -> Any:
+    "Left: accuracy against density. Right: the claims."
     import matplotlib.pyplot as plt
 
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.6), layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5.6), layout="constrained")
     mean = table.groupby("method")[["alone", "pairs", "all"]].mean()
     shares = [*cfg.shares, 1.0]
     names = [*(f"LT {s:.1%}" for s in cfg.shares), "dense"]
@@ -265,21 +262,13 @@ def _plot(cfg: Config, table: pd.DataFrame) -> Any:
         left.plot(cfg.rand, mean.loc[[f"random {s:.1%}" for s in cfg.rand], column], "x:",
                   color=plots.COLORS[color])
         left.axhline(mean.loc["head only", column], color=plots.COLORS[color], lw=0.7, alpha=0.4)
-    left.set_xscale("log")
-    left.set(xlabel="share of weights that change (log scale)", ylabel="accuracy (%)")
+    left.set(xscale="log", xlabel="share of weights that change", ylabel="accuracy (%)")
     left.set_title("Alone and added (dotted: random masks)")
     left.legend(loc="upper left")
-    some = f"{cfg.rand[len(cfg.rand) // 2]:.1%}"
-    rows = {"best K over heads only, pairs": ("LT best", "head only", "pairs"),
-            "best K over dense, pairs": ("LT best", "dense", "pairs"),
-            "best K over shorter dense, pairs": ("LT best", "shorter best", "pairs"),
-            "moved most over random, alone": (f"LT {some}", f"random {some}", "alone"),
-            "moved most over random, pairs": (f"LT {some}", f"random {some}", "pairs"),
-            "again over cut, alone": (f"LT {some}", "cut", "alone"),
-            "global over per layer, alone": (f"LT {some}", "per layer", "alone")}
-    plots.differences({k: differences(table, *v) for k, v in rows.items()},
-                      unit="points of accuracy", fmt="+.1f", ax=right)
-    right.set_title("What each choice is worth")
+    claims = {textwrap.fill(c.text, 40): stats.Estimate(c.value, c.low, c.high, len(cfg.seeds))
+              for c in report.claims}
+    plots.differences(claims, unit="points of accuracy", fmt="+.1f", ax=right)
+    right.set_title("Claims: paired differences")
     return fig
 
 
@@ -288,14 +277,13 @@ def _digits(cfg: Config, run: Run, report: Report) -> None:
     plots.use_style()
     table = sweep(run, "digits", _methods(cfg), partial(skills, images=cfg.images), cfg.seeds,
                   _look, choose=lambda made, bed: added(*made, bed.choose)["alone"])
-    table["retention"] = 100 * table["all"] / table["alone"]
     table = best_of(best_of(table, "LT ", "LT best"), "dense x", "shorter best")
     report.table("digits", table)
     _claims(cfg, report, table)
-    report.figure("main", _plot(cfg, table), "Left: accuracy alone and added, against the share of "
-                  "weights that change. Right: paired differences.")
+    report.figure("main", _plot(cfg, report, table), "Left: accuracy against the share of weights "
+                  "that change. Right: paired differences.")
 
-# %% ../../nbs/experiments/lt_sft.ipynb #afdd9242
+# %% ../../nbs/experiments/lt_sft.ipynb #a62a5e92
 LANGUAGES = {  # task's language -> Wikipedia of raw text
     "aym": "wikimedia/wikipedia@20231101.ay#train",
     "gn": "wikimedia/wikipedia@20231101.gn#train",
@@ -337,6 +325,11 @@ def _pairs(tokenizer: Any, rows: Any, length: int) -> dict[str, Tensor]:
     return {**made, "labels": torch.tensor(list(rows["label"]))}
 
 
+def _right(model: nn.Module, delta: SparseDelta, part: tuple) -> dict[str, float]:
+    with delta.applied(model):
+        return {"accuracy": accuracy(model, part)}
+
+
 def _languages(cfg: Config, run: Run, report: Report) -> None:
     "A task learnt in English, with and without the language's delta."
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -369,31 +362,18 @@ def _languages(cfg: Config, run: Run, report: Report) -> None:
             own = learn(name, partial(language_delta, cfg, LANGUAGES[name], seed))
             batch = _pairs(tokenizer, data.load(TARGETS.format(name), columns=columns),
                            cfg.max_length)
+            part = batch, batch.pop("labels")
             for method, delta in (("task alone", None), ("task + English", english),
                                   ("task + language", own)):
                 total = nli if delta is None else nli + delta
-
                 found = run.stage(f"test-{name}-{method.replace(' ', '')}-{seed}",
-                                  partial(_share_right, model, total, batch))
+                                  partial(_right, model, total, part))
                 rows.append({"method": method, "seed": seed, "language": name, **found})
     table = report.table("languages", pd.DataFrame(rows))
     versus(report, table, [Versus(
         "the language's delta beats English's, on languages that were not seen", "task + language",
         "task + English", "accuracy", "LT-SFT above all rivals", "AmericasNLI table")],
         unit="points")
-
-
-def _share_right(model: nn.Module, delta: SparseDelta,
-                 batch: dict[str, Tensor]) -> dict[str, float]:
-    "Accuracy with a delta on it, on a dictionary of tensors."
-    right = 0
-    with modules.modes_kept(model), torch.no_grad(), delta.applied(model):
-        model.eval()
-        for i in range(0, len(batch["labels"]), 64):
-            part = {k: v[i : i + 64] for k, v in batch.items()}
-            said = modules.logits_of(modules.call(model, part)).argmax(-1).cpu()
-            right += int((said == part["labels"]).sum())
-    return {"accuracy": 100 * right / len(batch["labels"])}
 
 
 experiment = tracks(digits=_digits, languages=_languages)

@@ -2,8 +2,12 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import schemas
@@ -16,8 +20,8 @@ from adaptlab.bench.runs import launch, start_run
 from adaptlab.experiments import lt_sft as told
 from adaptlab.experiments.lt_sft import FULL, SMALL, experiment
 from adaptlab.sparse.lt_sft import (
-    MaskPhase, SftArguments, SparseDelta, SparseFineTuner, VectorPhase, base_digests, fitting,
-    loss_through, movements, phase_steps, select, source_batches, tune,
+    SftArguments, SparseDelta, SparseFineTuner, VectorPhase, base_digests, fitting,
+    movements, phase_steps, select, tune,
 )
 from adaptlab.train import Training
 
@@ -44,6 +48,23 @@ def loop(optimizer=torch.optim.SGD, **options):
 
 
 SGD = loop(lr=0.3)
+ROOT = Path(__file__).parents[2]
+TWO = """
+import sys
+import torch
+from adaptlab import modules, processes, recipes
+from adaptlab.sparse.lt_sft import SparseFineTuner, fitting
+from adaptlab.train import Training
+
+torch.manual_seed(0)
+net = recipes.MLP((6, 8, 3))
+x, y = torch.randn(64, 6, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 3
+run = fitting(Training(steps=1, batch_size=8, lr=0.01), (x, y), modules.cross_entropy, seed=0,
+              device="cpu", progress=False)
+delta = SparseFineTuner(net, 9, maskable=["layers"]).fit(run, dense_steps=6, sparse_steps=6)
+if processes.is_main():
+    delta.save_pretrained(sys.argv[1])
+"""
 
 
 def fit(model, k, steps=6, **options):
@@ -87,18 +108,17 @@ def test_more_than_there_is(k):
 # phases
 
 
-@pytest.mark.parametrize("phase", [VectorPhase, MaskPhase])
 @pytest.mark.parametrize("optimizer, options", [
     (torch.optim.SGD, {"lr": 0.3, "momentum": 0.9}),
     (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.0}),
     (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.0, "fused": True}),
     (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.0, "foreach": True}),
 ])
-def test_both_phases_train_the_same(phase, optimizer, options):
+def test_both_phases_train_what_masks_do(optimizer, options):
     "Against dense gradients, masked by hand; a new optimiser, nothing left of phase 1."
     net, names = mlp(), ["layers.0.weight", "layers.0.bias"]
     chosen = select(movements(net, names, loop(optimizer, **options), 5), 20)
-    delta = tune(net, names, chosen, loop(optimizer, **options), 8, phase=phase)
+    delta = tune(net, names, chosen, loop(optimizer, **options), 8)
     by_hand = copy.deepcopy(net)
     masks = {n: torch.zeros_like(p) for n, p in by_hand.layers.named_parameters("layers")}
     for n, i in chosen.items():
@@ -115,11 +135,10 @@ def test_both_phases_train_the_same(phase, optimizer, options):
     assert not hasattr(net, "sft_values")
 
 
-@pytest.mark.parametrize("phase", [VectorPhase, MaskPhase])
-def test_others_stay_bit_for_bit_and_the_model_is_left_as_found(phase):
+def test_others_stay_bit_for_bit_and_the_model_is_left_as_found():
     net = mlp()
     before = copy.deepcopy(net.state_dict())
-    sft, delta = fit(net, 17, phase=phase)
+    sft, delta = fit(net, 17)
     assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
     assert sum(map(len, sft.chosen.values())) == 17 and delta.count == 17
     assert all(p.requires_grad and p.grad is None for p in net.parameters())
@@ -142,37 +161,25 @@ def test_all_is_dense_and_none_is_the_head():
     assert not torch.equal(nothing.abs["head.weight"], net.head.weight)
 
 
-def test_weight_decay_moves_what_masks_hide_and_not_what_a_vector_leaves_out():
+def test_weight_decay_does_not_move_what_the_vector_leaves_out():
     net, decay = mlp(), loop(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
-    sft = SparseFineTuner(net, 5, maskable=["layers"], phase=MaskPhase)
-    with pytest.raises(RuntimeError, match="without weight decay"):
-        sft.fit(decay, dense_steps=2, sparse_steps=2)
-    before = copy.deepcopy(net.state_dict())
-    SparseFineTuner(net, 5, maskable=["layers"]).fit(decay, dense_steps=2, sparse_steps=2)
-    assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
+    chosen = {"layers.0.weight": torch.tensor([3, 7])}
+    before = net.layers[0].weight.detach().clone()
+    with VectorPhase(net, chosen, ["layers.0.weight", "layers.0.bias"]) as hook:
+        decay(net, 3, hook)
+    assert (net.layers[0].weight != before).flatten().nonzero()[:, 0].tolist() == [3, 7]
 
 
-@pytest.mark.parametrize("phase", [VectorPhase, MaskPhase])
-def test_l1_adds_the_sign_and_nothing_at_the_start(phase):
+def test_l1_adds_the_sign_and_nothing_at_the_start():
     net, chosen = mlp(), {"layers.0.weight": torch.tensor([3, 7])}
-    with phase(net, chosen, ["layers.0.weight", "layers.0.bias"], strength=0.25) as hook:
+    with VectorPhase(net, chosen, ["layers.0.weight", "layers.0.bias"], strength=0.25) as hook:
         for shift, sign in ((0.0, 0.0), (1.0, 1.0), (-2.0, -1.0)):
-            if phase is VectorPhase:
-                hook.v.data = hook.first + shift
-                hook.v.grad = torch.zeros(2)
-            else:
-                net.layers[0].weight.data = hook.starts["layers.0.weight"] + shift
-                net.layers[0].weight.grad = torch.zeros(8, 6)
+            hook.v.data, hook.v.grad = hook.first + shift, torch.zeros(2)
             head = net.head.bias
-            head.data = head.data * 0 + shift + (hook.starts[-1] if phase is VectorPhase
-                                                 else hook.starts["head.bias"])
-            head.grad = torch.zeros(3)
+            head.data, head.grad = hook.starts[-1] + shift, torch.zeros(3)
             hook()
-            found = hook.v.grad if phase is VectorPhase else (
-                net.layers[0].weight.grad.view(-1)[[3, 7]])
-            assert found.tolist() == [0.25 * sign] * 2 and head.grad.tolist() == [0.25 * sign] * 3
-        net.layers[0].weight.data = hook.starts["layers.0.weight"] if phase is MaskPhase else (
-            net.layers[0].weight.data)
+            assert hook.v.grad.tolist() == [0.25 * sign] * 2
+            assert head.grad.tolist() == [0.25 * sign] * 3
 
 
 def test_a_loop_that_forgets_the_hook():
@@ -378,23 +385,6 @@ def test_lengths_of_phases():
             SparseFineTuner(mlp(), 3, maskable=["layers"]).fit(SGD, **steps)
 
 
-def test_sources_and_a_loss_through_a_delta():
-    epoch = source_batches({"a": 17, "b": 8}, 4, {"b": 3}, seed=1)
-    assert sorted(s for s, _ in epoch) == ["a"] * 4 + ["b"] * 6
-    assert sorted(torch.cat([r for s, r in epoch if s == "b"]).tolist()) == sorted(
-        list(range(8)) * 3)
-    net = mlp()
-    a = some_delta(net, 0)
-    ce = lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1])  # noqa: E731
-    with VectorPhase(net, {"layers.0.weight": torch.arange(48)}, ["layers.0.weight"]) as hook:
-        loss_through(a, ce)(net, (X, Y)).backward()
-        hook()
-        found = hook.v.grad.clone()
-    with a.applied(net):
-        wanted = torch.autograd.grad(ce(net, (X, Y)), net.layers[0].weight)[0]
-    torch.testing.assert_close(found, wanted.flatten())
-
-
 def test_trainer_equals_the_fine_tuner(tmp_path):
     "The Trainer's phases train what SparseFineTuner's do, by the same steps."
     from transformers import TrainingArguments
@@ -408,18 +398,61 @@ def test_trainer_equals_the_fine_tuner(tmp_path):
             p.p = 0.0
     rows = [{"input_ids": [2, 7, 9, i % 5 + 4, 3], "attention_mask": [1] * 5, "labels": i % 2}
             for i in range(8)]
-    deltas = []
-    for phase in (VectorPhase, MaskPhase):
-        arguments = TrainingArguments(
-            tmp_path / phase.__name__, per_device_train_batch_size=8, learning_rate=1e-3,
-            report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, log_level="error",
-            logging_strategy="no", max_grad_norm=0.0)
-        deltas.append(LotteryTicketTrainer(
-            bert, arguments, train_dataset=rows, phase=phase, sft_args=SftArguments(
-                ft_params_num=200, full_ft_max_steps_per_iteration=3,
-                sparse_ft_max_steps_per_iteration=4)).train())
-    assert sorted(deltas[0].abs) == ["classifier.bias", "classifier.weight"]
-    torch.testing.assert_close(deltas[0].dense(), deltas[1].dense(), rtol=1e-4, atol=1e-6)
+    arguments = TrainingArguments(
+        tmp_path, per_device_train_batch_size=8, learning_rate=1e-3, report_to=[],
+        save_strategy="no", use_cpu=True, disable_tqdm=True, log_level="error",
+        logging_strategy="no", max_grad_norm=0.0)
+    limits = SftArguments(ft_params_num=200, full_ft_max_steps_per_iteration=3,
+                          sparse_ft_max_epochs_per_iteration=4)
+    assert (limits.steps("full", 8, 8), limits.steps("sparse", 8, 8)) == (3, 4)
+    found = LotteryTicketTrainer(bert, arguments, train_dataset=rows, sft_args=limits).train()
+    batch = {k: torch.tensor([row[k] for row in rows]) for k in rows[0]}
+
+    def train_fn(model, steps, grad_hook):
+        adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3,
+                                 weight_decay=0.0)
+        linear = torch.optim.lr_scheduler.LambdaLR(adam, lambda t: 1 - t / steps)
+        for _ in range(steps):
+            adam.zero_grad()
+            model(**batch).loss.backward()
+            grad_hook()
+            adam.step()
+            linear.step()
+
+    wanted = SparseFineTuner(bert, 200).fit(train_fn, dense_steps=3, sparse_steps=4)
+    assert sorted(found.abs) == ["classifier.bias", "classifier.weight"]
+    torch.testing.assert_close(found.dense(), wanted.dense(), rtol=1e-3, atol=1e-6)
+
+
+def test_masks_by_random_draw_from_what_moves():
+    "Entries that never move (of pixels that are always black) are not drawn."
+    bed = told.skills(0, (40, 8, 8))
+    arms = told.Arms(SMALL.replace(training=Training(steps=2, batch_size=8), device="cpu"))
+    _, dense = arms.make(bed.model, bed, 0, kind="dense", share=1.0, lr=1e-3)
+    _, made = arms.make(bed.model, bed, 0, kind="random", share=0.1, lr=1e-3)
+    for skill, d in made.items():
+        moved = {n: m != 0 for n, m in dense[skill].dense().items()}
+        assert d.count > 0.99 * round(0.1 * d.total)
+        assert all(moved[n].flatten()[c.indices].all() for n, c in d.diffs.items())
+
+
+def test_two_processes_train_the_same_deltas(tmp_path):
+    "Each process reads half of a batch; gradients are gathered after they were averaged."
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", str(script), str(tmp_path / "two")]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    delta = SparseDelta.from_pretrained(tmp_path / "two")
+    net = mlp()
+    x, y = torch.randn(64, 6, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 3
+    run = fitting(Training(steps=1, batch_size=8, lr=0.01), (x, y), modules.cross_entropy, seed=0,
+                  device="cpu", progress=False)
+    alone = SparseFineTuner(net, 9, maskable=["layers"]).fit(run, dense_steps=6, sparse_steps=6)
+    torch.testing.assert_close(delta.dense(), alone.dense(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(delta.abs, alone.abs, rtol=1e-4, atol=1e-6)
 
 
 # the experiment
