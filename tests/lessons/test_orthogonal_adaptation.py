@@ -372,7 +372,7 @@ def test_photographs_say_what_they_need(monkeypatch):
 def test_full_scale_path_with_a_tiny_stable_diffusion(tmp_path, recorded):
     pytest.importorskip("diffusers")
     sd, clip = tiny_stable_diffusion(tmp_path)
-    cfg = FULL.replace(model=sd, clip=clip, device="cpu", seeds=(0,), rank=4, side=32, samples=1,
+    cfg = FULL.replace(model=sd, clip=clip, device="cpu", seeds=(0,), rank=4, side=64, samples=1,
                        subjects=("dog", "cat", "can"), draw_steps=2,
                        photo_training=Training(steps=2, batch_size=2, lr=1e-3))
     report = experiment(cfg, start_run("orthogonal_adaptation", cfg, "full", root=tmp_path / "r"))
