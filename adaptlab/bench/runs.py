@@ -775,7 +775,8 @@ def _put_report(report: Report) -> None:
     save_report(report, folder)
 
 # %% ../../nbs/bench/00_runs.ipynb #3a21f4e7
-_NO_LESSONS = {"core", "bench", "doors", "experiments", ".ipynb_checkpoints"}  # toy claims only
+_NO_LESSONS = {  # toy claims only
+    "core", "bench", "doors", "experiments", "chapters", ".ipynb_checkpoints"}
 
 
 def notebook_reports(
