@@ -131,7 +131,7 @@ def static_fusion(
 
     return choose
 
-# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #08c8981b
+# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #e64c319c
 ALPHAS = torch.arange(21) / 10  # 0.0, 0.1 ... 2.0: the paper's candidates
 _TIE = 1e-12  # the square of a distance that float32 cannot tell from 0
 
@@ -147,16 +147,34 @@ def _gap(at: Distances, f: Tensor, b: Tensor) -> Tensor:
     return (at.forward - f) ** 2 + (at.backward - b) ** 2
 
 
+def _ray(log_p: Tensor, d: Tensor) -> Callable[..., Distances]:
+    "`distances` as a function of alpha; slopes only if asked for, and two buffers used again."
+    first, w, wd = torch.linalg.vecdot(log_p.exp(), d), torch.empty_like(d), torch.empty_like(d)
+
+    def at(alpha: Tensor | float, slopes: bool = False) -> Distances:
+        many = isinstance(alpha, Tensor)
+        torch.mul(d, alpha[..., None] if many else alpha, out=w).add_(log_p)
+        top = w.amax(-1, keepdim=True)
+        total = w.sub_(top).exp_().sum(-1)
+        A, mean = top[..., 0] + total.log(), torch.linalg.vecdot(w, d) / total
+        spread = mean
+        if slopes:
+            spread = torch.linalg.vecdot(torch.mul(w, d, out=wd), d) / total - mean**2
+        return Distances(alpha * mean - A, A - alpha * first, alpha * spread, mean - first)
+
+    return at
+
+
 def _grid(log_p: Tensor, d: Tensor, f: Tensor, b: Tensor, alphas: list[float]) -> tuple:
     "Best candidate and its objective; the first one of equals."
-    best, alpha = torch.full_like(f, math.inf), torch.zeros_like(f)
+    best, alpha, at = torch.full_like(f, math.inf), torch.zeros_like(f), _ray(log_p, d)
     for candidate in alphas:
-        value = _gap(distances(log_p, d, candidate), f, b)
+        value = _gap(at(candidate), f, b)
         better = value < best - _TIE
         best, alpha = torch.where(better, value, best), alpha.masked_fill(better, candidate)
     return alpha, best
 
-
+# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #245896e8
 def _halved(f: Tensor, alphas: list[float], falls: Callable[[Tensor], Tensor]) -> Tensor:
     "Where something stops to fall, between the first and the last alpha."
     low, high = torch.full_like(f, alphas[0]), torch.full_like(f, alphas[-1])
@@ -169,12 +187,14 @@ def _halved(f: Tensor, alphas: list[float], falls: Callable[[Tensor], Tensor]) -
 
 def _bisect(log_p: Tensor, d: Tensor, f: Tensor, b: Tensor, alphas: list[float]) -> tuple:
     "Where the slope of the objective changes its sign; the first alpha if nothing is gained."
+    ray = _ray(log_p, d)
+
     def falls(alpha: Tensor) -> Tensor:
-        at = distances(log_p, d, alpha)
+        at = ray(alpha, slopes=True)
         return (at.forward - f) * at.forward_slope + (at.backward - b) * at.backward_slope < 0
 
     alpha = _halved(f, alphas, falls)
-    value, first = (_gap(distances(log_p, d, a), f, b) for a in (alpha, alphas[0]))
+    value, first = (_gap(ray(a), f, b) for a in (alpha, alphas[0]))
     gained = value < first - _TIE
     return alpha.masked_fill(~gained, alphas[0]), torch.where(gained, value, first)
 
@@ -216,7 +236,7 @@ def _sequential(search: Callable, log_p: Tensor, d: list[Tensor], f: Tensor, b: 
         alpha = torch.where(better[..., None], alone, alpha)
     return alpha, best
 
-# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #564adad7
+# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #477724a5
 def dynamic_alpha(
     large: Tensor,  # [..., V] logits of the large model
     small: Tensor,  # [..., V] of the small base
@@ -239,16 +259,18 @@ def dynamic_alpha(
     large, small, experts, d, closed = _read(large, small, experts)
     if len(d) > 1 and (bounds or (multi == "joint" and method != "grid")):
         raise ValueError("with several experts there are no bounds, and 'joint' needs the grid")
-    log_p = large.log_softmax(-1)
-    f, b = (torch.stack(x) for x in zip(*(_divergences(small, e, closed) for e in experts),
-                                        strict=True))
-    center, spread = (f.mean(0), b.mean(0)), f.var(0, False) + b.var(0, False)
     how = _joint if multi == "joint" and len(d) > 1 else partial(_sequential, search)
-    alpha, value = how(log_p, d, *center, values)
     found = None
-    if bounds:
-        found = torch.stack([_halved(target, values, lambda a, i=i, target=target: distances(
-            log_p, d[0], a)[i] < target) for i, target in enumerate(center)], -1)
+    with torch.no_grad():
+        log_p = large.log_softmax(-1)
+        f, b = (torch.stack(x) for x in zip(*(_divergences(small, e, closed) for e in experts),
+                                            strict=True))
+        center, spread = (f.mean(0), b.mean(0)), f.var(0, False) + b.var(0, False)
+        alpha, value = how(log_p, d, *center, values)
+        if bounds:
+            ray = _ray(log_p, d[0])
+            found = torch.stack([_halved(target, values, lambda a, i=i, target=target: ray(a)[i]
+                                         < target) for i, target in enumerate(center)], -1)
     return FusionStep(alpha, _moved(large, d, alpha), len(d) * (value + spread), found)
 
 # %% ../../nbs/arithmetic/06_logits_fusion.ipynb #3ec107a6
@@ -349,7 +371,7 @@ class DynamicFusionLogitsProcessor:
         fused = step.logits.log_softmax(-1).to(scores.dtype)  # beams add up log-probabilities
         return nn.functional.pad(fused, (0, over), value=-math.inf)
 
-# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #9c029301
+# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #1ee589b1
 class DynamicLogitFusion(nn.Module):
     "A large model that small experts steer; its logits are the fused ones."
 
@@ -374,16 +396,21 @@ class DynamicLogitFusion(nn.Module):
         return getattr(self.large, "config", None)
 
     @torch.no_grad()
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        "Token ids [B, L] to fused logits [B, L, V]; searched position by position, to save memory."
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                logits_to_keep: int = 0) -> Tensor:
+        "Token ids [B, L] to fused logits [B, L, V], or of the last positions only."
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        rows = [modules.logits_of(modules.call(m, _inputs(m, input_ids, mask, len(mask[0]))))
-                for m in (self.large, self.small, *self.experts)]
+        keep, rows = logits_to_keep or input_ids.shape[1], []
+        for model in (self.large, self.small, *self.experts):
+            given = _inputs(model, input_ids, mask, input_ids.shape[1])
+            if "logits_to_keep" in inspect.signature(model.forward).parameters:
+                given["logits_to_keep"] = keep
+            rows.append(modules.logits_of(modules.call(model, given))[:, -keep:])
         rows, over = _common([x.to(rows[0].device) for x in rows], self.vocab_size)
-        steps = [self.choose(at[0], at[1], at[2:]) for at in zip(
-            *(x.unbind(1) for x in rows), strict=True)]
-        self.trace = [step.alpha for step in steps]
-        fused = torch.stack([step.logits for step in steps], 1)
+        steps = [self.choose(at[0], at[1], at[2:]) for at in zip(  # 16 positions: little memory
+            *(x.split(16, 1) for x in rows), strict=True)]
+        self.trace = [alpha for step in steps for alpha in step.alpha.unbind(1)]
+        fused = torch.cat([step.logits for step in steps], 1)
         return nn.functional.pad(fused, (0, over), value=-math.inf)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None,

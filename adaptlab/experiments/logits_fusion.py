@@ -228,7 +228,7 @@ def _one_seed(cfg: Config, seed: int) -> pd.DataFrame:
                  clipped=100 * (step.alpha >= fusion.ALPHAS[-1]).float().mean().item())
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/logits_fusion.ipynb #a017a210
+# %% ../../nbs/experiments/logits_fusion.ipynb #34c4ba2d
 NO_RELEVANCE, OURS = "the objective holds no relevance, only distances", "not in the paper"
 ONE = [
     Versus("fusion with a small expert beats the large model", "dynamic", "large", "nll",
@@ -271,8 +271,8 @@ def _claims(report: Report, table: pd.DataFrame) -> None:
         "it moves as far as the experts did, whether that helps or not")], unit="nats", lower=True)
     found = seen.groupby("seed")[["picked", "nonsense"]].mean()
     report.claim("the search picks the expert of the language more often than a coin",
-                 measured=stats.over_seeds(found["picked"]), above=50, unit="%", source=OURS,
-                 why=NO_RELEVANCE)
+                 measured=stats.over_seeds(found["picked"]), above=50, unit="% of letters",
+                 source=OURS, why=NO_RELEVANCE)
     report.claim("an expert for nonsense is picked less often than a coin would",
                  measured=stats.over_seeds(found["nonsense"]), below=50, unit="% of letters",
                  source=OURS, why=NO_RELEVANCE)
@@ -312,7 +312,7 @@ def _names(cfg: Config, run: Run, report: Report) -> None:
     _claims(report, table)
     report.figure("main", _plot(table), "Paired differences with one expert, and losses with two.")
 
-# %% ../../nbs/experiments/logits_fusion.ipynb #9dbc67a1
+# %% ../../nbs/experiments/logits_fusion.ipynb #49d0a37c
 ASK = "Question: {question}\nAnswer:"
 
 
@@ -337,11 +337,7 @@ TASKS = {  # task -> how it is read, rows to tune on, rows to ask, what counts o
                   "mandarjoshi/trivia_qa@rc.nocontext#validation", {}),  # the first line counts
 }
 
-
-def _first(rows: Any, cfg: Config) -> Any:
-    return rows[: cfg.questions or len(rows)]
-
-# %% ../../nbs/experiments/logits_fusion.ipynb #105317c4
+# %% ../../nbs/experiments/logits_fusion.ipynb #1909cff7
 def _expert(cfg: Config, run: Run, task: str, seed: int) -> nn.Module:
     "The small model, tuned in full on a task; kept in the run's folder."
     folder = run.path("experts", f"{task}-{seed}")
@@ -352,8 +348,8 @@ def _expert(cfg: Config, run: Run, task: str, seed: int) -> nn.Module:
         read, train, _, _ = TASKS[task]
         collate = causal_lm_collate(tokenizer, max_length=512)
         cfg.expert_training.fit(
-            model, _first(read(train), cfg), collate_fn=collate, seed=seed, device=cfg.device,
-            progress=False, checkpoint_dir=run.path("checkpoints", f"{task}-{seed}"))
+            model, read(train)[: cfg.questions or None], collate_fn=collate, seed=seed,
+            device=cfg.device, progress=False, checkpoint_dir=run.path("checkpoints", folder.name))
         model.to(getattr(torch, cfg.dtype)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder.name
@@ -372,10 +368,11 @@ def _asked(cfg: Config, task: str, tokenizer: Any, large: nn.Module, small: nn.M
     for name, model in ways.items():
         if task in TASKS:
             read, _, test, counts = TASKS[task]
-            right = _first(read(test), cfg).exact_match(
+            right = read(test)[: cfg.questions or None].exact_match(
                 model, tokenizer, max_new_tokens=cfg.tokens, **counts)
         else:
-            right = evaluate.multiple_choice(model, tokenizer, _first(suites.mmlu(), cfg)).items
+            items = suites.mmlu()[: cfg.questions or None]
+            right = evaluate.multiple_choice(model, tokenizer, items).items
         rows += [{"task": task, "method": name, "item": i, "right": 100.0 * bool(hit)}
                  for i, hit in enumerate(right)]
     return pd.DataFrame(rows)
