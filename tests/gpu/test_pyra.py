@@ -63,12 +63,12 @@ def test_throughput_of_a_vit_base():
             apply_token_merging(net, schedule(level), pyra=pyra)
     with torch.inference_mode():
         times = dict(zip(made, in_turn(*(partial(net, x) for net in made.values())), strict=True))
-    for name, bound in (("low PYRA", 0.8), ("high PYRA", 0.5)):
+    for name, bound in (("low PYRA", 0.85), ("high PYRA", 0.6)):
         row(f"ViT-B, 128 images, {name} against nothing merged", times[name],
             reference=times["whole"], bound=bound)
         plain = name.partition(" ")[0]
         row(f"ViT-B, 128 images, {name} against plain merging", times[name],
-            reference=times[plain], bound=1.15)
+            reference=times[plain], bound=1.25)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 import warnings
 from functools import partial
 
@@ -530,6 +533,39 @@ def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch):
     pyra = counts["LoRA + PYRA"] - counts["LoRA + merging"]
     assert pyra == 14 + 3 * 3 * 64
     assert counts["LoRA + merging, more rank"] - counts["LoRA + merging"] >= pyra
+
+
+TRAIN = """
+import torch
+from adaptlab import processes, recipes
+from adaptlab.bench.testbeds import Bed
+from adaptlab.experiments import pyra as told
+from adaptlab.train import Training
+
+torch.manual_seed(0)
+model, x = recipes.TinyViT(), torch.randn(32, 1, 28, 28)
+told._adapt(model, Bed(model, (x, torch.arange(32) % 10), None, None), 0, 1e-2, pyra=True,
+            removed=(8, 4, 2), device="cpu", training=Training(steps=3, batch_size=8))
+if processes.is_main():
+    print("logits", *model.eval()(x[:1]).flatten().tolist())
+"""
+
+
+def test_two_processes_train_as_one(tmp_path, capsys):
+    def said(text):
+        (line,) = [s for s in text.splitlines() if s.startswith("logits")]
+        return torch.tensor([float(v) for v in line.split()[1:]])
+
+    file = tmp_path / "train.py"
+    file.write_text(TRAIN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    exec(compile(TRAIN, "train.py", "exec"), {})
+    torch.testing.assert_close(said(done.stdout), said(capsys.readouterr().out), rtol=1e-3,
+                               atol=1e-4)
 
 
 def test_lora_starts_alike_with_and_without_modulators():
