@@ -196,7 +196,7 @@ def _methods(cfg: Config) -> dict[str, Method]:
     return {name: Method(partial(arms.make, kind=kind, share=share, scale=scale), grid(lr=cfg.lrs))
             for name, (kind, share, scale) in kinds.items()}
 
-# %% ../../nbs/experiments/lt_sft.ipynb #9cab57e2
+# %% ../../nbs/experiments/lt_sft.ipynb #09c0b843
 def best_of(
     table: pd.DataFrame,  # from the experiment
     prefix: str,  # of the methods to choose among
@@ -238,7 +238,8 @@ def _claims(cfg: Config, report: Report, table: pd.DataFrame) -> None:
         Versus("in pairs, entries that moved most beat random ones", f"LT {some}",
                f"random {some}", "pairs", "better on all tasks", "random-SFT rows", few),
         Versus("alone, phase 2 beats phase 1 cut off", f"LT {some}", "cut", "alone", *ours),
-        Versus("alone, rewinding beats going on", f"LT {some}", "no rewind", "alone", *ours),
+        Versus("alone, rewinding beats going on", f"LT {some}", "no rewind", "alone", *ours,
+               "a guess: going on, the chosen entries move further"),
         Versus("in pairs, rewinding beats going on", f"LT {some}", "no rewind", "pairs", *ours),
         Versus("alone, a global threshold beats one per tensor", f"LT {some}", "per layer",
                "alone", *ours, few),
@@ -247,15 +248,14 @@ def _claims(cfg: Config, report: Report, table: pd.DataFrame) -> None:
                  measured=frontier(table, f"random {some}"), above=0, unit="points",
                  source="not compared in the paper", why=few)
 
-# %% ../../nbs/experiments/lt_sft.ipynb #59a2c0c2
+# %% ../../nbs/experiments/lt_sft.ipynb #16b34068
 def _plot(cfg: Config, report: Report, table: pd.DataFrame) -> Any:
     "Left: accuracy against density. Right: the claims."
     import matplotlib.pyplot as plt
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5.6), layout="constrained")
     mean = table.groupby("method")[["alone", "pairs", "all"]].mean()
-    shares = [*cfg.shares, 1.0]
-    names = [*(f"LT {s:.1%}" for s in cfg.shares), "dense"]
+    shares, names = [*cfg.shares, 1.0], [*(f"LT {s:.1%}" for s in cfg.shares), "dense"]
     for column, color, label in (("alone", "blue", "alone"), ("pairs", "vermillion", "+ one other"),
                                  ("all", "green", "+ both others")):
         left.plot(shares, mean.loc[names, column], "o-", color=plots.COLORS[color], label=label)
