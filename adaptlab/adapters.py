@@ -643,7 +643,7 @@ import textwrap
 from functools import cache
 from types import CellType
 
-# %% ../nbs/core/11_adapters.ipynb #c84b20d0
+# %% ../nbs/core/11_adapters.ipynb #320b18e9
 _PLUMBING = re.compile(  # methods that do not run in a forward pass
     r"__init__|_?init_.*|_?reset_.*|.*tie_.*|.*resize.*|[gs]et_.*embeddings|.*_repr")
 
@@ -661,6 +661,13 @@ def _methods(kind: type) -> Iterator[Callable]:
             yield from (c for c in cells if inspect.isfunction(c))  # below a decorator
 
 
+def _hands_itself_over(node: ast.AST) -> bool:
+    """Whether a call is `self.part(self, ...)`: another object then runs the layers."""
+    return (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            and any(isinstance(a, ast.Name) and a.id == "self" for a in node.args)
+            and isinstance(node.func.value, ast.Name) and node.func.value.id == "self")
+
+
 @cache
 def _uses(kind: type) -> tuple[frozenset[str], frozenset[str]] | None:
     """Attributes whose `.weight` a class reads, and those that it uses in another way."""
@@ -671,6 +678,8 @@ def _uses(kind: type) -> tuple[frozenset[str], frozenset[str]] | None:
         except (OSError, SyntaxError):
             return None  # typed in, or generated: the first forward pass will tell
         for node in ast.walk(tree):  # from the outside in
+            if _hands_itself_over(node):
+                return None  # to a processor, as in diffusers
             asks = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
             if asks and node.args and node.func.id in ("hasattr", "getattr", "isinstance"):
                 skip.add(node.args[0])  # asks what the layer is, and does not run it

@@ -606,6 +606,31 @@ class ReadsInSource(nn.Module):
         return self.b(nn.functional.linear(x, self.a.weight.float(), bias))
 
 
+class Processor:
+    "Runs the layers of the module that is handed to it, as diffusers' attention processors do."
+
+    def __call__(self, owner, x):
+        return owner.a(x)
+
+
+class HandsOver(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.processor = nn.Linear(4, 4), Processor()
+
+    def fuse(self):
+        self.fused = torch.cat([self.a.weight.data, self.a.weight.data])
+
+    def forward(self, x):
+        return self.processor(self, x)
+
+
+def test_a_module_that_hands_itself_over_is_judged_by_its_first_pass():
+    model, x = nn.Sequential(HandsOver()), torch.randn(2, 4)
+    attach(model, partial(LoraAdapter, rank=1), ["a"])
+    assert model(x).shape == (2, 4) and not adapters(model)["0.a"].bypassed
+
+
 def test_a_weight_that_is_read_is_refused_at_attach():
     model = ReadsInSource()
     before = snapshot(model)
