@@ -131,7 +131,7 @@ def static_fusion(
 
     return choose
 
-# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #e64c319c
+# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #3466e935
 ALPHAS = torch.arange(21) / 10  # 0.0, 0.1 ... 2.0: the paper's candidates
 _TIE = 1e-12  # the square of a distance that float32 cannot tell from 0
 
@@ -146,7 +146,7 @@ def _divergences(small: Tensor, expert: Tensor, closed: Tensor) -> tuple[Tensor,
 def _gap(at: Distances, f: Tensor, b: Tensor) -> Tensor:
     return (at.forward - f) ** 2 + (at.backward - b) ** 2
 
-
+# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #e018b28a
 def _ray(log_p: Tensor, d: Tensor) -> Callable[..., Distances]:
     "`distances` as a function of alpha; slopes only if asked for, and two buffers used again."
     first, w, wd = torch.linalg.vecdot(log_p.exp(), d), torch.empty_like(d), torch.empty_like(d)

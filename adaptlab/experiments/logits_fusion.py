@@ -228,7 +228,7 @@ def _one_seed(cfg: Config, seed: int) -> pd.DataFrame:
                  clipped=100 * (step.alpha >= fusion.ALPHAS[-1]).float().mean().item())
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/logits_fusion.ipynb #34c4ba2d
+# %% ../../nbs/experiments/logits_fusion.ipynb #4c765879
 NO_RELEVANCE, OURS = "the objective holds no relevance, only distances", "not in the paper"
 ONE = [
     Versus("fusion with a small expert beats the large model", "dynamic", "large", "nll",
@@ -239,7 +239,7 @@ ONE = [
            "strengths that vary cost more than their match earns"),
     Versus("dynamic strength beats the best static one, chosen on labelled names", "dynamic",
            "static chosen", "nll", "dynamic is best of four", "figure of strengths",
-           "strengths that vary cost more than their match earns"),
+           "strengths that vary cost, and labels know the scale better"),
     Versus("the strength suits its letter: dynamic beats its own strengths, dealt at random",
            "dynamic", "dealt", "nll", "", OURS, "a guess: they differ little"),
     Versus("both distances beat the forward one alone", "dynamic", "forward", "nll", "", OURS,
