@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OK', 'CLAIM_FAILED', 'WRONG_USE', 'RUN_FAILED', 'list_papers', 'show_paper', 'run_paper', 'show_scoreboard', 'fetch',
-           'open_lab', 'build_site', 'main', 'entry']
+           'open_lab', 'build_site', 'transfer', 'main', 'entry']
 
 # %% ../nbs/doors/00_cli.ipynb #892b57a1
 import argparse
@@ -202,7 +202,14 @@ def build_site(args: argparse.Namespace) -> int:
     print(f"the site is in {site.build()}")
     return OK
 
-# %% ../nbs/doors/00_cli.ipynb #2a0a05ee
+# %% ../nbs/doors/00_cli.ipynb #3eb1c2dd
+def transfer(args: argparse.Namespace) -> int:
+    "Carry a fine-tune over to another version of its base: new base + (tuned - old base)."
+    from adaptlab.arithmetic import finetuning_transfer
+
+    return finetuning_transfer.main(args.rest)
+
+# %% ../nbs/doors/00_cli.ipynb #6fdda179
 def _parser() -> argparse.ArgumentParser:
     "The options of every command."
     parser = argparse.ArgumentParser(
@@ -231,10 +238,12 @@ def _parser() -> argparse.ArgumentParser:
     get.add_argument("names", nargs="*", help="models or bundled data (default: all bundled)")
     command("lab", open_lab, "open JupyterLab").add_argument("paper", nargs="?")
     command("site", build_site, "build the website")
+    command("transfer", transfer, "carry a fine-tune over to another version of its base",
+            add_help=False)
     parser.run_parser = run
     return parser
 
-# %% ../nbs/doors/00_cli.ipynb #63cffa9a
+# %% ../nbs/doors/00_cli.ipynb #0899f67c
 def main(
     argv: list[str] | None = None,  # arguments; None: those of the process
 ) -> int:  # the exit code
@@ -243,7 +252,7 @@ def main(
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
     args, args.rest = parser.parse_known_args(argv)
-    if args.rest and args.command not in ("run", "lab"):
+    if args.rest and args.command not in ("run", "lab", "transfer"):
         parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     if args.command == "run":
         if args.paper is None:

@@ -337,3 +337,15 @@ def test_another_project_is_not_taken_for_the_course(tmp_path, monkeypatch, caps
         assert cli.main(command) == cli.WRONG_USE
         assert "lone the repository" in capsys.readouterr().err
     assert (tmp_path / "_proc" / "notes.txt").read_text() == "my notes"
+
+
+def test_transfer_is_the_methods_own_program(monkeypatch, capsys):
+    from adaptlab.arithmetic import finetuning_transfer
+
+    asked = []
+    monkeypatch.setattr(finetuning_transfer, "main", lambda argv: asked.append(argv) or 0)
+    assert cli.main(["transfer", "old", "tuned", "new", "out", "--scale", "0.5"]) == cli.OK
+    assert asked == [["old", "tuned", "new", "out", "--scale", "0.5"]]
+    monkeypatch.undo()
+    assert cli.main(["transfer", "nowhere", "tuned", "new", "out"]) == cli.WRONG_USE
+    assert "nowhere" in capsys.readouterr().err
