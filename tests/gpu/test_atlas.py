@@ -94,6 +94,6 @@ def test_lora_vectors_train():
 
 
 def test_small_experiment(tmp_path):
-    cfg = SMALL.replace(seeds=(0,), device=DEVICE, shots=(1, 4), arms=4, passes=2,
+    cfg = SMALL.replace(seeds=(0,), device=DEVICE, shots=(1, 4), passes=2,
                         training=Training(steps=20, batch_size=32))
     assert launch("atlas", cfg, root=tmp_path).claims
