@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -214,6 +217,32 @@ def test_heads_of_a_llama_with_shared_keys(name, monkeypatch):
     torch.testing.assert_close(first[0], h.transpose(1, 2).flatten(2), rtol=1e-4, atol=1e-5)
 
 
+def test_the_identity_with_padding_and_a_causal_mask():
+    "Eq. 7, for every text, head and query; boolean masks and masks of floats."
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 7, 8)
+    prefix = uv.Prefix(uv.prefix_tuning(3, None)[0], 4, 8, 32)
+    nn.init.normal_(prefix.table)
+    pk, pv = prefix()
+
+    def run(_, q, k, v, mask, **options):
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2), None
+
+    seen = torch.arange(7) < torch.tensor([[7], [4]])
+    mask = torch.ones(7, 7, dtype=torch.bool).tril() & seen[:, None, None]
+    for kind in (mask, torch.zeros(mask.shape).masked_fill(~mask, torch.finfo().min)):
+        both = uv.attend_with([prefix], run, nn.Identity(), q, k, v, kind, {})[0].transpose(1, 2)
+        gate = uv.prefix_gate(q, k, pk, kind)
+        assert ((0 < gate) & (gate < 1)).all()
+        h = run(None, q, k, v, kind)[0].transpose(1, 2)
+        change = (q @ pk.mT / 8**0.5).softmax(-1) @ pv
+        torch.testing.assert_close(both, h + gate[..., None] * (change - h), rtol=1e-5, atol=1e-5)
+    left = uv.attend_with([prefix], run, nn.Identity(), q, k, v, None, {})[0]  # to the kernel
+    causal = torch.ones(7, 7, dtype=torch.bool).tril()[None, None]
+    torch.testing.assert_close(
+        left, uv.attend_with([prefix], run, nn.Identity(), q, k, v, causal, {})[0])
+
+
 class Plain(nn.Module):
     "A block of one's own; its sub-layer is the identity."
 
@@ -337,7 +366,7 @@ def test_gates_and_what_has_none():
     assert cross.shape == (2, 4, 5)
     assert (gates["model.decoder.layers.0.self_attn"][..., 0] < 4 / 5 + 0.1).all()
     assert cross[0].mean() < cross[1].mean()  # five words to see against seven
-    assert not any(b.gates for b in adapters.adapters(model).values())
+    assert not any(b.note for b in adapters.adapters(model).values())
 
 
 def test_a_text_without_a_word_is_refused():
@@ -369,6 +398,44 @@ def test_recomputed_blocks_and_half_precision():
     torch.testing.assert_close(half(ids).logits.float(), full(ids).logits, rtol=0.05, atol=0.05)
     half(ids).logits.float().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in adapters.trainable_parameters(half))
+
+
+TRAIN = """
+import torch
+
+from adaptlab import adapters, modules, processes, recipes
+from adaptlab.modular import unified_view as uv
+from adaptlab.train import Training
+
+torch.manual_seed(0)
+model = recipes.tiny_llama(99, 32)
+ids = torch.randint(3, 99, (16, 9))
+uv.apply_delta(model, uv.mam_adapter(3, 5, 4.0, 8) + uv.lora(2, 2))
+Training(steps=3, batch_size=8, lr=1e-2).fit(
+    model, {"input_ids": ids, "labels": ids}, modules.cross_entropy, device="cpu", progress=False)
+if processes.is_main():
+    with torch.no_grad():
+        out = uv.materialize_prefix(model.eval())(input_ids=ids[:1]).logits[0, -1]
+    print("logits", adapters.count_parameters(model)[0], *out.tolist())
+"""
+
+
+def test_two_processes_train_as_one(tmp_path, capsys):
+    "Prefixes whose MLP is shared by blocks, an adapter and LoRA, under DDP."
+    def said(text):
+        (line,) = [s for s in text.splitlines() if s.startswith("logits")]
+        return torch.tensor([float(v) for v in line.split()[1:]])
+
+    file = tmp_path / "train.py"
+    file.write_text(TRAIN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    exec(compile(TRAIN, "train.py", "exec"), {})
+    torch.testing.assert_close(said(done.stdout), said(capsys.readouterr().out), rtol=1e-3,
+                               atol=1e-4)
 
 
 # the library on PyPI
@@ -483,7 +550,9 @@ def test_scores_of_texts():
 
 def test_methods_have_the_budget_that_they_say():
     counts = {name: uv.count_delta_parameters(configs, told.small_translator())
-              for name, (configs, _) in told.PREPARE.items() if configs is not None}
+              for name, (configs, _) in told.PREPARE.items() if configs}
+    alone, _ = told.CONTROLS["MAM without prefix"]
+    assert uv.count_delta_parameters(alone, told.small_translator()) < counts["MAM"]
     large = [n for name, n in counts.items() if "tiny" not in name]
     assert max(large) <= 1.03 * min(large)
     assert max(n for name, n in counts.items() if "tiny" in name) < 0.1 * min(large)
