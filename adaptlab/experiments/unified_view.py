@@ -120,15 +120,14 @@ def loss(
     with modules.modes_kept(model):
         return float(modules.cross_entropy(model.eval(), part))
 
-# %% ../../nbs/experiments/unified_view.ipynb #27722d6f
+# %% ../../nbs/experiments/unified_view.ipynb #7bfa20d4
 PA = partial(uv.DeltaConfig, init="lora", dim=30, position="post_out")
 TINY = 2  # length and width of the small budget
 RATES = (1e-2, 3e-2)
 PREPARE = {  # method -> its configs, and its learning rates
     "prefix": (uv.prefix_tuning(30, 64), RATES),
-    "no gate": (uv.DeltaConfig(function="softmax_prefix", target="attn_head", dim=30, mlp_dim=64),
+    "ungated": (uv.DeltaConfig(function="softmax_prefix", target="attn_head", dim=30, mlp_dim=64),
                 RATES),
-    "SA attn": (PA(target="attn", insertion="sequential"), RATES),
     "PA attn": (PA(target="attn"), RATES),
     "SA ffn": (PA(insertion="sequential"), RATES),
     "PA ffn": (PA(), RATES),
@@ -139,6 +138,7 @@ PREPARE = {  # method -> its configs, and its learning rates
     "full": (None, (1e-3, 3e-3)),
 }
 CONTROLS = {  # what reasons are tested with
+    "SA attn": (PA(target="attn", insertion="sequential"), RATES),
     "SA ffn, normed": (PA(insertion="sequential", layernorm="in"), RATES),
     "PA attn, before W_o": (PA(target="attn", position="pre_out"), RATES),
     "MAM without prefix": (PA(dim=24, composition="scaled", scale=4.0), RATES),
@@ -166,8 +166,6 @@ def _look(model: nn.Module, bed: Bed) -> dict[str, float]:
 
 
 CASES = [
-    Versus("parallel beats sequential at attention", "PA attn", "SA attn", "loss",
-           "en-ro 35.6 vs 35.3 BLEU", "r = 200; its PA stands before W_o"),
     Versus("parallel beats sequential at the FFN", "PA ffn", "SA ffn", "loss",
            "en-ro 36.4 vs 35.6 BLEU", "r = 200"),
     Versus("at the large budget, the FFN is the better place", "PA ffn", "PA attn", "loss",
@@ -177,7 +175,7 @@ CASES = [
     Versus("scaled addition beats addition", "scaled PA ffn", "PA ffn", "loss",
            "XSum 21.54 vs 20.98 R-2", "s = 4",
            "under Adam a scale is a learning rate, and each has its own"),
-    Versus("the gate helps a prefix", "prefix", "no gate", "loss", "en-ro 35.2 vs 34.9 BLEU",
+    Versus("the gate helps a prefix", "prefix", "ungated", "loss", "en-ro 35.2 vs 34.9 BLEU",
            "l = 30, 0.1 %", "nothing but the gate differs; what it takes is measured"),
     Versus("MAM beats prefix tuning", "MAM", "prefix", "loss", "en-ro 37.5 vs 35.6 BLEU",
            "MAM 6.7 %, prefix l = 200"),
@@ -189,6 +187,8 @@ CASES = [
            "its prefix costs: see the controls on the experiment's page"),
 ]
 TESTS = [
+    Versus("parallel beats sequential at attention", "PA attn", "SA attn", "loss",
+           "en-ro 35.6 vs 35.3 BLEU", "r = 200; its PA stands before W_o"),
     Versus("a norm at its input helps the sequential adapter", "SA ffn, normed", "SA ffn", "loss"),
     Versus("parallel beats sequential with a norm", "PA ffn", "SA ffn, normed", "loss"),
     Versus("at attention, after W_o is better than before it", "PA attn", "PA attn, before W_o",
@@ -196,7 +196,7 @@ TESTS = [
     Versus("MAM is better without its prefix", "MAM without prefix", "MAM", "loss"),
 ]
 
-# %% ../../nbs/experiments/unified_view.ipynb #f735cb19
+# %% ../../nbs/experiments/unified_view.ipynb #a5f49af4
 def _plot(table: pd.DataFrame) -> Any:
     "Left: the losses. Right: what each choice is worth."
     import matplotlib.pyplot as plt
@@ -204,7 +204,7 @@ def _plot(table: pd.DataFrame) -> Any:
     fig, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.8), layout="constrained",
                                       width_ratios=(1, 1.15))
     colors = {"attn": "orange", "ffn": "blue", "prefix": "purple", "heads": "purple",
-              "gate": "purple", "": "black"}
+              "ungated": "purple", "": "black"}
     order = table.groupby("method")["loss"].mean().sort_values(ascending=False)
     for y, method in enumerate(order.index):
         color = plots.COLORS[next(color for word, color in colors.items() if word in method)]
