@@ -84,7 +84,7 @@ def digits14() -> tuple[Tensor, Tensor]:  # images [5000, 1, 14, 14], labels
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     return F.avg_pool2d(x[order], 2), y[order]
 
-# %% ../../nbs/experiments/atlas.ipynb #2f5e0e1f
+# %% ../../nbs/experiments/atlas.ipynb #f57e6e96
 class Family(nn.Module):
     "A base and what was made from it."
 
@@ -125,17 +125,22 @@ def family() -> Family:  # in eval mode
         Family, _train_family)
 
 
+@lru_cache
+def _changed(name: str) -> tuple[Callable, list[tuple[Tensor, Tensor]]]:
+    "A change, and what it makes of the images to choose and to test on."
+    (x, y), change = digits14(), (TARGETS | DOMAINS).get(name, lambda x: x)
+    return change, [(change(x[r]), y[r]) for r in (slice(3000, 3500), slice(3500, None))]
+
+
 def mixture(
     seed: int,  # of the choice of images
     name: str,  # a key of TARGETS or DOMAINS
     shots: int,  # images per class
 ) -> Bed:  # parts are (images, labels)
     "A few labelled images of a new domain; 500 to choose settings on, 1,500 to test on."
-    x, y = digits14()
-    change = (TARGETS | DOMAINS)[name]
+    (x, y), (change, held) = digits14(), _changed(name)
     rows = data.few_shot(y[2000:3000], shots, seed=seed) + 2000
-    parts = [(change(x[r]), y[r]) for r in (rows, slice(3000, 3500), slice(3500, None))]
-    return Bed(family().base, *parts, name=f"{name}-{shots}")
+    return Bed(family().base, (change(x[rows]), y[rows]), *held, name=f"{name}-{shots}")
 
 # %% ../../nbs/experiments/atlas.ipynb #2c5015a8
 def _random_basis(vectors: list[TaskVector], seed: int) -> list[TaskVector]:
@@ -251,15 +256,14 @@ def _plot(table: pd.DataFrame, shown: dict[str, Any]) -> Any:
                       title="What each choice is worth")
     return fig
 
-# %% ../../nbs/experiments/atlas.ipynb #236acb89
-def _changed(seed: int, names: tuple[str, ...], images: int) -> Bed:
+# %% ../../nbs/experiments/atlas.ipynb #73860c32
+def _several(seed: int, names: tuple[str, ...], images: int) -> Bed:
     "Many images of one or several changes: parts are lists of (images, labels), one per change."
     x, y = digits14()
     rows = 2000 + torch.randperm(1000, generator=torch.Generator().manual_seed(seed))[:images]
-    changes = [(TARGETS | DOMAINS).get(name, lambda x: x) for name in names]
-    parts = [[(change(x[r]), y[r]) for change in changes]
-             for r in (rows, slice(3000, 3500), slice(3500, None))]
-    return Bed(family().base, *parts, name=names[0])
+    changes, held = zip(*map(_changed, names), strict=True)
+    return Bed(family().base, [(change(x[rows]), y[rows]) for change in changes],
+               *map(list, zip(*held, strict=True)), name=names[0])
 
 
 def _mean(model: nn.Module, parts: list) -> float:
@@ -271,16 +275,16 @@ def _many(cfg: Config, run: Run, report: Report, name: str, methods: dict[str, M
           choose: Callable) -> pd.DataFrame:
     "The base and the methods on several beds of many images, in one table."
     found = [sweep(run, f"{name}-{label}".replace(" ", "-"), {"base": rivals.untouched()} | methods,
-                   partial(_changed, names=names, images=images), cfg.seeds, look, choose)
+                   partial(_several, names=names, images=images), cfg.seeds, look, choose)
              .assign(task=label) for label, names in sets.items()]
     return report.table(name, pd.concat(found, ignore_index=True))
 
 
-def _add(model: nn.Module, bed: Bed, seed: int, *, lr: float, passes: int) -> AnisotropicComposer:
-    "aTLAS."
-    made = AnisotropicComposer(model, family().vectors())
-    experts = [accuracy(m, p) / 100 for m, p in zip(family().experts, bed.train, strict=True)]
-    learn_addition(made, bed.train, references=experts, lr=lr, epochs=passes, seed=seed)
+def _learned(model: nn.Module, bed: Bed, seed: int, *, lr: float, how: Callable,
+             vectors: Callable = lambda bed: family().vectors(),
+             granularity: str = "block") -> AnisotropicComposer:
+    made = AnisotropicComposer(model, vectors(bed), granularity)
+    how(made, bed.train, lr=lr, seed=seed)
     return made
 
 
@@ -313,11 +317,15 @@ def _interference(model: nn.Module, bed: Bed) -> dict[str, float]:
 
 def _addition(cfg: Config, run: Run, report: Report) -> None:
     "Task addition."
+    def learn(made, parts, **more):
+        experts = [accuracy(m, p) / 100 for m, p in zip(family().experts, parts, strict=True)]
+        learn_addition(made, parts, references=experts, epochs=cfg.passes, **more)
+
     table = _many(cfg, run, report, "addition", {
         "one number for all": Method(partial(
             _searched, vectors=lambda bed: family().vectors(), score=_mean,
             sizes=torch.linspace(0.05, 0.95, 10).tolist())),
-        "aTLAS": Method(partial(_add, passes=cfg.passes), grid(lr=cfg.slow_lrs))},
+        "aTLAS": Method(partial(_learned, how=learn), grid(lr=cfg.slow_lrs))},
         {"all": tuple(DOMAINS)}, cfg.images, _interference, lambda m, bed: _mean(m, bed.choose))
     pair = ("aTLAS", "one number for all")
     versus(report, table, [Versus("addition: aTLAS beats one searched number for all", *pair,
@@ -328,16 +336,9 @@ def _addition(cfg: Config, run: Run, report: Report) -> None:
                                   "larger; at one mean size it interferes less, see the text")],
            unit="points of error", lower=True)
 
-# %% ../../nbs/experiments/atlas.ipynb #29535f62
+# %% ../../nbs/experiments/atlas.ipynb #4164e2cd
 def _own(bed: Bed) -> list[TaskVector]:
     return [family().vectors()[list(DOMAINS).index(bed.name)]]
-
-
-def _negate(model: nn.Module, bed: Bed, seed: int, *, lr: float, passes: int,
-            granularity: str = "block") -> AnisotropicComposer:
-    made = AnisotropicComposer(model, _own(bed), granularity)
-    learn_negation(made, *bed.train, lr=lr, epochs=passes, seed=seed)
-    return made
 
 
 def _spared(model: nn.Module, parts: list) -> float:
@@ -348,7 +349,8 @@ def _spared(model: nn.Module, parts: list) -> float:
 
 def _negation(cfg: Config, run: Run, report: Report) -> None:
     "Task negation."
-    learned = partial(_negate, passes=cfg.passes)
+    ours = partial(_learned, vectors=_own, how=lambda made, parts, **more: learn_negation(
+        made, *parts, epochs=cfg.passes, **more))
     sizes = [*torch.linspace(-3.0, -0.15, 20).tolist(), 0.0]
 
     def look(model, bed):
@@ -356,8 +358,8 @@ def _negation(cfg: Config, run: Run, report: Report) -> None:
 
     table = _many(cfg, run, report, "negation", {
         "one number": Method(partial(_searched, vectors=_own, sizes=sizes, score=_spared)),
-        "aTLAS": Method(learned, grid(lr=cfg.slow_lrs)),
-        "one number, learned": Method(partial(learned, granularity="isotropic"),
+        "aTLAS": Method(ours, grid(lr=cfg.slow_lrs)),
+        "one number, learned": Method(partial(ours, granularity="isotropic"),
                                       grid(lr=cfg.slow_lrs))},
         {name: (name, "plain") for name in cfg.forget}, cfg.images, look,
         lambda m, bed: _spared(m, bed.choose))
@@ -366,24 +368,19 @@ def _negation(cfg: Config, run: Run, report: Report) -> None:
         "target", "18.8 vs 23.2 (ViT-B/32)", "table 1", "see the text")],
         unit="points", lower=True)
 
-# %% ../../nbs/experiments/atlas.ipynb #cc764191
-def _alone(model: nn.Module, bed: Bed, seed: int, *, lr: float, passes: int,
-           ufm: bool) -> AnisotropicComposer:
-    "UFM, or plain entropy."
-    made, x = AnisotropicComposer(model, family().vectors()), bed.train[0][0]
-    if ufm:
-        learn_test_time(made, x, partial(shifts.gaussian_noise, std=0.1, seed=seed), lr=lr,
-                        epochs=passes, seed=seed)
-    else:
-        learn_composition(made, x, lambda net, batch: entropy_loss(net(batch)), lr=lr,
-                          epochs=passes, seed=seed, pass_steps=math.ceil(len(x) / 128))
-    return made
-
-
+# %% ../../nbs/experiments/atlas.ipynb #127b6508
 def _test_time(cfg: Config, run: Run, report: Report) -> None:
-    "Test-time adaptation."
-    methods = {name: Method(partial(_alone, ufm=name == "UFM", passes=cfg.passes),
-                            grid(lr=cfg.slow_lrs)) for name in ("UFM", "entropy")}
+    "Test-time adaptation, by UFM or by plain entropy."
+    def ufm(made, parts, seed, **more):
+        learn_test_time(made, parts[0][0], partial(shifts.gaussian_noise, std=0.1, seed=seed),
+                        epochs=cfg.passes, seed=seed, **more)
+
+    def entropy(made, parts, **more):
+        learn_composition(made, parts[0][0], lambda net, batch: entropy_loss(net(batch)),
+                          epochs=cfg.passes, pass_steps=math.ceil(len(parts[0][0]) / 128), **more)
+
+    methods = {name: Method(partial(_learned, how=how), grid(lr=cfg.slow_lrs))
+               for name, how in (("UFM", ufm), ("entropy", entropy))}
     table = _many(cfg, run, report, "alone", methods, {name: (name,) for name in cfg.targets},
                   2 * cfg.images, lambda m, bed: {"accuracy": _mean(m, bed.test)},
                   lambda m, bed: _mean(m, bed.choose))

@@ -16,7 +16,7 @@ from adaptlab.arithmetic import atlas
 from adaptlab.arithmetic.atlas import (
     AnisotropicComposer, ComposedLora, LowRank, TaskVector, attach_composition, block_gradients,
     compose, disentanglement_error, learn_addition, learn_composition, learn_negation,
-    learn_test_time, select_task_vectors, trusted_set)
+    learn_test_time, select_task_vectors)
 from adaptlab.bench.runs import launch, start_run
 from adaptlab.experiments import atlas as told
 from adaptlab.experiments.atlas import CLIP_TASKS, FULL, SMALL, experiment
@@ -306,7 +306,7 @@ def test_the_error_of_the_first_order_shrinks_by_four():
     for size in (0.02, 0.01):
         for made in pair:
             made.coef.data.copy_(size * way)
-        gaps.append(float((pair[0](x) - pair[1](x)).norm()))
+        gaps.append((pair[0](x) - pair[1](x)).norm().item())
     assert 3 < gaps[0] / gaps[1] < 5
 
 
@@ -483,9 +483,9 @@ def test_test_time_shares_and_threshold(three, monkeypatch):
 def test_trusted_set_is_limited_by_an_equal_share():
     logits = torch.zeros(9, 3)
     logits[:, 0] = torch.arange(9.0) + 1
-    rows, labels = trusted_set(logits)
+    rows, labels = atlas._trusted(logits, 100)
     assert rows.tolist() == [8, 7, 6] and not labels.any()
-    assert len(trusted_set(logits, most=2)[0]) == 2
+    assert len(atlas._trusted(logits, 2)[0]) == 2
 
 
 # selection
