@@ -60,7 +60,7 @@ class Config(BaseConfig):
 
 SMALL = Config()
 
-# %% ../../nbs/experiments/pyra.ipynb #6ea1bdd3
+# %% ../../nbs/experiments/pyra.ipynb #2adc0bef
 def _vit(width: int, depth: int, heads: int, device: str) -> nn.Module:
     "A ViT with patches of 16 pixels and random weights."
     from transformers import ViTConfig, ViTForImageClassification
@@ -100,18 +100,19 @@ def _speed(cfg: Config, run: Run, report: Report) -> None:
              for r in table.itertuples()}
     report.claim("PYRA on the low schedule: 1.7 times the speed of the whole model",
                  measured=ratio["low PYRA", "whole"], above=1.7, unit="times",
-                 paper="745 vs 425 images/s", source="ViT-B table", why=_TIME)
+                 paper="745 vs 425 images/s", source="ViT-B on a GPU: another measure", why=_TIME)
     report.claim("PYRA on the high schedule: 3.2 times the speed of the whole model",
                  measured=ratio["high PYRA", "whole"], above=3.2, unit="times",
-                 paper="1365 vs 425 images/s", source="ViT-B table", why=_TIME)
+                 paper="1365 vs 425 images/s", source="ViT-B on a GPU: another measure", why=_TIME)
     report.claim("the modulation takes less than a tenth of the speed (high schedule)",
                  measured=ratio["high PYRA", "high"], above=0.9, unit="times",
                  paper="a few thousand operations per token", source="section 3.3", why=_TIME)
 
 
-_TIME = "time on one core of a busy machine; the count of operations stands beside it"
+_TIME = ("a ViT-Small, one picture at a time, on one core of a busy machine: not comparable with "
+         "the paper's rate. The count of operations stands beside it")
 
-# %% ../../nbs/experiments/pyra.ipynb #0026868f
+# %% ../../nbs/experiments/pyra.ipynb #dba9036c
 class ChannelsOnly(PYRAModulator):
     "W_r alone: one factor per channel."
 
@@ -124,9 +125,9 @@ class ChannelsOnly(PYRAModulator):
         self.W_D = None
         nn.init.zeros_(self.W_r)
 
-    def forward(self, src: Tensor, dst: Tensor) -> Tensor:
+    def forward(self, leaving: Tensor, partners: Tensor) -> Tensor:
         "2 sigmoid(delta_D) M_s."
-        return 2 * (self.W_r.T @ self.norm(src + dst)).sigmoid() * src
+        return 2 * (self.W_r.T @ self.norm(leaving + partners)).sigmoid() * leaving
 
 
 class TokensOnly(PYRAModulator):
@@ -140,18 +141,18 @@ class TokensOnly(PYRAModulator):
         super().__init__(dim, r)
         self.W_r = None
 
-    def forward(self, src: Tensor, dst: Tensor) -> Tensor:
+    def forward(self, leaving: Tensor, partners: Tensor) -> Tensor:
         "2 sigmoid(delta_r) M_s."
-        return 2 * (self.norm(src + dst) @ self.W_D.T).sigmoid() * src
+        return 2 * (self.norm(leaving + partners) @ self.W_D.T).sigmoid() * leaving
 
 
 class Linear(PYRAModulator):
     "Both vectors, without sigmoids."
 
-    def forward(self, src: Tensor, dst: Tensor) -> Tensor:
+    def forward(self, leaving: Tensor, partners: Tensor) -> Tensor:
         "M_s + delta_r delta_D M_s."
-        M = self.norm(src + dst)
-        return src + (M @ self.W_D.T) * (self.W_r.T @ M) * src
+        M = self.norm(leaving + partners)
+        return leaving + (M @ self.W_D.T) * (self.W_r.T @ M) * leaving
 
 
 class Learnt(nn.Module):
@@ -165,9 +166,9 @@ class Learnt(nn.Module):
         super().__init__()
         self.W = nn.Parameter(torch.zeros(r, dim))
 
-    def forward(self, src: Tensor, dst: Tensor) -> Tensor:
+    def forward(self, leaving: Tensor, partners: Tensor) -> Tensor:
         "(1 + W) M_s."
-        return (1 + self.W) * src
+        return (1 + self.W) * leaving
 
 # %% ../../nbs/experiments/pyra.ipynb #f91c0fe0
 QKV = ("q_proj", "k_proj", "v_proj")

@@ -21,79 +21,77 @@ from torch import Tensor, nn
 
 from .. import modules
 
-# %% ../../nbs/modular/03_pyra.ipynb #7ddcdaf0
+# %% ../../nbs/modular/03_pyra.ipynb #81e0e58b
 def _at(x: Tensor, rows: Tensor) -> Tensor:
-    "Rows of each sample: [B, r, C]."
+    "Rows of each sample: [B, r, D]."
     return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class MergePlan(NamedTuple):
-    "Which tokens merge. Even positions are group A, odd ones group B; rows count within a group."
+    "Which tokens merge. Rows count within the tokens at even positions, or at odd ones."
 
-    src: Tensor  # [B, r] rows of A that leave, most alike first
-    dst: Tensor  # [B, r] rows of B that they join
-    unm: Tensor  # [B, |A| - r] rows of A that stay
+    src: Tensor  # [B, r] rows of the even ones that leave, most alike first
+    dst: Tensor  # [B, r] rows of the odd ones that they join
+    unm: Tensor  # [B, even - r] rows of the even ones that stay
     n: int  # tokens before the merge
-    distill: bool = False  # a second special token: the first of B, kept at position 1
+    distill: bool = False  # a second special token: the first odd one, kept at position 1
 
     def split(
         self,
-        x: Tensor,  # [B, N, C]
-    ) -> tuple[Tensor, Tensor, Tensor]:  # tokens of A that stay, of A that leave, all of B
+        x: Tensor,  # [B, N, D]
+    ) -> tuple[Tensor, Tensor, Tensor]:  # even tokens that stay, those that leave, all odd ones
         "Take the tokens apart."
-        a, b = x[:, ::2], x[:, 1::2]
-        return _at(a, self.unm), _at(a, self.src), b
+        even, odd = x[:, ::2], x[:, 1::2]
+        return _at(even, self.unm), _at(even, self.src), odd
 
     def join(
         self,
-        unm: Tensor,  # tokens of A that stay
-        src: Tensor,  # tokens of A that leave
-        b: Tensor,  # all of B
-        mode: Literal["sum", "mean", "amax"] = "sum",  # what a token of B makes of its own
-    ) -> Tensor:  # [B, N - r, C]: those of A that stay, then B
+        stay: Tensor,  # even tokens that stay
+        leaving: Tensor,  # even tokens that leave
+        odd: Tensor,  # all odd ones
+        mode: Literal["sum", "mean", "amax"] = "sum",  # what an odd token makes of its own
+    ) -> Tensor:  # [B, N - r, D]: the even ones that stay, then the odd ones
         "Put the leaving tokens into their partners."
-        rows = self.dst[..., None].expand_as(src)
-        if mode == "sum":
-            b = b.scatter_add(1, rows, src)
-        else:
-            b = b.scatter_reduce(1, rows, src, mode)
+        rows = self.dst[..., None].expand_as(leaving)
+        odd = (odd.scatter_add(1, rows, leaving) if mode == "sum"
+               else odd.scatter_reduce(1, rows, leaving, mode))
         if not self.distill:
-            return torch.cat([unm, b], 1)
-        return torch.cat([unm[:, :1], b[:, :1], unm[:, 1:], b[:, 1:]], 1)
+            return torch.cat([stay, odd], 1)
+        return torch.cat([stay[:, :1], odd[:, :1], stay[:, 1:], odd[:, 1:]], 1)
 
     def merge(
         self,
-        x: Tensor,  # [B, N, C]
+        x: Tensor,  # [B, N, D]
         mode: Literal["sum", "mean", "amax"] = "sum",  # how
-    ) -> Tensor:  # [B, N - r, C]
+    ) -> Tensor:  # [B, N - r, D]
         "Merged tokens; with nothing to merge, the tokens as they are."
         return self.join(*self.split(x), mode) if self.src.shape[1] else x
 
     def unmerge(
         self,
-        x: Tensor,  # [B, N - r, C], merged
-    ) -> Tensor:  # [B, N, C]
+        x: Tensor,  # [B, N - r, D], merged
+    ) -> Tensor:  # [B, N, D]
         "Every token's place again, with what it was merged into."
         n_unm = self.unm.shape[1]
         if not self.src.shape[1]:
             return x
         if self.distill:
             x = torch.cat([x[:, :1], x[:, 2 : n_unm + 1], x[:, 1:2], x[:, n_unm + 1 :]], 1)
-        unm, b = x[:, :n_unm], x[:, n_unm:]
+        stay, odd = x[:, :n_unm], x[:, n_unm:]
         out = x.new_empty(len(x), self.n, x.shape[-1])
-        out[:, 1::2] = b
-        for rows, tokens in ((self.unm, unm), (self.src, _at(b, self.dst))):
+        out[:, 1::2] = odd
+        for rows, tokens in ((self.unm, stay), (self.src, _at(odd, self.dst))):
             out.scatter_(1, (2 * rows)[..., None].expand_as(tokens), tokens)
         return out
 
-# %% ../../nbs/modular/03_pyra.ipynb #2634a4a5
+# %% ../../nbs/modular/03_pyra.ipynb #85d12bc5
 def bipartite_soft_matching(
     metric: Tensor,  # [B, N, d] what is compared; here the keys, averaged over heads
     r: int,  # tokens to remove
     class_token: bool = True,  # position 0 is a class token: never merged away
     distill_token: bool = False,  # position 1 is a distillation token
 ) -> MergePlan:  # who merges into whom
-    """Pair tokens of A with their likest of B, and take the r likest pairs (ToMe, section 3).
+    """Pair even tokens with their likest odd ones, and take the r likest pairs (ToMe, section 3).
 
     Raises ValueError for r < 0 or a metric that is not [B, N, d]. At most half of the ordinary
     tokens can go: a larger r is cut, with a warning.
@@ -123,29 +121,29 @@ def bipartite_soft_matching(
         unm = unm.sort(-1).values if class_token else unm
         return MergePlan(src, partner.gather(1, src), unm, metric.shape[1], distill_token)
 
-# %% ../../nbs/modular/03_pyra.ipynb #2beb020b
+# %% ../../nbs/modular/03_pyra.ipynb #bce46859
 def _wavg(plan: MergePlan, x: Tensor, size: Tensor | None, modulation: nn.Module | None
           ) -> tuple[Tensor, Tensor]:
     "`merge_wavg` without its checks."
     size = torch.ones_like(x[..., :1], dtype=torch.float32) if size is None else size
     if not plan.src.shape[1]:
         return x, size
-    unm, src, b = plan.split(x * size)
+    stay, leaving, odd = plan.split(x * size)
     if modulation is not None:
         if getattr(modulation, "size_weighted", True):
-            src = modulation(src, _at(b, plan.dst))
+            leaving = modulation(leaving, _at(odd, plan.dst))
         else:
             _, plain, other = plan.split(x)
-            src = modulation(plain, _at(other, plan.dst)) * plan.split(size)[1]
+            leaving = modulation(plain, _at(other, plan.dst)) * plan.split(size)[1]
     merged = plan.merge(size)
-    return (plan.join(unm, src, b) / merged).to(x.dtype), merged
+    return (plan.join(stay, leaving, odd) / merged).to(x.dtype), merged
 
 
 def merge_wavg(
     plan: MergePlan,  # from `bipartite_soft_matching`
     x: Tensor,  # [B, N, D]
     size: Tensor | None = None,  # [B, N, 1] patches in each token; None: one
-    modulation: nn.Module | None = None,  # (src, dst) -> src; None: plain merging
+    modulation: nn.Module | None = None,  # (leaving, partners) -> leaving; None: plain merging
 ) -> tuple[Tensor, Tensor]:  # x' [B, N - r, D], sizes [B, N - r, 1]
     "Average merged tokens, weighted by their sizes. ValueError for other shapes or sizes <= 0."
     if x.ndim != 3 or x.shape[1] != plan.n:
@@ -165,7 +163,7 @@ def merge_source(
         source = torch.eye(plan.n, device=plan.src.device).expand(len(plan.src), -1, -1)
     return plan.merge(source, "amax")
 
-# %% ../../nbs/modular/03_pyra.ipynb #f8914678
+# %% ../../nbs/modular/03_pyra.ipynb #5cdbb0ee
 class PYRAModulator(nn.Module):
     """Re-scale tokens that are about to be merged (section 3.3).
 
@@ -189,24 +187,23 @@ class PYRAModulator(nn.Module):
 
     def forward(
         self,
-        src: Tensor,  # [B, r, D] tokens that leave, most alike first
-        dst: Tensor,  # [B, r, D] what they join
+        leaving: Tensor,  # [B, r, D] M_s, most alike first
+        partners: Tensor,  # [B, r, D] M_t, what they join
     ) -> Tensor:  # [B, r, D]
         "M_s + (2 sigmoid(delta_r) - 1) 2 sigmoid(delta_D) M_s."
-        if src.shape[1] != self.r:
-            raise ValueError(f"{src.shape[1]} tokens leave here, but the modulator was made for "
-                             f"{self.r}: apply the merging with a schedule that fits the images")
-        M = self.norm((src + dst).to(self.W_D.dtype))
-        delta_D = self.W_r.T @ M  # [B, 1, D]: a mean over tokens, one number per channel
-        delta_r = M @ self.W_D.T  # [B, r, 1]: a mean over channels, one number per token
-        return src + (2 * delta_r.sigmoid() - 1) * (2 * delta_D.sigmoid() * src)
+        if leaving.shape[1] != self.r:
+            raise ValueError(f"{leaving.shape[1]} tokens leave here, but the modulator was made "
+                             f"for {self.r}: apply a schedule that fits the images")
+        M = self.norm((leaving + partners).to(self.W_D.dtype))
+        delta_D = self.W_r.T @ M  # [B, 1, D]: a sum over tokens, one number per channel
+        delta_r = M @ self.W_D.T  # [B, r, 1]: a sum over channels, one number per token
+        return leaving + (2 * delta_r.sigmoid() - 1) * (2 * delta_D.sigmoid() * leaving)
 
-# %% ../../nbs/modular/03_pyra.ipynb #0fd0495e
+# %% ../../nbs/modular/03_pyra.ipynb #521f8eda
 PAPER = {  # (depth, tokens) -> tokens removed in each block
     "low": {(12, 197): [16] * 11 + [10], (24, 197): [8] * 23 + [6], (12, 198): [16] * 6 + [10] * 6},
     "high": {
-        (12, 197): [40, 34, 30, 24, 18, 14, 10, 8, 4, 4, 3, 3],
-        (12, 198): [40, 34, 30, 24, 18, 14, 10, 8, 4, 4, 3, 3],
+        **{(12, n): [40, 34, 30, 24, 18, 14, 10, 8, 4, 4, 3, 3] for n in (197, 198)},
         (24, 197): [20, 19, 18, 17, 15, 13, 13, 12, 10, 9, 8, 6, 6, 4, 4, 4, 3, 3, 2, 2, 1, 1, 1,
                     1]},
 }
@@ -233,13 +230,13 @@ def merging_schedule(
         left -= removed[-1]
     return removed
 
-# %% ../../nbs/modular/03_pyra.ipynb #9be578ff
+# %% ../../nbs/modular/03_pyra.ipynb #0502b6dd
 def parse_r(
     depth: int,  # blocks
-    r: int | tuple[int, float] | Sequence[int],  # in each; (r, slope); or one number per block
+    r: int | tuple[int, float] | Sequence[int],  # in each; (mean, slope); or one number per block
 ) -> list[int]:  # [depth]
-    """Tokens to remove in each block. A pair (r, slope), the slope a float, falls or rises
-    linearly around r; a short list is filled up with 0. ValueError for r < 0 or a longer list.
+    """Tokens to remove in each block. A pair (mean, slope), the slope a float, falls or rises
+    linearly; a short list is filled up with 0. ValueError for r < 0 or a longer list.
     """
     if isinstance(r, tuple) and len(r) == 2 and isinstance(r[1], float):
         low = int(r[0] * (1 - r[1]))
