@@ -23,19 +23,19 @@ from ..moments import collect_covariance
 
 Init = Literal["linspace", "kmeans++"]
 
-# %% ../../nbs/sparse/02_sketchtune.ipynb #8b51da9e
+# %% ../../nbs/sparse/02_sketchtune.ipynb #b57d2a61
 def _wide(t: Tensor) -> Tensor:
     "Sums of weights that span decades need float64 (float32 where the device has none)."
     return t.detach().to(torch.float32 if t.device.type == "mps" else torch.float64)
 
 
-def _start(x: Tensor, w: Tensor, k: int, init: str, generator: torch.Generator) -> Tensor:
+def _start(x: Tensor, v: Tensor, k: int, init: str, generator: torch.Generator) -> Tensor:
     "First table entries, ascending; x is sorted along its rows."
     if init == "linspace":
         return x[:, :1] + (x[:, -1:] - x[:, :1]) * torch.linspace(0, 1, k).to(x)
     far, chosen = torch.ones_like(x), []
     for _ in range(k):  # k-means++: a point is drawn by weight times squared distance
-        mass = (w * far).cumsum(1)
+        mass = (v * far).cumsum(1)
         draw = torch.rand(len(x), 1, generator=generator).to(x) * mass[:, -1:]
         at = torch.searchsorted(mass, draw, right=True).clamp_max(x.shape[1] - 1)
         chosen.append(x.gather(1, at))
@@ -43,12 +43,7 @@ def _start(x: Tensor, w: Tensor, k: int, init: str, generator: torch.Generator) 
         far = gap if len(chosen) == 1 else torch.minimum(far, gap)
     return torch.cat(chosen, 1).sort(1).values
 
-
-def _nearest(x: Tensor, table: Tensor) -> Tensor:
-    "Index of the nearest of a row's ascending entries; halfway, the lower one."
-    return torch.searchsorted((table[:, 1:] + table[:, :-1]) / 2, x)
-
-# %% ../../nbs/sparse/02_sketchtune.ipynb #eff627a2
+# %% ../../nbs/sparse/02_sketchtune.ipynb #cb5d242e
 def weighted_kmeans_1d(
     rows: Tensor,  # [R, n], each row a problem of its own
     weights: Tensor,  # [n] or [R, n], at least 0: how much a point counts
@@ -69,16 +64,17 @@ def weighted_kmeans_1d(
     if k < 1 or init not in Init.__args__:
         raise ValueError(f"k = {k}, init = {init!r}: k >= 1, and one of {Init.__args__} is needed")
     x, order = _wide(rows).contiguous().sort(1)
-    w = (_wide(weights) / weights.max()).expand_as(x).gather(1, order)
-    table = _start(x, w, k, init, generator or torch.Generator().manual_seed(0))
+    v = (_wide(weights) / weights.max()).expand_as(x).gather(1, order)
+    table = _start(x, v, k, init, generator or torch.Generator().manual_seed(0))
     rank = F.pad((x.diff(dim=1) > 0).long().cumsum(1), (1, 0))  # of a value among the distinct ones
     few = rank[:, -1] < k
     table[few] = x[few, -1:].expand(-1, k).scatter(1, rank[few], x[few])
     reach = (x[:, -1:] - x[:, :1]).clamp_min(torch.finfo(x.dtype).tiny)
     for _ in range(iters):
-        near, zeros = _nearest(x, table), torch.zeros_like(table)
-        mass = zeros.scatter_add(1, near, w)
-        mean = zeros.scatter_add(1, near, w * x) / mass
+        near = torch.searchsorted((table[:, 1:] + table[:, :-1]) / 2, x)  # halfway: the lower one
+        zeros = torch.zeros_like(table)
+        mass = zeros.scatter_add(1, near, v)
+        mean = zeros.scatter_add(1, near, v * x) / mass
         moved = torch.where((mass > 0) & ~few[:, None], mean, table)
         done, table = ((moved - table).abs() <= 1e-6 * reach).all(), moved
         if done:
@@ -108,7 +104,7 @@ def hessian_factor(
                          "calibrate on more inputs")
     return U
 
-# %% ../../nbs/sparse/02_sketchtune.ipynb #ce5057f1
+# %% ../../nbs/sparse/02_sketchtune.ipynb #274aeae1
 def assign_codes(
     W: Tensor,  # [o, i] weight, in the order in which columns are processed
     lut: Tensor,  # [o, g, k] tables
@@ -117,17 +113,17 @@ def assign_codes(
     block: int = 128,  # columns per product
 ) -> Tensor:  # [o, i] uint8
     "Greedy codes: round a column, let the later ones make up for its error (GPTQ's order)."
-    W, lut, i = _wide(W).clone(), _wide(lut), W.shape[1]
+    R, lut, i = _wide(W).clone(), _wide(lut), W.shape[1]
     if groups is None:
         groups = torch.arange(i) * lut.shape[1] // i
-    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+    codes = torch.empty(R.shape, dtype=torch.uint8, device=R.device)
     for start in range(0, i, block):
         here, rest = slice(start, start + block), slice(start + block, None)
-        part = W[:, here]
+        part = R[:, here]
         if factor is None:
             codes[:, here] = (lut[:, groups[here]] - part[:, :, None]).abs().argmin(2)
             continue
-        Ub = factor[here, here].to(W)
+        Ub = factor[here, here].to(R)
         errors = torch.empty_like(part)
         for j in range(part.shape[1]):
             table = lut[:, groups[start + j]]
@@ -135,7 +131,7 @@ def assign_codes(
             errors[:, j] = (part[:, j] - table.gather(1, code)[:, 0]) / Ub[j, j]
             part[:, j + 1 :] -= errors[:, j, None] * Ub[j, j + 1 :]
             codes[:, start + j] = code[:, 0]
-        W[:, rest] -= errors @ factor[here, rest].to(W)
+        R[:, rest] -= errors @ factor[here, rest].to(R)
     return codes
 
 # %% ../../nbs/sparse/02_sketchtune.ipynb #9cab0f97
@@ -183,10 +179,10 @@ def _tables(W: Tensor, weights: Tensor, k: int, groups: int) -> Tensor:
         made.append(weighted_kmeans_1d(rows, each, k, init, generator=generator))
     return torch.cat(made).view(o, groups, k)
 
-# %% ../../nbs/sparse/02_sketchtune.ipynb #e564d3cf
+# %% ../../nbs/sparse/02_sketchtune.ipynb #2a54dff0
 def learn_sketch(
     W: Tensor,  # [o, i] weight
-    hessian: Tensor | None = None,  # [i, i] second moments of the inputs; None: all columns alike
+    hessian: Tensor | None = None,  # [i, i] second moments; None: columns alike, nearest entries
     bits: int = 4,  # of a code; a table has 2^bits entries
     groups_per_row: int = 1,  # tables per row; must divide i
     power: float = 4.0,  # p: column j counts d_j^-p in k-means
@@ -350,7 +346,7 @@ class SketchedLinear(nn.Module):
             layer.bias = nn.Parameter(self.bias.detach().to(W.dtype).clone())
         return layer
 
-# %% ../../nbs/sparse/02_sketchtune.ipynb #d47faf99
+# %% ../../nbs/sparse/02_sketchtune.ipynb #cb7b5cc4
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -366,11 +362,6 @@ class SketchConfig:
     compensate: bool = True  # let later columns make up for errors
     target_modules: adapters.Targets = LLAMA  # names, pattern or predicate
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        "What `learn_sketch` takes."
-        return {k: v for k, v in vars(self).items() if k != "target_modules"}
-
 
 def collect_hessians(
     model: nn.Module,  # any model; it is left as it was
@@ -382,17 +373,15 @@ def collect_hessians(
     once = {id(c): 2 * c.total / c.samples for c in found.values()}  # shared by q, k and v
     return {name: once[id(c)] for name, c in found.items()}
 
-# %% ../../nbs/sparse/02_sketchtune.ipynb #d9ad6dd1
+# %% ../../nbs/sparse/02_sketchtune.ipynb #aac02bba
 def _fed_together(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> list[list[str]]:
     "Names in the order in which layers run; those fed by one tensor stand together."
-    seen: list[tuple[Tensor, list[str]]] = []
+    seen: dict[int, tuple[Tensor, list[str]]] = {}  # inputs are kept, so that ids stay theirs
 
     def see(name, args, kwargs):
         x = args[0] if args else next(iter(kwargs.values()))
-        if seen and seen[-1][0] is x:
-            seen[-1][1].append(name)
-        elif not any(name in names for _, names in seen):
-            seen.append((x, [name]))
+        if not any(name in names for _, names in seen.values()):
+            seen.setdefault(id(x), (x, []))[1].append(name)
 
     hooks = [layer.register_forward_pre_hook(
         lambda _, args, kwargs, name=name: see(name, args, kwargs), with_kwargs=True)
@@ -403,7 +392,7 @@ def _fed_together(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any)
     finally:
         for hook in hooks:
             hook.remove()
-    return [list(dict.fromkeys(names)) for _, names in seen]
+    return [names for _, names in seen.values()]
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -413,7 +402,7 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
             if child is old:
                 parent._modules[name] = new
 
-# %% ../../nbs/sparse/02_sketchtune.ipynb #60129750
+# %% ../../nbs/sparse/02_sketchtune.ipynb #0a042fe2
 def sketch_model(
     model: nn.Module,  # changed in place
     batches: Iterable | None,  # calibration inputs; None: plain k-means, nearest entries
@@ -434,6 +423,7 @@ def sketch_model(
             raise ValueError(f"layer {name!r} has {i} inputs: an odd number can't be packed")
         _check(adapters.FrozenLayer(layer).matrix(), config.bits, config.groups_per_row,
                config.power)
+    settings = {k: v for k, v in vars(config).items() if k != "target_modules"}
     batches = None if batches is None else list(batches)
     if batches == []:
         raise ValueError("no calibration batches: give some, or None for plain k-means")
@@ -446,7 +436,7 @@ def sketch_model(
         hessians = collect_hessians(model, batches, names) if batches else {}
         for name in names:
             layer = layers[name]
-            made = SketchedLinear.from_linear(layer, hessians.get(name), **config.settings)
+            made = SketchedLinear.from_linear(layer, hessians.get(name), **settings)
             _replace(model, layer, made.train(layer.training))
     model.requires_grad_(False)
     for layer in sketched(model).values():

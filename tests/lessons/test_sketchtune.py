@@ -157,6 +157,17 @@ def test_making_up_for_errors(bits):
     assert output_error(W, torch.zeros_like(W), H) == 1 and output_error(W, W, H) == 0
 
 
+def test_the_pass_adds_up_the_damped_error():
+    "The plain output error is smaller, by what damping adds."
+    W, H = problem(5, 40)
+    mean, U = H.diagonal().mean(), hessian_factor(H)
+    gap = W - decode(*learn_sketch(W, H, 2)).double()
+    passed = (gap @ torch.linalg.inv(U)).square().sum()
+    plain = (gap @ H @ gap.T).trace()
+    torch.testing.assert_close(passed, plain + 0.1 * mean * gap.square().sum())
+    assert plain < passed
+
+
 def test_uncorrelated_inputs_have_nothing_to_make_up():
     W, H = problem()
     flat = H.diagonal().diag()
@@ -215,6 +226,26 @@ def test_dead_inputs_and_small_groups_warn():
     torch.testing.assert_close(decode(*made), W)
 
 
+def test_dead_columns_are_zero_before_anything_else():
+    W, H = problem(3, 24)
+    H[2] = H[:, 2] = 0
+    alive = H.clone()
+    alive[2, 2] = 1
+    cleared = W.clone()
+    cleared[:, 2] = 0
+    with pytest.warns(UserWarning, match="1 of 24"):
+        found = learn_sketch(W, H, 2)
+    wanted = learn_sketch(cleared, alive, 2)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_table_with_room_repeats_the_largest_value():
+    x = torch.tensor([[3.0, 1, 3, 1], [5, 5, 5, 5]])
+    for init in ("linspace", "kmeans++"):
+        table = weighted_kmeans_1d(x, torch.ones(4), 4, init)
+        assert table.tolist() == [[1, 3, 3, 3], [5, 5, 5, 5]]
+
+
 @pytest.mark.parametrize("change, error, words", [
     ({"bits": 5}, ValueError, "bits = 5"), ({"bits": 0}, ValueError, "bits"),
     ({"bits": True}, ValueError, "bits"), ({"groups_per_row": 5}, ValueError, "divide"),
@@ -269,6 +300,17 @@ def test_outputs_and_gradients_are_those_of_a_gather(slab, groups, monkeypatch):
     dense = (-y.sin()).flatten(0, 1).T @ x.flatten(0, 1)
     summed = torch.zeros_like(layer.lut).scatter_add(2, index, dense.view_as(index))
     torch.testing.assert_close(found[1], summed.detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_one_entry_per_row_moves_a_matrix_of_full_rank():
+    torch.manual_seed(0)
+    layer = SketchedLinear(learn_sketch(torch.randn(32, 32), bits=2))
+    before = layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.lut[:, :, 1] += 0.1  # 32 numbers
+    change = layer.weight.detach() - before
+    torch.testing.assert_close(change, 0.1 * (unpack_codes(layer.packed) == 1))
+    assert torch.linalg.matrix_rank(change) == 32
 
 
 def test_nothing_dense_is_kept_for_the_backward_pass():
