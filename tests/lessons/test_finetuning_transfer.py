@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from functools import partial
 from itertools import pairwise
 
@@ -22,13 +23,13 @@ from adaptlab.arithmetic.finetuning_transfer import (
     iterative_recycling,
     linear_barrier,
     main,
+    padded,
     put_in,
     read_vocabulary,
     recovered_fraction,
     transfer_finetuning,
     transfer_matrix,
     unmatched,
-    with_rows,
 )
 from adaptlab.bench.runs import launch, start_run
 from adaptlab.experiments import finetuning_transfer as told
@@ -36,7 +37,8 @@ from adaptlab.experiments.finetuning_transfer import FULL, SMALL, experiment
 from adaptlab.train import Training
 
 E = "model.embed_tokens.weight"
-pytestmark = pytest.mark.filterwarnings("ignore:the diff is .* as long as the old base")
+pytestmark = [pytest.mark.filterwarnings("ignore:the diff is .* as long as the old base"),
+              pytest.mark.filterwarnings("ignore:the new base is nearer to the fine-tune")]
 
 
 def draw(seed, dtype=torch.float32, rows=6, size=1.0):
@@ -185,15 +187,13 @@ def test_fine_tunes_in_another_precision():
 # rows of tokens
 
 
-def test_rows_are_picked_piece_by_piece():
-    t = torch.randn(7, 3)
-    index = torch.tensor([6, 0, 1, 2, -1, -1, 5, 5])
-    state = with_rows(weights.as_state({"a": t, "b": t, "c": torch.ones(7)}),
-                      {"a": index, "c": index})
-    wanted = torch.where(index[:, None] < 0, torch.zeros(()), t[index])
-    for size in (1, 2, 4, 100):
+def test_rows_are_padded_piece_by_piece():
+    t = torch.randn(4, 3)
+    state = padded(weights.as_state({"a": t, "b": t, "c": torch.ones(4)}), {"a": 7, "c": 4})
+    wanted = torch.cat([t, torch.zeros(3, 3)])
+    for size in (1, 2, 5, 100):
         assert torch.equal(torch.cat(list(state.pieces("b", size))), wanted.flatten())
-    assert torch.equal(state["c"], (index >= 0).float()) and state.specs["a"].shape == (8, 3)
+    assert torch.equal(state["c"], torch.ones(4)) and state.specs["a"].shape == (7, 3)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
@@ -211,7 +211,7 @@ def test_a_target_that_was_grown_already():
 
 
 def test_more_rows_than_the_fine_tune_are_refused():
-    with pytest.raises(ValueError, match="by-token"):
+    with pytest.raises(ValueError, match="more than the fine-tune"):
         transfer_finetuning(draw(0), draw(1), draw(2, rows=7))
     with pytest.raises(ValueError, match="9, 4"):
         transfer_finetuning(draw(0), draw(1, rows=9), draw(2), vocab="error")
@@ -231,29 +231,11 @@ def spoken(folder, tokens):
     path.write_text(json.dumps(content))
 
 
-def test_rows_are_paired_by_token(tmp_path):
-    old, tuned = save(tmp_path / "old", 0), save(tmp_path / "tuned", 1, more=1)
-    new = save(tmp_path / "new", 2, vocab=263)
-    words = sorted(read_vocabulary(old), key=read_vocabulary(old).get)
-    assert len(words) == 260
-    spoken(tuned, [*words, "<user>"])
-    turned = ["<a>", "<b>", "<c>", *words[::-1]]
-    spoken(new, turned)
-    with pytest.raises(ValueError, match="by-token"):
-        transfer_finetuning(old, tuned, new)
-    with pytest.warns(UserWarning, match="no row for 1 token.*<user>"):
-        done = transfer_finetuning(old, tuned, new, tmp_path / "out", vocab="by-token")
-    b, f, t, made = (checkpoints.load_state(p)[E].double() for p in (
-        old, tuned, new, tmp_path / "out"))
-    assert torch.equal(made[:3], t[:3])
-    for i in (3, 100, 262):
-        k = words.index(turned[i])
-        assert torch.equal(made[i], (t[i] + f[k] - b[k]).bfloat16().double())
-    assert read_vocabulary(done.folder) == read_vocabulary(new)
-    for p in (old, tuned, new):
-        (p / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match="in all three folders"):
-        transfer_finetuning(old, tuned, new, vocab="by-token")
+def test_ids_of_other_tokens_are_refused(three):
+    words = sorted(read_vocabulary(three[0]), key=read_vocabulary(three[0]).get)
+    spoken(three[2], words[::-1])
+    with pytest.raises(ValueError, match="260 ids mean another token in the new base"):
+        transfer_finetuning(*three)
 
 
 def test_few_renamed_tokens_give_a_warning(three):
@@ -346,7 +328,7 @@ def test_a_few_pieces_in_memory(tmp_path):
 
 def test_the_command(three, tmp_path):
     words = [*map(str, three), str(tmp_path / "out"), "--scale", "0.5"]
-    command = [sys.executable, "-m", "adaptlab.arithmetic.finetuning_transfer", *words]
+    command = [sys.executable, "-m", "adaptlab", "transfer", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "tensors; the diff is" in done.stdout, done.stderr
     assert same(checkpoints.load_state(tmp_path / "out"),
@@ -428,6 +410,42 @@ def test_a_wrong_pair_is_noticed():
     assert done.relative > 1
 
 
+def test_a_swap_is_noticed():
+    "Of the two orders exactly one is warned of, whatever the scale."
+    bed = told.task(0, SMALL)
+    old, new, _ = (dict(m.state_dict()) for m in list(bed.model)[3:])
+    tuned = told.finetune(old, bed, SMALL, 0, 5e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        transfer_finetuning(old, tuned, new)
+        transfer_finetuning(old, tuned, old)
+    for scale in (1.0, 0.1):
+        with pytest.warns(UserWarning, match="were they swapped"):
+            transfer_finetuning(tuned, old, new, scale=scale)
+    first = dict(bed.model[0].state_dict())  # no proof: far versions, a short fine-tuning
+    with pytest.warns(UserWarning, match="too far apart"):
+        transfer_finetuning(first, told.finetune(first, bed, SMALL, 0, 5e-4), new)
+
+
+def test_the_same_function_in_another_order_gets_nothing():
+    "The target's hidden units permuted: its function stays, the transfer does nothing good."
+    bed = told.task(0, SMALL)
+    old, new, _ = (dict(m.state_dict()) for m in list(bed.model)[3:])
+    diff = diff_vector(old, told.finetune(old, bed, SMALL, 0, 5e-3))
+    p, q = (torch.randperm(128, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    moved = new | {"layers.0.weight": new["layers.0.weight"][p],
+                   "layers.0.bias": new["layers.0.bias"][p],
+                   "layers.1.weight": new["layers.1.weight"][q][:, p],
+                   "layers.1.bias": new["layers.1.bias"][q],
+                   "head.weight": new["head.weight"][:, q]}
+    x = bed.test[0]
+    torch.testing.assert_close(put_in(told._network(128), moved)(x),
+                               put_in(told._network(128), new)(x))
+    base, there, permuted = (told.score(w, bed.choose, SMALL) for w in (
+        new, apply_diff(new, diff), apply_diff(moved, diff)))
+    assert recovered_fraction(permuted, base, there) < 0.1 < 1 < there - base
+
+
 def test_not_strict_lists_what_it_leaves():
     target = {E: draw(2)[E], "w": torch.ones(7, 4), "only": torch.ones(3)}
     made = transfer_finetuning(draw(0), draw(1), target, strict=False)
@@ -492,10 +510,11 @@ def test_matrix():
     found = transfer_matrix(bases, tuned, lambda w: float(w["w"]))
     assert found.names == ["a", "b", "c"] and found.base == [0, 1, 2] and found.tuned == [10] * 3
     assert found.transferred[0] == [10, 11, 12] and found.recovered[2] == [0.8, 8 / 9, 1.0]
-    assert transfer_matrix(list(bases.values()), list(tuned.values()), lambda w: float(w["w"]),
-                           0.0).transferred[1] == [0, 1, 2]
+    assert transfer_matrix(bases, tuned, lambda w: float(w["w"]), 0.0).transferred[1] == [0, 1, 2]
     with pytest.raises(ValueError, match="one of each"):
         transfer_matrix(bases, {}, float)
+    with pytest.raises(ValueError, match="in one order"):
+        transfer_matrix({}, {}, float)
     with pytest.raises(ValueError, match="in one order"):
         transfer_matrix(bases, dict(reversed(tuned.items())), float)
 
@@ -602,16 +621,14 @@ def test_arms_are_what_they_are_called(short):
     bases = [dict(m.state_dict()) for m in bed.model[:-1]]
     train = partial(told.finetune, bed=bed, cfg=short, seed=0, lr=lr)
     tuned = [train(m.state_dict()) for m in bed.model]
-    arms = told._arms(short, 0, lr, tuned, short=False)
+    arms = told._arms(short, 0, lr, tuned, False)
     found = arms[arms["version"] == 3].set_index("method")["accuracy"]
     direct = iterative_recycling(bases, train, "direct")[-1]
     assert found["direct"] == told.score(direct, bed.test, short)
     assert found["standard"] == told.score(tuned[2], bed.test, short)
-    assert found["iterative from M3"] == found["standard"]  # only one version is left
-    moved = told.permuted(bases[0], 3)
-    x = bed.test[0]
-    torch.testing.assert_close(put_in(told._network(16), moved)(x), bed.model[0](x))
-    assert not torch.equal(moved["layers.1.weight"], bases[0]["layers.1.weight"])
+    five = told._arms(short, 0, lr, tuned, True).set_index("method")["accuracy"]["standard x 5"]
+    plain = train(bases[-1], steps=3 * short.training.steps)  # as many as there are versions
+    assert five == told.score(plain, bed.test, short)
 
 
 def test_the_claims_barrier_and_matrix(short):
@@ -642,8 +659,9 @@ def test_full_scale_path_with_tiny_models(tmp_path, recorded, monkeypatch):
         language=Training(steps=1, batch_size=2, lr=1e-3))
     run = start_run("finetuning_transfer", cfg, "full", root=tmp_path / "runs")
     report = experiment(cfg, run)
-    assert set(report.tables["released"]["method"]) == {"base", "diff", "own fine-tune",
-                                                       "old fine-tune"}
+    for way in ("recycling", "backporting"):
+        assert set(report.tables[way]["method"]) == {"base", "diff", "own fine-tune",
+                                                     "old fine-tune"}
     assert set(report.tables["controlled"]["method"]) == {
         *(f"{ft}M{i}" for i in (1, 2, 3) for ft in ("", "FT ")), "direct", "iterative",
         *(f"M{i} + M{j}" for i in (1, 2, 3) for j in (1, 2, 3) if i != j)}
