@@ -573,6 +573,9 @@ def task_vector(
 ) -> Mapping[str, Tensor]:  # the difference of every floating-point tensor
     """`tuned - base`. Integer tensors must be equal, and are not part of the result.
 
+    Swapped arguments are no error: the vector has the other sign. So give the names (the lesson
+    on fine-tuning transfer has `diff_vector(base, finetuned)`, with the base first).
+
     Raises `ValueError` for states that do not match, NaN or infinity.
     """
     states = [as_state(tuned), as_state(base)]
