@@ -120,7 +120,7 @@ def loss(
     with modules.modes_kept(model):
         return float(modules.cross_entropy(model.eval(), part))
 
-# %% ../../nbs/experiments/unified_view.ipynb #7bfa20d4
+# %% ../../nbs/experiments/unified_view.ipynb #2c9adb3e
 PA = partial(uv.DeltaConfig, init="lora", dim=30, position="post_out")
 TINY = 2  # length and width of the small budget
 RATES = (1e-2, 3e-2)
@@ -171,7 +171,7 @@ CASES = [
     Versus("at the large budget, the FFN is the better place", "PA ffn", "PA attn", "loss",
            "en-ro 36.4 vs 35.6 BLEU", "r = 200; its PA at attention stands before W_o"),
     Versus("at a tiny budget, the heads are the better place", "heads, tiny", "PA ffn, tiny",
-           "loss", "en-ro 35.3 vs 33.0 BLEU", "r = 30, 0.1 %"),
+           "loss", "en-ro 35.3 vs 33.0 BLEU", "r = 30, 0.1 %", "why is not known"),
     Versus("scaled addition beats addition", "scaled PA ffn", "PA ffn", "loss",
            "XSum 21.54 vs 20.98 R-2", "s = 4",
            "under Adam a scale is a learning rate, and each has its own"),
