@@ -157,7 +157,7 @@ def _comparable(state: LazyState, other: LazyState, dtype: torch.dtype) -> LazyS
     plain = LazyState(state.specs, state.read, state.aliases, state.label, about)
     return plain if all(kind(n) == s.dtype for n, s in state.specs.items()) else plain.cast(kind)
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #6fcc168c
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #d6858b91
 Vocab = Literal["zero-pad", "error"]
 
 
@@ -187,7 +187,7 @@ def diff_vector(
         raise ValueError("there is no floating-point tensor to compare: dequantise the models")
     return DiffVector(state, skipped)
 
-
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #f7d042c7
 def apply_diff(
     target: checkpoints.Source,  # another base; not changed
     diff: DiffVector,  # what to add
@@ -451,17 +451,19 @@ class Transfer:
         shares = {k: v / self.base[k] for k, v in self.moved.items() if self.base.get(k)}
         return sorted(shares.items(), key=lambda item: -item[1])[:n]
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #7c2c7c95
-def _nearer_to_tuned(base: LazyState, diff: LazyState, target: LazyState) -> bool:
-    "Whether a target is nearer to base + diff than to the base, by the first entries of tensors."
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #a32795e3
+def _warn_of_swap(base: LazyState, diff: LazyState, target: LazyState) -> None:
+    "Where a target is nearer to base + diff than to the base, by the first entries of tensors."
     product = square = 0.0
     for name in (n for n in diff if n in base and n in target):
         first = [next(iter(s.pieces(name, 2**16))).cpu().double() for s in (diff, base, target)]
         change, old, new = (t[: min(map(len, first))] for t in first)
         product, square = product + float(change @ (new - old)), square + float(change @ change)
-    return 2 * product > square
+    if 2 * product > square:
+        warnings.warn("the new base is nearer to the fine-tune than to the old base: were they "
+                      "swapped? If not, the bases may be too far apart for this diff", stacklevel=3)
 
-
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #1bcfa212
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -496,7 +498,7 @@ def _check(sources: Sequence[Any], states: Sequence[LazyState], vocab: str, stri
                          "tokens: a base must not have more than the fine-tune (strict=False "
                          "keeps the new base's)")
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #28c4da9a
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #b139367e
 def transfer_finetuning(
     source_base: checkpoints.Source,  # old base: a folder, a hub id (id@revision), a model, a dict
     source_ft: checkpoints.Source,  # its fine-tune
@@ -512,17 +514,13 @@ def transfer_finetuning(
     """`target + scale * (fine-tune - base)`: recycling, or backporting to an older target.
 
     Raises as `diff_vector`; ValueError for other architectures, ties or token ids, and for more
-    rows in a base than in the fine-tune. Warns if the diff is half as long as the base, and if
-    base and fine-tune seem to be swapped.
+    rows in a base than in the fine-tune. Warns of a diff half as long as the base, and of a swap.
     """
     sources = [_local(s) for s in (source_base, source_ft, target_base)]
     states = [checkpoints.open_state(s) for s in sources]
     _check(sources, states, vocab, strict)
     (base, tuned, target), meter = states, _Meter()
-    diff = diff_vector(base, tuned, vocab=vocab, strict=strict)
-    if _nearer_to_tuned(base, diff.state, target):
-        warnings.warn("the new base is nearer to the fine-tune than to the old base: were they "
-                      "swapped? If not, the bases may be too far apart for this diff", stacklevel=2)
+    _warn_of_swap(base, diff_vector(base, tuned, vocab=vocab, strict=strict).state, target)
     diff = diff_vector(meter.watch("base", base), tuned, vocab=vocab, strict=strict)
     diff = DiffVector(meter.watch("diff", diff.state), diff.skipped)
     new = apply_diff(target, diff, scale, vocab, strict, lazy=True)

@@ -302,11 +302,13 @@ def _digits(cfg: Config, run: Run, report: Report) -> None:
     report.figure("main", _main_figure(table, newest, _names(cfg)),
                   "Left: recovered share, mean of the seeds. Right: paired differences.")
 
-# %% ../../nbs/experiments/finetuning_transfer.ipynb #1697ba38
+# %% ../../nbs/experiments/finetuning_transfer.ipynb #709b1dfc
 _SOLVED, _ASKED = "openai/gsm8k@main#train", "openai/gsm8k@main#test"
 
 
-def read_number(said: str) -> str:
+def read_number(
+    said: str,  # an answer with its reasoning
+) -> str:  # the number that it ends with
     "What follows ####, else the last number; a next question that the model makes up is cut off."
     said = said.split("\nQuestion:")[0]
     found = evaluate.final_number(said, "####")
