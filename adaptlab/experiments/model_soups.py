@@ -4,15 +4,12 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'DIGIT_SHIFTS', 'RECIPES', 'FILES', 'MOVED', 'NARROW', 'FEW', 'CASES', 'LAWS', 'STARS', 'experiment', 'FULL',
-           'Config', 'draw_recipes', 'train_member', 'augment', 'Pictures', 'ClipClassifier', 'make_bed', 'measure']
+           'Config', 'draw_recipes', 'train_member', 'make_bed', 'measure']
 
-# %% ../../nbs/experiments/model_soups.ipynb #cf1d9531
+# %% ../../nbs/experiments/model_soups.ipynb #2f84ebb9
 import copy
-import json
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checkpoints, data, evaluate, models, modules, processes, shifts, stats
+from .. import checkpoints, evaluate, models, modules, processes, shifts, stats
 from ..arithmetic import model_soups as method
-from ..bench import plots, suites, testbeds
+from ..bench import plots, testbeds
 from ..bench.compare import Method, Versus, differences, sweep, versus
+from ..bench.pictures import ClipClassifier, Pictures, start_head
 from ..bench.report import Report
 from ..bench.runs import BaseConfig, Run, bounded, tracks
 from ..bench.testbeds import Bed
@@ -140,113 +138,7 @@ def _digits(cfg: Config, seed: int) -> Bed:
     bed.model.to(modules.resolve_device(cfg.device))
     return bed
 
-# %% ../../nbs/experiments/model_soups.ipynb #70579109
-def augment(
-    images: Sequence[np.ndarray],  # uint8 [H, W, 3] each
-    ops: int,  # operations per image, drawn anew for each
-    strength: int,  # their magnitude, up to 30
-    finish: Callable,  # the model's image processor
-    **options: Any,  # of `finish`
-) -> Any:  # what `finish` makes of the changed images
-    "An image processor with RandAugment's operations before it."
-    from PIL import Image, ImageEnhance, ImageOps
-
-    known = {
-        "rotate": lambda im, m: im.rotate(30 * m),
-        "shear x": lambda im, m: im.transform(im.size, 0, (1, 0.3 * m, 0, 0, 1, 0)),
-        "shear y": lambda im, m: im.transform(im.size, 0, (1, 0, 0, 0.3 * m, 1, 0)),
-        "shift x": lambda im, m: im.transform(im.size, 0, (1, 0, 0.45 * m * im.width, 0, 1, 0)),
-        "shift y": lambda im, m: im.transform(im.size, 0, (1, 0, 0, 0, 1, 0.45 * m * im.height)),
-        "autocontrast": lambda im, m: ImageOps.autocontrast(im),
-        "equalize": lambda im, m: ImageOps.equalize(im),
-        "posterize": lambda im, m: ImageOps.posterize(im, 8 - int(4 * abs(m))),
-        "solarize": lambda im, m: ImageOps.solarize(im, int(255 * (1 - abs(m))))}
-    for name in ("Brightness", "Color", "Contrast", "Sharpness"):
-        known[name] = lambda im, m, n=name: getattr(ImageEnhance, n)(im).enhance(1 + 0.9 * m)
-    rng = np.random.default_rng(torch.randint(2**31, ()).item())
-    changed = [Image.fromarray(pixels) for pixels in images]
-    for i in range(len(changed)):
-        for name in rng.choice(list(known), ops):
-            changed[i] = known[name](changed[i], strength / 30 * float(rng.choice((-1, 1))))
-    return finish(changed, **options)
-
-# %% ../../nbs/experiments/model_soups.ipynb #52d19029
-class Pictures(suites.Photos):
-    "Photographs of a folder with a folder per class, read by several threads."
-
-    def __init__(
-        self,
-        folder: Path,  # a folder per class, and perhaps a classes.json
-        processor: Any,  # image processor of the model
-        workers: int = 1,  # threads that read
-        classes: Sequence[str] | None = None,  # of the network; None: those of the folder
-        rows: Any = None,  # a part of the folder; None: all
-    ):
-        rows = data.load(folder, ("image", "label"), split="train") if rows is None else rows
-        super().__init__(rows, torch.tensor(rows["label"][:]), processor)
-        self.workers, self.names = workers, rows.features["label"].names
-        told = folder / "classes.json"
-        told = json.loads(told.read_text("utf-8")) if told.is_file() else {}
-        number = {c: i for i, c in enumerate(classes or self.names)}
-        meant = [told.get(c, [c]) for c in self.names]
-        if unknown := sorted({m for group in meant for m in group} - number.keys()):
-            raise ValueError(f"{folder}: the training set has no classes {unknown[:5]}; a "
-                             "classes.json there can translate them")
-        self.groups = [[number[m] for m in group] for group in meant]
-
-    def augmented(self, ops: int, strength: int) -> "Pictures":
-        "The same images under so many random operations, of a magnitude up to 30."
-        other = copy.copy(self)
-        other.processor = partial(augment, ops=ops, strength=strength, finish=self.processor)
-        return other
-
-    def pixels(self, indices: Sequence[int]) -> Tensor:
-        "A batch as the model takes it."
-        parts = [p for p in np.array_split(np.asarray(indices), self.workers) if len(p)]
-        with ThreadPoolExecutor(self.workers) as pool:
-            return torch.cat(list(pool.map(super().pixels, parts)))
-
-# %% ../../nbs/experiments/model_soups.ipynb #49d5552f
-class _Features(nn.Module):
-    "CLIP's image encoder: unit vectors [N, d]."
-
-    def __init__(self, clip: nn.Module):
-        super().__init__()
-        self.encoder, self.projection = clip.vision_model, clip.visual_projection
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.projection(self.encoder(pixel_values=x).pooler_output), dim=-1)
-
-
-class ClipClassifier(nn.Sequential):
-    "CLIP's image encoder, and a linear head on its normalised features."
-
-    def __init__(
-        self,
-        clip: nn.Module,  # CLIPModel
-        n_classes: int,  # of the head
-    ):
-        head = nn.Linear(clip.visual_projection.out_features, n_classes)
-        super().__init__(OrderedDict(body=_Features(clip), head=head))
-
-
-def _probe(cfg: Config, model: ClipClassifier, samples: Any) -> None:
-    "Start the head by logistic regression on the frozen features, solved to the end."
-    x, head = _outputs(cfg, model.body, samples), copy.deepcopy(model.head).cpu()
-    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
-    solver = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        solver.zero_grad()
-        penalty = cfg.probe_l2 * head.weight.square().sum()
-        loss = F.cross_entropy(head(x), _labels(samples)) + penalty
-        loss.backward()
-        return loss.detach()
-
-    solver.step(closure)
-    model.head.load_state_dict(head.state_dict())
-
-# %% ../../nbs/experiments/model_soups.ipynb #241cf261
+# %% ../../nbs/experiments/model_soups.ipynb #afdb2d13
 def _images(cfg: Config, seed: int) -> Bed:
     "A folder of image folders and a CLIP model, its head started by a linear probe."
     from transformers import CLIPImageProcessor
@@ -265,7 +157,7 @@ def _images(cfg: Config, seed: int) -> Bed:
     test = {n: Pictures(root / f, see, cfg.workers, pool.names)
             for n, f in [("task", "val"), *zip(moved, moved, strict=True)]}
     model = ClipClassifier(clip, len(pool.names)).to(modules.device_of(clip)).eval()
-    _probe(cfg, model, parts[0])
+    start_head(model, _outputs(cfg, model.body, parts[0]), parts[0].labels, cfg.probe_l2)
     return Bed(model, *parts, test, name="images")
 
 

@@ -11,7 +11,8 @@ from adaptlab import recipes
 from adaptlab.arithmetic.model_soups import (
     LearnedSoup, greedy_soup, logit_ensemble, recalibrate_batchnorm, uniform_soup)
 from adaptlab.bench.runs import launch
-from adaptlab.experiments.model_soups import FULL, SMALL, ClipClassifier
+from adaptlab.bench.pictures import ClipClassifier
+from adaptlab.experiments.model_soups import FULL, SMALL
 from gpu.card import DEVICE
 
 

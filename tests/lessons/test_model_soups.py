@@ -753,14 +753,3 @@ def test_full_on_a_tiny_clip(tiny_clip, tmp_path) -> None:
     bed = lab.make_bed(cfg, 0)
     assert bed.test["fewer"].groups == [[0], [2]] or len(bed.test["fewer"].groups) == 2
     assert sorted(map(len, bed.test["renamed"].groups)) == [1, 2]
-
-
-def test_image_operations_keep_size_and_mode() -> None:
-    "All thirteen of them, in both directions, at the largest magnitude."
-    pixels = [np.random.default_rng(i).integers(0, 255, (32, 30, 3)).astype(np.uint8)
-              for i in range(20)]
-    torch.manual_seed(0)
-    changed = lab.augment(pixels, 13, 30, list)
-    assert all(im.size == (30, 32) and im.mode == "RGB" for im in changed)
-    assert not np.array_equal(changed[0], pixels[0])
-    assert all(map(np.array_equal, lab.augment(pixels, 0, 30, list), pixels))
