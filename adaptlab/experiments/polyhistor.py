@@ -359,7 +359,7 @@ def _trained(model: nn.Module) -> int:
     return sum(p.numel() for name, p in model.named_parameters()
                if p.requires_grad and "decoders." not in name)
 
-# %% ../../nbs/experiments/polyhistor.ipynb #1729c270
+# %% ../../nbs/experiments/polyhistor.ipynb #4f3ae500
 def _score(found: Mapping[str, float], work: Work) -> float:
     "Mean logarithm of the figures, errors with a minus: differences are relative gains."
     logs = [math.log(max(found[n], 1e-9)) * (1 if t.measure == "miou" else -1)
@@ -384,27 +384,28 @@ def _kept(table: pd.DataFrame, method: str, share: float) -> stats.Estimate:
     return stats.over_seeds((gain[method] - share * gain["hyperformer"]).to_numpy())
 
 
+_PARTS = "what each task loses stands below; why is not tested"
 CASES = [
     Versus("adapting helps: Lite beats decoders alone", "lite", "decoders", "delta_m", "", "",
-           "in some seeds its class task fails, see below"),
+           _PARTS),
     Versus("Lite beats plain adapters for each task", "lite",
-           "adapter", "delta_m", "Polyhistor +2.34, adapter -2.71", "a later paper's table",
-           "in some seeds its class task fails, see below"),
+           "adapter", "delta_m", "Polyhistor +2.34, adapter -2.71", "a later paper; not Lite",
+           _PARTS),
     Versus("Lite beats LoRA of rank 1 for each task", "lite", "LoRA r=1",
            "delta_m", "", "not at such sizes in the paper",
-           "in some seeds its class task fails, see below"),
+           _PARTS),
     Versus("Lite beats one adapter that all tasks share", "lite", "shared adapter", "delta_m", "",
-           "", "in some seeds its class task fails, see below"),
+           "", _PARTS),
     Versus("learned scaling kernels beat the identity", "lite", "lite, S=I", "delta_m", "",
-           "section 4.2", "a template for each group may be enough here (a guess)"),
+           "section 4.2", "one template for all groups may be enough here (a guess)"),
     Versus("generated templates beat free ones with scaling kernels", "lite", "templates",
-           "delta_m", "", "section 4.1", "in some seeds its class task fails, see below"),
+           "delta_m", "", "section 4.1", _PARTS),
     Versus("Lite at a third of its rate beats Lite", "lite, slow", "lite", "delta_m", "",
            "not compared in the paper; added after the results",
            "the runs differ widely from seed to seed"),
     Versus("Lite beats full fine-tuning of a model for each task", "lite", "full, single",
-           "delta_m", "Polyhistor +2.34", "a later paper's table",
-           "in some seeds its class task fails, see below"),
+           "delta_m", "Polyhistor +2.34", "a later paper; not Lite",
+           _PARTS),
 ]
 
 

@@ -82,7 +82,7 @@ class _Map(nn.Module):
         flat = e @ self.first
         return (flat if self.kind == "full" else flat @ self.second).unflatten(-1, self.shape)
 
-# %% ../../nbs/modular/02_polyhistor.ipynb #1ffcf96e
+# %% ../../nbs/modular/02_polyhistor.ipynb #94809465
 class DecomposedHyperNetwork(nn.Module):
     """Adapter matrices from a task's and a layer's embedding (section 4.1).
 
@@ -103,8 +103,8 @@ class DecomposedHyperNetwork(nn.Module):
         self.task = nn.Parameter(torch.randn(tasks, k))
         self.layer = nn.Parameter(torch.randn(len(self.shapes), k))
         self.mlp = nn.Sequential(nn.Linear(2 * k, k), nn.ReLU(), nn.Linear(k, k))
-        for linear, scale in ((self.mlp[0], math.sqrt(1 / k)), (self.mlp[2], math.sqrt(1 / k))):
-            nn.init.normal_(linear.weight, std=scale)
+        for linear in (self.mlp[0], self.mlp[2]):
+            nn.init.normal_(linear.weight, std=math.sqrt(1 / k))
             nn.init.zeros_(linear.bias)
         kind = "full" if rank is None else decomposition
         self.maps = nn.ModuleDict()
@@ -299,7 +299,7 @@ def _adapted(backbone: nn.Module, sites: list[str], branches: list[Branch]) -> I
             stack.callback(hook.remove)
         yield
 
-# %% ../../nbs/modular/02_polyhistor.ipynb #2794d195
+# %% ../../nbs/modular/02_polyhistor.ipynb #1f7ec8cd
 class PolyhistorModel(nn.Module):
     """A frozen backbone, generated adapters, and a decoder for each task (section 4.3).
 
@@ -345,7 +345,7 @@ class PolyhistorModel(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # images [B, channels, H, W]
+        x: Tensor,  # images [B, channels, *grid]
         tasks: Sequence[str] | None = None,  # which; None: all
     ) -> dict[str, Tensor]:  # task -> what its decoder makes
         "All these tasks in one pass of the backbone."
@@ -406,7 +406,7 @@ def count_parameters(
     return {part: sum(p.numel() for p in (getattr(model, part) or nn.Module()).parameters()
                       if p.requires_grad) for part in ("adapters", "decoders", "backbone")}
 
-# %% ../../nbs/modular/02_polyhistor.ipynb #77add3ff
+# %% ../../nbs/modular/02_polyhistor.ipynb #d4ad4bad
 class MLPDecoder(nn.Module):
     "A light decoder for dense tasks: one projection per stage, sum, GELU, projection."
 
@@ -422,14 +422,14 @@ class MLPDecoder(nn.Module):
         self.out, self.unit = None if hidden is None else nn.Conv2d(hidden, out, 1), unit
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        "Feature maps [B, d, h, w], finest first, to [B, out, h, w] of the finest."
+        "Feature maps [B, d, *grid], finest first, to [B, out, *grid] of the finest."
         size = maps[0].shape[-2:]
         z = sum(F.interpolate(stage(f), size, mode="nearest")
                 for stage, f in zip(self.stages, maps, strict=True))
         y = z if self.out is None else self.out(F.gelu(z))
         return F.normalize(y.float(), dim=1) if self.unit else y
 
-# %% ../../nbs/modular/02_polyhistor.ipynb #d143cbd3
+# %% ../../nbs/modular/02_polyhistor.ipynb #3a58d516
 def _like(y: Tensor, size: Sequence[int]) -> Tensor:
     "Outputs on the labels' grid, in float32."
     y = y.float()
@@ -438,8 +438,8 @@ def _like(y: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def segmentation_loss(
-    logits: Tensor,  # [B, classes, h, w]
-    labels: Tensor,  # int64 [B, H, W]; negative or 255: unknown
+    logits: Tensor,  # [B, classes, *grid]
+    labels: Tensor,  # int64 [B, *fine grid]; negative or 255: unknown
 ) -> Tensor:  # scalar
     "Mean cross-entropy over the places with a label."
     known = (labels >= 0) & (labels != 255)
@@ -449,8 +449,8 @@ def segmentation_loss(
 
 
 def regression_loss(
-    found: Tensor,  # [B, channels, h, w]
-    target: Tensor,  # [B, channels, H, W]; NaN: unknown
+    found: Tensor,  # [B, channels, *grid]
+    target: Tensor,  # [B, channels, *fine grid]; NaN: unknown
 ) -> Tensor:  # scalar
     "Mean absolute error over what is known."
     known = target.isfinite()
@@ -459,8 +459,8 @@ def regression_loss(
 
 
 def normals_loss(
-    found: Tensor,  # [B, 3, h, w], any length
-    target: Tensor,  # [B, 3, H, W] of length 1; all zeros: unknown
+    found: Tensor,  # [B, 3, *grid], any length
+    target: Tensor,  # [B, 3, *fine grid] of length 1; all zeros: unknown
 ) -> Tensor:  # scalar
     "One minus the cosine of the angle, over the places with a normal."
     known = target.norm(dim=1) > 0.5
