@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Grid', 'Relaxation', 'Scope', 'Sharing', 'module_grid', 'top_gates', 'DifferentialAdaptationMatrix',
            'GatedLoRALinear', 'DiffoRAConfig', 'attach_supernet', 'gated', 'Batches', 'halves', 'hyper_gradient',
-           'SearchHistory', 'search', 'discretize', 'count_pairs', 'super_weights', 'build_adapted_model', 'relu_gram',
-           'module_grams', 'ntk_min_eigenvalue']
+           'SearchHistory', 'search', 'discretize', 'super_weights', 'build_adapted_model', 'relu_gram', 'module_grams',
+           'ntk_min_eigenvalue']
 
 # %% ../../nbs/lowrank/06_diffora.ipynb #1ac54b97
 import math
@@ -51,7 +51,7 @@ def module_grid(
                          "target_modules that every block has")
     return {t: [named[b, t] for b in blocks] for t in types}
 
-# %% ../../nbs/lowrank/06_diffora.ipynb #25d62c21
+# %% ../../nbs/lowrank/06_diffora.ipynb #82401cc5
 Relaxation = Literal["sigmoid", "softmax"]
 Scope = Literal["layer", "global"]
 Sharing = Literal["type", "none", "A", "B"]
@@ -67,7 +67,7 @@ def top_gates(
     rho: float = 0.5,  # share that is kept, 0 < rho <= 1; at least one
     scope: Scope = "layer",  # of each column, or "global": of all
 ) -> Tensor:  # bool [N, L]
-    "The largest gates, by a stable sort (stage 3). ValueError for a share outside of (0, 1]."
+    "The largest gates, by a stable sort. ValueError for a share outside of (0, 1]."
     _one_of("scope", scope, Scope)
     if not 0 < rho <= 1:
         raise ValueError(f"rho = {rho!r}: the share of modules to keep must lie in (0, 1]")
@@ -79,7 +79,7 @@ def top_gates(
 
 
 class DifferentialAdaptationMatrix(nn.Module):
-    """One gate per type of module and block, relaxed or rounded (stages 1 and 3).
+    """One gate per type of module and block, relaxed or rounded.
 
     Raises ValueError for no modules, no blocks, or an unknown relaxation.
     """
@@ -109,17 +109,11 @@ class DifferentialAdaptationMatrix(nn.Module):
         "What multiplies the changes now."
         return self.relaxed() if self.mask is None else self.mask.to(self.logits)
 
-    def gate(self, n: int, layer: int) -> Tensor:  # scalar
-        "One entry of `gates`."
-        if self.mask is None and self.relaxation == "sigmoid":
-            return torch.sigmoid(self.logits[n, layer])
-        return self.gates()[n, layer]
-
     def discretize(self, rho: float = 0.5, scope: Scope = "layer") -> Tensor:  # bool [N, L]
         "The mask of the largest gates, by `top_gates`; nothing is changed."
         return top_gates(self.relaxed(), rho, scope)
 
-# %% ../../nbs/lowrank/06_diffora.ipynb #71bcb81d
+# %% ../../nbs/lowrank/06_diffora.ipynb #7336f931
 class GatedLoRALinear(adapters.LoraAdapter):
     """W x + gate * scaling * B A x. Raises as `adapters.LoraAdapter`."""
 
@@ -141,7 +135,7 @@ class GatedLoRALinear(adapters.LoraAdapter):
         if self.place is None:
             return torch.as_tensor(self.gate).to(self.B)
         dam, n, layer = self.place
-        return dam.gate(n, layer).to(self.B)
+        return dam.gates()[n, layer].to(self.B)
 
     def forward(self, x: Tensor, base_output: Tensor) -> Tensor:
         "The gate multiplies the narrow side: rank numbers per token."
@@ -358,7 +352,7 @@ def _gate_step(losses: Iterable[Callable], theta: list[Tensor], gates: torch.opt
     logits.grad = None
     return value
 
-# %% ../../nbs/lowrank/06_diffora.ipynb #ea0ed048
+# %% ../../nbs/lowrank/06_diffora.ipynb #b112f3d0
 def search(
     model: nn.Module,  # from `attach_supernet`; its pairs are trained in place
     dam: DifferentialAdaptationMatrix,  # its gates; trained in place
@@ -373,7 +367,7 @@ def search(
     second_order: bool = False,  # look through one step of the weights: three passes more
     weight_decay: float = 0.0,  # of the weights; the gates never decay
 ) -> SearchHistory:  # losses, and gates over time
-    """Alternate: gates on validation batches, weights on training batches (stage 2).
+    """Alternate: gates on validation batches, weights on training batches.
 
     Raises ValueError for gates that were searched or rounded before, warmup >= steps, an empty
     loader; FloatingPointError with the step for a loss that is not finite.
@@ -400,14 +394,14 @@ def search(
     dam.searched = True
     return history
 
-# %% ../../nbs/lowrank/06_diffora.ipynb #c64eb7f2
+# %% ../../nbs/lowrank/06_diffora.ipynb #9adec7e6
 def discretize(
     model: nn.Module,  # from `attach_supernet`; runs with zeros and ones from now on
     dam: DifferentialAdaptationMatrix,  # its gates
     rho: float = 0.5,  # share that is kept
     scope: Scope = "layer",  # of each block, or "global"
 ) -> Tensor:  # bool [N, L]
-    "Round the gates (stage 3). Warns before a search; ValueError if they are discrete already."
+    "Round the gates. Warns before a search; ValueError if they are discrete already."
     gated(model, dam)
     if dam.mask is not None:
         raise ValueError("the gates are discrete already: detach(model), attach a new super-net")
@@ -417,7 +411,7 @@ def discretize(
     dam.mask = dam.discretize(rho, scope)
     return dam.mask
 
-# %% ../../nbs/lowrank/06_diffora.ipynb #231b09c4
+# %% ../../nbs/lowrank/06_diffora.ipynb #21c9ce7a
 def _groups(model: nn.Module, grid: Grid, mask: Tensor) -> tuple[list[str], list[list[str]]]:
     "Names of the selected modules; the others in groups of one type and shape."
     if mask.dtype != torch.bool or mask.shape != (len(grid), len(next(iter(grid.values())))):
@@ -431,25 +425,6 @@ def _groups(model: nn.Module, grid: Grid, mask: Tensor) -> tuple[list[str], list
             (own if mask[n, layer] else others.setdefault((kind, *sides), [])).append(name)
     return own, list(others.values())
 
-
-def count_pairs(
-    model: nn.Module,  # without adapters
-    mask: Tensor,  # bool [N, L]
-    config: DiffoRAConfig,  # rank, sharing, targets
-) -> int:  # trained numbers of `build_adapted_model`, without a head
-    "Own pairs, and what the others share. ValueError for a mask of another shape."
-    own, groups = _groups(model, module_grid(model, config.target_modules), mask)
-
-    def sides(name: str) -> dict[str, int]:
-        i, o = adapters.layer_features(model.get_submodule(name))
-        return {"A": config.r * i, "B": config.r * o}
-
-    total = sum(sum(sides(name).values()) for name in own)
-    for group in groups if config.sharing != "none" else ():
-        for factor, size in sides(group[0]).items():
-            total += size * (1 if config.sharing in ("type", factor) else len(group))
-    return total
-
 # %% ../../nbs/lowrank/06_diffora.ipynb #da526f5b
 def super_weights(
     model: nn.Module,  # from `attach_supernet`, searched
@@ -460,7 +435,7 @@ def super_weights(
     return {name: (a.A.detach().clone(), gates[a.place[1], a.place[2]] * a.B.detach())
             for name, a in gated(model, dam).items()}
 
-# %% ../../nbs/lowrank/06_diffora.ipynb #a0ef6d11
+# %% ../../nbs/lowrank/06_diffora.ipynb #a48e32ad
 def build_adapted_model(
     base: nn.Module,  # without adapters; changed in place
     mask: Tensor,  # bool [N, L]
@@ -468,7 +443,7 @@ def build_adapted_model(
     also_train: Iterable[str] = (),  # modules trained in full, such as a head
     inherit: Mapping[str, tuple[Tensor, Tensor]] | None = None,  # from `super_weights`; None: fresh
 ) -> nn.Module:  # the same model with LoRA pairs, to be trained
-    """Pairs for the selected modules, shared ones for the rest (stage 4).
+    """Pairs for the selected modules, shared ones for the rest.
 
     Shared pairs always start fresh. Raises ValueError for a mask of another shape or a rank other
     than the inherited one's, and as `adapters.attach`.
@@ -506,14 +481,12 @@ def relu_gram(
     cosine = cosine.where(~torch.eye(len(X), dtype=torch.bool, device=X.device), 1.0)
     return inner * (math.pi - cosine.arccos()) / (2 * math.pi)
 
-# %% ../../nbs/lowrank/06_diffora.ipynb #f9ad033e
+# %% ../../nbs/lowrank/06_diffora.ipynb #31121d5a
 def module_grams(
     model: nn.Module,  # with adapters
     batch: Any,  # (x, y) or dict with labels, at most 64 samples
-    scalar: Callable[[Tensor, Tensor], Tensor] | None = None,  # (logits, labels) -> [n];
-    # None: the logit of the label
 ) -> dict[str, Tensor]:  # adapted layer -> float64 [n, n] on the CPU
-    "J J^T of each adapter's own parameters. ValueError for more than 64 samples."
+    "J J^T of each adapter's parameters, J of the label's logit. ValueError for over 64 samples."
     labels = modules.labels_of(batch)
     if len(labels) > 64:
         raise ValueError(f"{len(labels)} samples: a pass back is needed for each, give at most 64")
@@ -524,7 +497,7 @@ def module_grams(
         model.eval()
         logits = modules.logits_of(modules.call(model, batch))
         labels = labels.to(logits.device)
-        out = (scalar(logits, labels) if scalar else logits.gather(1, labels[:, None])[:, 0])
+        out = logits.gather(1, labels[:, None])[:, 0]
         rows: dict[int, list[Tensor]] = {id(p): [] for p in flat}
         for one in out:
             grads = torch.autograd.grad(one, flat, retain_graph=True, materialize_grads=True)
