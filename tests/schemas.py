@@ -323,7 +323,8 @@ MODELS = {  # base models that presets name
         "unnatural-instructions", "flan-v2")),
     "meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B-Instruct", "allenai/OLMo-2-1124-7B",
     "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "microsoft/swin-tiny-patch4-window7-224",
+    "microsoft/swin-tiny-patch4-window7-224", "meta-llama/Llama-2-13b-hf", "facebook/bart-large",
+    "facebook/mbart-large-cc25",
     "microsoft/resnet-18", "microsoft/resnet-50", "microsoft/resnet-101",
     "timm/efficientnet_b4.ra2_in1k",
 }
