@@ -61,7 +61,7 @@ test-gpu: $(STAMPS)/models  ## run the tests that need a GPU
 	@HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" \
 	  $(BIN)/python -m pytest -p no:xdist -p no:nbval -p no:benchmark tests/gpu $(ARGS)
 
-BENCH = HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" \
+BENCH = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" \
 	  $(BIN)/python -m pytest -q -p no:xdist -p no:nbval --benchmark-quiet
 
 bench: $(STAMPS)/models  ## measure the methods against their references; ends with one table

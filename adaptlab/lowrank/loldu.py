@@ -49,7 +49,8 @@ def ldu(
     k, order = min(W.shape), list(range(len(W)))
     for row, other in enumerate((exchanges - 1).tolist()):
         order[row], order[other] = order[other], order[row]
-    L = packed[:, :k].tril(-1) + torch.eye(len(W), k, dtype=W.dtype, device=W.device)
+    L = packed[:, :k].tril(-1)
+    L.diagonal().fill_(1)
     U = packed[:k].triu()
     d = U.diagonal().clone()
     zero = d == 0
@@ -57,7 +58,7 @@ def ldu(
     if noise.any():
         warnings.warn(f"{int(noise.sum())} of {k} pivots are zero, or rounding noise: the weight "
                       "has not full rank", stacklevel=2)
-    U = U / torch.where(zero, torch.ones_like(d), d)[:, None]
+    U /= torch.where(zero, torch.ones_like(d), d)[:, None]
     U[zero] = torch.eye(k, W.shape[1], dtype=W.dtype, device=W.device)[zero]
     return LDU(torch.tensor(order, device=W.device), L, d, U)
 

@@ -2,15 +2,13 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 import warnings
 from functools import partial
 
 import pytest
 import tiny_models
 import torch
+import two_processes
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -552,20 +550,7 @@ if processes.is_main():
 
 
 def test_two_processes_train_as_one(tmp_path, capsys):
-    def said(text):
-        (line,) = [s for s in text.splitlines() if s.startswith("logits")]
-        return torch.tensor([float(v) for v in line.split()[1:]])
-
-    file = tmp_path / "train.py"
-    file.write_text(TRAIN)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               "2", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    exec(compile(TRAIN, "train.py", "exec"), {})
-    torch.testing.assert_close(said(done.stdout), said(capsys.readouterr().out), rtol=1e-3,
-                               atol=1e-4)
+    two_processes.assert_alike(TRAIN, tmp_path, capsys)
 
 
 def test_lora_starts_alike_with_and_without_modulators():

@@ -2,16 +2,14 @@
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
 import peft
 import pytest
 import torch
+import two_processes
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
@@ -422,20 +420,7 @@ if processes.is_main():
 
 def test_two_processes_train_as_one(tmp_path, capsys):
     "Prefixes whose MLP is shared by blocks, an adapter and LoRA, under DDP."
-    def said(text):
-        (line,) = [s for s in text.splitlines() if s.startswith("logits")]
-        return torch.tensor([float(v) for v in line.split()[1:]])
-
-    file = tmp_path / "train.py"
-    file.write_text(TRAIN)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               "2", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    exec(compile(TRAIN, "train.py", "exec"), {})
-    torch.testing.assert_close(said(done.stdout), said(capsys.readouterr().out), rtol=1e-3,
-                               atol=1e-4)
+    two_processes.assert_alike(TRAIN, tmp_path, capsys)
 
 
 # the library on PyPI
