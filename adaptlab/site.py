@@ -628,14 +628,14 @@ def home_cards(
     pictures: dict[str, str],  # slug -> address of the picture of its lesson
 ) -> str:  # Markdown
     "The chapters of the home page: a question, then a card for every paper."
-    minutes, parts = {}, []
+    minutes, parts, compared = {}, [], chapters_compared(root)
     for p in lessons_written(root):
         minutes[p.slug] = reading_minutes(read_notebook(root / "nbs" / p.notebook))
     for chapter in catalog.chapters():
         papers = [p for p in catalog.papers() if p.chapter == chapter.slug]
         cards = "\n".join(_card(p, pictures.get(p.slug), minutes.get(p.slug)) for p in papers)
         parts.append(f"### {chapter.title} {{#{chapter.slug}}}\n\n*{chapter.question}*")
-        if chapter in chapters_compared(root):
+        if chapter in compared:
             parts[-1] += f" [All its methods on one bed](chapters/{chapter.slug}.qmd)"
         parts.append(_raw(f'<div class="lesson-cards">\n{cards}\n</div>'))
     return "\n\n".join(parts)
@@ -646,13 +646,14 @@ def sidebar(
 ) -> dict:  # for sidebar.yml
     "The order of the pages, from the catalogue: it also gives the previous and next links."
     lessons, contents = lessons_written(root), ["index.qmd"]
+    compared = chapters_compared(root)
     for chapter in catalog.chapters():
         pages = [
             {"text": p.short_title, "href": p.page.replace(".html", ".qmd")}
             for p in lessons
             if p.chapter == chapter.slug
         ]
-        if chapter in chapters_compared(root):
+        if chapter in compared:
             pages.append({"text": "Compared", "href": f"chapters/{chapter.slug}.qmd"})
         contents += [{"section": chapter.title, "contents": pages}] if pages else []
     contents.append({"text": "Scoreboard", "href": "scoreboard.qmd"})
