@@ -28,7 +28,7 @@ setup(
     author_email=cfg["author_email"],
     url=cfg["git_url"],
     packages=find_packages(include=["adaptlab", "adaptlab.*"]),
-    package_data={"adaptlab": ["*.json"]},
+    package_data={"adaptlab": ["*.json"], "adaptlab.bench": ["*.csv"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=requirements("requirements"),
     extras_require=extras,

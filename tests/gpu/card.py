@@ -1,18 +1,20 @@
 """What the tests on a GPU share: where they run, random models of real shapes, clocks, the table.
 
 A test builds what it needs on `DEVICE`, from random weights, and downloads nothing. What it
-measures becomes a row of the table that `make test-gpu` ends with (card, what, seconds, GiB,
-counted, measured, ratio, bound):
+measures becomes a row of the table that `make test-gpu` ends with, under the test's lesson:
 
-    from gpu.card import DEVICE, clock, in_turn, llama, row, token_ids
+    from gpu.card import DEVICE, clock, full, in_turn, llama, row, token_ids
 
     def test_step_against_lora():
         ours, lora = in_turn(step, lora_step)  # seconds per call, in turn
-        row("NeuroAda k = 1, step", ours, reference=lora, bound=1.1)
-        row("FULL, one step", *clock(step), counted="31 GiB", measured="29.8 GiB")
+        row("step, k = 1", ours, reference=lora, against="LoRA, r = 16", bound=1.1)
+
+    def test_full_shape():
+        full("a step, 16 x 512 tokens", model, batch, step)  # counted by bench.cost, and measured
 
 Bounds are ratios, with 5 % for noise. With ADAPTLAB_TEST_GPU=cpu the tests run on the CPU, with
-toy shapes and without bounds: so a test can be written where there is no GPU.
+toy shapes and without bounds: so a test can be written where there is no GPU. ADAPTLAB_RECORD
+names a CSV file for the rows: `adaptlab/bench/card.csv` is what the lessons show.
 """
 
 import gc
@@ -20,10 +22,14 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from adaptlab import adapters
+from adaptlab.bench import cost
 
 DRY = os.environ.get("ADAPTLAB_TEST_GPU") == "cpu"  # the code is tried, nothing is measured
 DEVICE = "cpu" if DRY else "cuda"
@@ -42,47 +48,88 @@ SHAPES = {  # vocabulary, width, feed-forward, layers, heads, shared keys, tied 
 class Row(NamedTuple):
     "One line of the table."
 
+    paper: str  # the lesson
     what: str
-    seconds: float | None
-    gib: float | None
-    counted: str
-    measured: str
-    ratio: float | None
-    bound: float | None
+    seconds: float | None = None
+    counted_seconds: float | None = None
+    gib: float | None = None
+    counted_gib: float | None = None
+    against: str = ""
+    ratio: float | None = None
+    bound: float | None = None
 
 
 def row(
-    what: str,  # what was done, in a few words
+    what: str,  # what was done, in a few words; the lesson's name is added
     seconds: float | None = None,  # that it took
-    gib: float | None = None,  # most memory that it held
+    gib: float | None = None,  # most memory that was held
     *,
     reference: float | None = None,  # seconds (or GiB, without seconds) of what it is compared with
+    against: str = "",  # what that is
     bound: float | None = None,  # largest ratio to the reference
-    counted: str = "",  # what `bench.cost` says beforehand, with its unit
-    measured: str = "",  # the same, measured
+    counted: tuple[float | None, float | None] = (None, None),  # seconds and GiB, beforehand
 ) -> None:
     "Record a row; AssertionError if the ratio is above its bound by more than noise."
+    test = os.environ["PYTEST_CURRENT_TEST"].partition("::")[0]
     ours = seconds if seconds is not None else gib
     ratio = None if reference is None else ours / reference
-    ROWS.append(Row(what, seconds, gib, counted, measured, ratio, bound))
+    ROWS.append(Row(Path(test).stem.removeprefix("test_"), what, seconds, counted[0], gib,
+                    counted[1], against, ratio, bound))
     if not DRY and bound is not None:
         assert ratio <= bound * (1 + NOISE), f"{what}: {ratio:.3f} times, bound {bound}"
 
 
+def name() -> str:
+    "Of the card, as its driver says it."
+    return "the CPU in its place" if DRY else torch.cuda.get_device_name()
+
+
+def machine() -> cost.Machine:
+    "What `bench.cost` knows of this card; an H100 where it knows nothing."
+    return next((m for m in (cost.H200, cost.A100) if m.name in name()), cost.H100)
+
+
+def full(
+    what: str,  # what a step is: its shape in a few words
+    model: nn.Module,  # on DEVICE, as FULL trains it: what is trained requires gradients
+    batch: Any,  # what `modules.call` takes: the inputs of one step
+    step: Callable[[], Any],  # forward, backward, update
+    *,
+    autocast: torch.dtype | None = None,  # that the step uses: activations are counted under it
+    rounds: int = 5,
+) -> None:
+    "A row with the seconds and GiB of a step of FULL, counted by `bench.cost` beside measured."
+    trainable = sum(p.numel() for p in adapters.trainable_parameters(model))
+    with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
+        found = cost.needs(model, flops=cost.forward_flops(model, batch, 1), trained=1,
+                           trainable=trainable, machine=machine(),
+                           activations=cost.activation_bytes(model, batch)).set_index("what")
+    amount, unit = found.loc["memory, together", ["amount", "unit"]]
+    gib = amount / 1024 if unit == "MiB" else amount
+    row(f"FULL: {what}", *clock(step, rounds=rounds, warm=2),
+        counted=(3600 * found.loc["time", "amount"], gib))
+
+
+def frame() -> "pd.DataFrame":  # noqa: F821
+    "The rows, with the card and the version of torch."
+    import pandas as pd
+
+    return pd.DataFrame(ROWS, columns=Row._fields).assign(card=name(), torch=torch.__version__)
+
+
 def table() -> list[str]:
     "The rows as lines of text, with the card's name on top."
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
+    found = frame().drop(columns=["card", "torch"]).sort_values("paper", kind="stable")
+    short = {c: lambda v: "" if v != v else f"{v:.4g}" for c in found.select_dtypes(float)}
+    text = found.to_string(index=False, formatters=short, justify="left")
+    return [f"card: {name()}; torch {torch.__version__}", *text.splitlines()]
 
-    lines = [("what", "seconds", "GiB", "counted", "measured", "ratio", "bound")]
-    lines += [(r.what, number(r.seconds, ".4g"), number(r.gib, ".2f"), r.counted, r.measured,
-               number(r.ratio, ".2f"), number(r.bound, ".2f")) for r in ROWS]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    name = "the CPU in its place" if DRY else torch.cuda.get_device_name()
-    return [f"card: {name}; torch {torch.__version__}",
-            *("  ".join(c.ljust(w) if i == 0 else c.rjust(w)
-                        for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip()
-              for line in lines)]
+
+def record(path: str) -> None:
+    "Write the rows as CSV, whole or not at all."
+    unfinished = Path(path).with_suffix(".part")
+    frame().to_csv(unfinished, index=False, float_format="%.4g")
+    os.replace(unfinished, path)
 
 
 def sync() -> None:

@@ -32,3 +32,5 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.section("on the card")
         for line in card.table():
             terminalreporter.write_line(line)
+        if path := os.environ.get("ADAPTLAB_RECORD"):
+            card.record(path)

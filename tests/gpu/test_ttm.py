@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from adaptlab.bench import cost
 from adaptlab.bench.runs import launch
 from adaptlab.experiments import ttm as lab
 from adaptlab.experiments.ttm import FULL, SMALL
@@ -19,7 +18,7 @@ from adaptlab.inference.ttm import (
     pretraining_windows,
     reconfigure,
 )
-from gpu.card import DEVICE, DRY, clock, in_turn, row
+from gpu.card import DEVICE, DRY, full, in_turn, row
 
 MIXED = dict(num_input_channels=3, decoder_mode="mix_channel", prediction_channel_indices=(0, 1),
              exogenous_channel_indices=(2,), enable_forecast_channel_mixing=True,
@@ -102,7 +101,6 @@ def test_full_shape():
     ds = waves(FULL.context_length, FULL.prediction_length)
     batch = ds.fetch_batch(torch.arange(size), DEVICE)
     del batch["freq_token"]
-    counted = cost.activation_bytes(model, batch) / 2**30
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def step():
@@ -110,6 +108,4 @@ def test_full_shape():
         model(**batch).loss.backward()
         adam.step()
 
-    seconds, gib = clock(step, rounds=5)
-    row(f"TTM-B, a step of {size}", seconds, gib, counted=f"{counted:.1f} GiB",
-        measured=f"{gib:.1f} GiB")
+    full(f"a step of pre-training, {size:,} windows", model, batch, step)
