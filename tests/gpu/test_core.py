@@ -125,7 +125,8 @@ def test_fit_against_a_bare_loop():
                   progress=False, device=DEVICE, log_every=steps)
 
     ours, theirs = in_turn(fitted, bare, rounds=3, warm=1)
-    row("fit, step of 4 layers of 8B, LoRA", ours / steps, reference=theirs / steps, bound=1.03)
+    row("fit, LoRA, 4 layers of 8B, 4 x 512 tokens", ours / steps, reference=theirs / steps,
+        against="a bare loop", bound=1.03)
 
 
 # --- evaluate -------------------------------------------------------------------------------------
@@ -182,7 +183,11 @@ def test_texts_are_scored_as_on_the_cpu(dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", ["llama3-8b", "llama2-7b"])  # grouped queries, and none
 def test_flops_are_counted_alike(shape, dtype):
-    "Whichever kernel the card takes for attention, forward and backward: the CPU's count."
+    """The CPU's count, whichever kernel the card takes for attention, forward and backward.
+
+    Fused kernels compute the scores again on the way back: seven products in all. Where torch has
+    none (float32 with shared keys, before 2.13) the scores are kept, and there are six.
+    """
     here = llama(shape, layers=1, dtype=getattr(torch, dtype)) if DRY else small(shape, dtype)
     cpu = copy.deepcopy(here).to("cpu", torch.float32)
     ids = token_ids(2, 64)
@@ -190,14 +195,16 @@ def test_flops_are_counted_alike(shape, dtype):
     def step(model, ids):
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
+    again = 2 * 2 * 8 * 64 * 64 * 64 if not DRY else 0  # the scores of the only layer
     found = evaluate.count_flops(lambda: step(here, ids))
-    assert found == evaluate.count_flops(lambda: step(cpu, ids.cpu()))
+    assert evaluate.count_flops(lambda: step(cpu, ids.cpu())) - found in (0, again)
     q = torch.randn(2, 8, 16, 64, device=DEVICE, dtype=getattr(torch, dtype), requires_grad=True)
     k = torch.randn(2, 2, 24, 64, device=DEVICE, dtype=q.dtype, requires_grad=True)
     attend = partial(F.scaled_dot_product_attention, q, k, k, enable_gqa=True)
     product = 2 * 2 * 8 * 16 * 24 * 64
     assert evaluate.count_flops(attend) == 2 * product
-    assert evaluate.count_flops(lambda: attend().sum().backward()) == 7 * product
+    kinds = (6, 7) if dtype == "float32" else (7,)
+    assert evaluate.count_flops(lambda: attend().sum().backward()) in [n * product for n in kinds]
 
 
 def small(shape, dtype):
@@ -298,7 +305,7 @@ def test_compiled():
     once(step)
     assert not sum(dynamo.utils.counters["graph_break"].values())
     compiled, plain = in_turn(step, eager, rounds=5, warm=1)
-    row("LoRA step, 2 layers of 8B, compiled", compiled, reference=plain)
+    row("LoRA step, 2 layers of 8B, compiled", compiled, reference=plain, against="not compiled")
 
 
 def test_step_against_peft():
@@ -310,16 +317,18 @@ def test_step_against_peft():
     theirs = train_step(peft.get_peft_model(llama("llama3-8b", layers=4), config), ids)
     seconds = in_turn(ours, theirs)
     memory = [peak(step) for step in (ours, theirs)]
-    row("LoRA step, 4 layers of 8B; PEFT's", seconds[0], reference=seconds[1], bound=1.0)
-    row("LoRA step, memory; PEFT's", gib=memory[0], reference=max(memory[1], 1e-9), bound=1.0)
+    row("LoRA step, 4 layers of 8B", seconds[0], reference=seconds[1], against="PEFT", bound=1.0)
+    row("LoRA step, memory", gib=memory[0], reference=max(memory[1], 1e-9), against="PEFT",
+        bound=1.0)
 
 
 # --- weights --------------------------------------------------------------------------------------
 
 def states(where, dtype=torch.float32, tensors=4, entries=700 * 300):
-    generator = torch.Generator().manual_seed(0)
-    return [{f"w{i}": torch.randn(entries, generator=generator).to(where, dtype)
-             for i in range(tensors)} for _ in range(3)]
+    large = entries * tensors > 10**7
+    generator = torch.Generator(where if large else "cpu").manual_seed(0)
+    return [{f"w{i}": torch.randn(entries, generator=generator, device=generator.device).to(
+        where, dtype) for i in range(tensors)} for _ in range(3)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -348,4 +357,4 @@ def test_average_against_plain_torch():
 
     ours, theirs = in_turn(lambda: weights.average(made), plain, rounds=5, warm=1)
     close(weights.average(made)["w0"], plain()["w0"], 1e-2)
-    row("weights.average, 3 x 2 GB; plain torch", ours, reference=theirs, bound=2.0)
+    row("weights.average, 3 x 2 GB", ours, reference=theirs, against="plain torch", bound=2.0)
