@@ -4,11 +4,22 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
+from torch import nn
 
 from adaptlab import weights
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 fast = settings(max_examples=25, deadline=None)
+
+
+class Tied(nn.Module):
+    def __init__(self, tie=True):
+        super().__init__()
+        self.embed = nn.Embedding(6, 4)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 6, bias=False)
+        if tie:
+            self.head.weight = self.embed.weight
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -16,7 +16,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, load_model, save_file, save_model
-from torch import nn
 
 from adaptlab import checkpoints, recipes, weights
 from adaptlab.checkpoints import (
@@ -27,17 +26,7 @@ from adaptlab.checkpoints import (
     save_state,
 )
 from adaptlab.weights import SparseDelta, add, average, linear_combination, pack, scale, unpack
-from states import FLOATS, fast, layouts, make, near, same, small_pieces  # noqa: F401
-
-
-class Tied(nn.Module):
-    def __init__(self, tie=True):
-        super().__init__()
-        self.embed = nn.Embedding(6, 4)
-        self.norm = nn.LayerNorm(4)
-        self.head = nn.Linear(4, 6, bias=False)
-        if tie:
-            self.head.weight = self.embed.weight
+from states import FLOATS, Tied, fast, layouts, make, near, same, small_pieces  # noqa: F401
 
 
 def test_a_state_is_freed_when_it_is_dropped(tmp_path):

@@ -27,7 +27,7 @@ from adaptlab.weights import (
     task_vector,
     unpack,
 )
-from states import fast, layouts, make, near, same, small_pieces  # noqa: F401
+from states import Tied, fast, layouts, make, near, same, small_pieces  # noqa: F401
 
 
 # ------------------------------------------------------------------ averages
@@ -244,16 +244,6 @@ def test_batch_counters_are_taken_from_the_first():
     assert average(nets)["num_batches_tracked"] == 0
     assert average(nets[::-1])["num_batches_tracked"] == 1
     assert "num_batches_tracked" not in task_vector(*nets)
-
-
-class Tied(nn.Module):
-    def __init__(self, tie=True):
-        super().__init__()
-        self.embed = nn.Embedding(6, 4)
-        self.norm = nn.LayerNorm(4)
-        self.head = nn.Linear(4, 6, bias=False)
-        if tie:
-            self.head.weight = self.embed.weight
 
 
 def test_ties_survive_every_operation():
