@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import adapters, modules, text
 
-# %% ../../nbs/domain/01_donod.ipynb #6b1efeff
+# %% ../../nbs/domain/01_donod.ipynb #d5039a6f
 class Scores(NamedTuple):
     "What one probing step does to the watched weights; every field is `[N]`, float64."
 
@@ -44,14 +44,26 @@ def _check_labels(labels: Tensor, classes: int, ignored: int) -> None:
 
 def _packed(hidden: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
     "Answer tokens first, cut to the longest answer; the hidden states of all others are 0."
-    counts = labels != ignored
+    counts = labels != ignored  # on the CPU: to read the longest off a GPU stops it
     order = counts.int().argsort(dim=1, descending=True, stable=True)
     order = order[:, : int(counts.sum(1).max())]
+    order, y = modules.to_device((order, labels.gather(1, order)), hidden.device)
     h = hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
-    y = labels.gather(1, order)
     return h.masked_fill((y == ignored)[..., None], 0), y
 
-# %% ../../nbs/domain/01_donod.ipynb #a821c4f0
+# %% ../../nbs/domain/01_donod.ipynb #7454e203
+def _gram(error: Tensor) -> Tensor:
+    "E E', [B, T, T]. Few short answers: in pieces of the long sums, or most of a GPU has no work."
+    tiles = math.ceil(error.shape[1] / 128) ** 2  # of 128 x 128 sums: one for each processor
+    width = max(512, error.shape[-1] * tiles // 128)  # of a piece
+    whole = error.shape[-1] // width * width
+    if whole <= width or len(error) * tiles > 64:
+        return error @ error.mT
+    pieces = error[..., :whole].unflatten(-1, (-1, width)).transpose(1, 2)  # [B, pieces, T, width]
+    rest = error[..., whole:]
+    return torch.stack([(e @ e.mT).sum(0) for e in pieces]) + rest @ rest.mT
+
+
 def _products(h: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, columns: int,
               ignored: int) -> tuple[Tensor, Tensor, Tensor]:
     "Sums over tokens, [B] float64: of <W, e h'>, |sum e h'|^2 and the loss; W in blocks of rows."
@@ -66,23 +78,22 @@ def _products(h: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, columns
         return z, z if bias is None else z + bias[rows].to(kind)
 
     once = logits(0) if len(starts) == 1 else None
-    total = [(once or logits(start))[1].logsumexp(-1) for start in starts]
-    total = total[0] if once else torch.stack(total).logsumexp(0)
-    inner, gram, chosen = 0, 0, 0
+    if not once:
+        total = torch.stack([logits(start)[1].logsumexp(-1) for start in starts]).logsumexp(0)
+    inner, gram, loss = 0, 0, 0
     for start in starts:
         z, shifted = once or logits(start)
         at = y - start
         hit = valid & (at >= 0) & (at < z.shape[-1])
         at = at.clamp(0, z.shape[-1] - 1)[..., None]
-        chosen = chosen + shifted.gather(2, at)[..., 0] * hit
-        error = (shifted - total[..., None]).exp_()  # p, and minus 1 at the label:
-        error.scatter_add_(2, at, -hit[..., None].to(kind))
-        gram = gram + error @ error.mT
+        log_p = shifted.log_softmax(-1) if once else shifted - total[..., None]
+        loss = loss - log_p.gather(2, at)[..., 0] * hit
+        error = log_p.exp_().scatter_add_(2, at, -hit[..., None].to(kind))  # p, less 1 at the label
+        gram = gram + _gram(error)
         inner = inner + z.mul_(error).sum(-1)
     states = h.to(kind)
     squared = (gram.double() * (states @ states.mT).double()).sum((1, 2))
-    loss = ((total - chosen) * valid).double().sum(1)
-    return inner.double().sum(1), squared, loss
+    return inner.double().sum(1), squared, loss.double().sum(1)
 
 
 def _from_products(inner: Tensor, squared: Tensor, norm: Tensor,
@@ -112,7 +123,27 @@ def _check_shapes(hidden: Tensor, labels: Tensor, weight: Tensor, lr: float) -> 
         raise ValueError(f"hidden {tuple(hidden.shape)}, labels {tuple(labels.shape)} and weight "
                          f"{tuple(weight.shape)} do not fit: [B, T, d], [B, T], [V, d] are needed")
 
-# %% ../../nbs/domain/01_donod.ipynb #adf8712a
+# %% ../../nbs/domain/01_donod.ipynb #bb889a18
+def _closed(hidden: Tensor, labels: Tensor, weight: Tensor, lr: float, bias: Tensor | None,
+            norm: Tensor | None, ignored: int = -100, max_elements: int = 2**27) -> Scores:
+    "The scores, not looked at yet, so that nothing waits for a GPU."
+    if hidden.ndim == 2 and labels.ndim == 1:
+        hidden, labels = hidden[:, None], labels[:, None]
+    _check_shapes(hidden, labels, weight, lr)
+    labels = labels.cpu()
+    _check_labels(labels, len(weight), ignored)
+    h, y = _packed(hidden, labels, ignored)
+    rows = max(1, max_elements // (h.shape[1] * len(weight)))
+    columns = max(1, max_elements // (min(rows, len(h)) * h.shape[1]))
+    parts = [_products(*part, weight, bias, columns, ignored)
+             for part in zip(h.split(rows), y.split(rows), strict=True)]
+    inner, squared, loss = map(torch.cat, zip(*parts, strict=True))
+    n = (y != ignored).sum(1).double()
+    don, nod = _from_products(inner / n, squared / n**2, _norm(weight) if norm is None else norm,
+                              lr)
+    return Scores(don, nod, n, loss / n)
+
+
 @torch.no_grad()
 def don_nod_from_hidden(
     hidden: Tensor,  # [B, T, d] inputs of the output layer (or [B, d]: one prediction per sample)
@@ -130,24 +161,11 @@ def don_nod_from_hidden(
     Section 3 of the paper, in the closed form derived above. Raises ValueError for shapes or
     labels that do not fit, a sample without answer tokens, values that are not finite, `lr <= 0`.
     """
-    if hidden.ndim == 2 and labels.ndim == 1:
-        hidden, labels = hidden[:, None], labels[:, None]
-    _check_shapes(hidden, labels, weight, lr)
-    labels = labels.to(hidden.device)
-    _check_labels(labels, len(weight), ignore_index)
-    h, y = _packed(hidden, labels, ignore_index)
-    rows = max(1, max_elements // (h.shape[1] * len(weight)))
-    columns = max(1, max_elements // (min(rows, len(h)) * h.shape[1]))
-    parts = [_products(*part, weight, bias, columns, ignore_index)
-             for part in zip(h.split(rows), y.split(rows), strict=True)]
-    inner, squared, loss = map(torch.cat, zip(*parts, strict=True))
-    n = (y != ignore_index).sum(1).double()
-    don, nod = _from_products(inner / n, squared / n**2, _norm(weight) if norm is None else norm,
-                              lr)
-    if not (torch.isfinite(don) & torch.isfinite(nod)).all():
+    found = _closed(hidden, labels, weight, lr, bias, norm, ignore_index, max_elements)
+    if not (torch.isfinite(found.don) & torch.isfinite(found.nod)).all():
         raise ValueError("a score is NaN or infinite: the hidden states or the weight are not "
                          "finite")
-    return Scores(don, nod, n, loss / n)
+    return found
 
 # %% ../../nbs/domain/01_donod.ipynb #16da72f8
 _NORMALISE = {  # name -> what is taken off a column, and what it is divided by
@@ -213,7 +231,7 @@ def output_layer(
                          "say which layer to look at with layer='name'")
     return linears[-1]
 
-# %% ../../nbs/domain/01_donod.ipynb #85169e2a
+# %% ../../nbs/domain/01_donod.ipynb #59c9fd3a
 def _find_layers(model: nn.Module, layer: str | Sequence[str]) -> dict[str, nn.Module]:
     "The layers to score, by name."
     if layer == "output":
@@ -232,13 +250,17 @@ def _take(batch: Any, rows: slice) -> Any:
     return tuple(t[rows] for t in batch)
 
 
-def _is_last(model: nn.Module, name: str, layer: nn.Module, batch: Any) -> bool:
+def _is_last(model: nn.Module, layer: nn.Module, batch: Any) -> bool:
     "Whether the model's logits are exactly this linear layer's outputs."
     if not isinstance(layer, nn.Linear):
         return False
-    one = _take(batch, slice(1))
-    expected = F.linear(modules.layer_inputs(model, name, one)[name], layer.weight, layer.bias)
-    logits = modules.logits_of(modules.call(model, one))
+    seen: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        logits = modules.logits_of(modules.call(model, _take(batch, slice(1))))
+    finally:
+        hook.remove()
+    expected = F.linear(seen[0], layer.weight, layer.bias) if seen else logits[:0]
     return logits.shape == expected.shape and torch.allclose(
         logits.float(), expected.float(), rtol=1e-3, atol=1e-3)
 
@@ -283,7 +305,7 @@ def don_nod_step(
         nod += float(delta.square().sum())
     return don, math.sqrt(nod), float(loss.detach())
 
-# %% ../../nbs/domain/01_donod.ipynb #e7f0a61d
+# %% ../../nbs/domain/01_donod.ipynb #32e7f012
 def _targets(model: nn.Module, batch: Any) -> Tensor:
     "The labels, as positions predict them: [B], or [B, T] ([B, T - 1] in a causal model)."
     labels = modules.labels_of(batch)
@@ -296,7 +318,7 @@ def _closed_scores(model: nn.Module, name: str, layer: nn.Linear, norm: Tensor, 
     hidden, labels = modules.layer_inputs(model, name, batch)[name], _targets(model, batch)
     if hidden.ndim == 3 and labels.ndim == 2 and modules.shifts_labels(model):
         hidden = hidden[:, :-1]
-    return don_nod_from_hidden(hidden, labels, layer.weight, lr, layer.bias, norm=norm)
+    return _closed(hidden, labels, layer.weight, lr, layer.bias, norm)
 
 # %% ../../nbs/domain/01_donod.ipynb #0827e06d
 def _loss(model: nn.Module, sample: Any) -> tuple[Tensor, int]:
@@ -406,7 +428,7 @@ def _check_options(lr: float, mode: str, closed_form: Any, batch_size: int) -> N
     if mode == "trajectory" and closed_form is True:
         raise ValueError("a trajectory moves the whole model: it has no closed form")
 
-# %% ../../nbs/domain/01_donod.ipynb #ed37fa0d
+# %% ../../nbs/domain/01_donod.ipynb #8d7def84
 def don_nod_scores(
     model: nn.Module,  # the model that will be tuned, or a smaller proxy
     samples: Any,  # with tokenizer: (prompt, answer) pairs, texts, dicts; else (x, y) or batches
@@ -433,9 +455,8 @@ def don_nod_scores(
             return _joined(_trajectory(model, samples, tokenizer, watched, lr, seed))
         rows, fast, (name, head) = [], None, next(iter(layers.items()))
         for batch in _batches(samples, tokenizer, batch_size):
-            batch = modules.to_device(batch, modules.device_of(model))
             if fast is None:
-                applies = len(layers) == 1 and _is_last(model, name, head, batch)
+                applies = len(layers) == 1 and _is_last(model, head, batch)
                 if closed_form is True and not applies:
                     raise ValueError("closed_form=True, but the model's logits are not this "
                                      "layer's outputs; use closed_form='auto'")
