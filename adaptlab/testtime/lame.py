@@ -22,8 +22,13 @@ from torch import Tensor, nn
 
 from ..modules import logits_of, modes_kept
 
-# %% ../../nbs/testtime/01_lame.ipynb #235a9b7c
-def _checked(x: Tensor, what: str) -> Tensor:  # finite [N, M], float32 or float64
+# %% ../../nbs/testtime/01_lame.ipynb #4d720e83
+def _range(x: Tensor) -> list[float]:
+    "Least and largest number, NaN where there is one. A GPU is waited for once, not per check."
+    return torch.stack(x.detach().aminmax()).tolist()
+
+
+def _ranged(x: Tensor, what: str) -> tuple[Tensor, float, float]:  # float32 or float64; its range
     "One row per sample. A single NaN would spread to every neighbour, so it is refused here."
     if not torch.is_tensor(x):
         raise TypeError(f"{what} are {type(x).__name__}: give a torch tensor [N, d or K]")
@@ -31,10 +36,15 @@ def _checked(x: Tensor, what: str) -> Tensor:  # finite [N, M], float32 or float
         raise ValueError(f"{what} have shape {tuple(x.shape)}: features must be [N, d], logits "
                          "[N, K], one row per sample, with N >= 1")
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    if not (finite := torch.isfinite(x).all(1)).all():
-        bad = int((~finite).sum())
+    low, high = _range(x)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        bad = int((~torch.isfinite(x).all(1)).sum())
         raise ValueError(f"{what} of {bad} of {len(x)} samples contain NaN or infinity")
-    return x
+    return x, low, high
+
+
+def _checked(x: Tensor, what: str) -> Tensor:  # finite [N, M], float32 or float64
+    return _ranged(x, what)[0]
 
 
 def _full_precision(x: Tensor) -> torch.autocast:
@@ -61,7 +71,7 @@ def _check_k(k: int, most: int | None = None) -> int:
         return most
     return k
 
-# %% ../../nbs/testtime/01_lame.ipynb #517f8fff
+# %% ../../nbs/testtime/01_lame.ipynb #6ea9daf9
 @torch.no_grad()
 def nearest_neighbors(
     x: Tensor,  # features [N, d], any scale: rows are normalised here
@@ -77,8 +87,7 @@ def nearest_neighbors(
     k, found = _check_k(k, n - 1), []
     for start in range(0, n, block):
         d2 = _squared_distances(unit[start : start + block], unit)
-        rows = torch.arange(len(d2), device=d2.device)
-        d2[rows, start + rows] = torch.inf  # not its own neighbour, not even a twin's
+        d2.diagonal(start).fill_(torch.inf)  # not its own neighbour, not even a twin's
         found.append(d2.topk(k, dim=1, largest=False, sorted=False).indices)
     return torch.cat(found)
 
@@ -93,13 +102,13 @@ def knn_affinity(
     w = x.new_zeros(len(x), len(x)).scatter_(1, nearest_neighbors(x, k), 1.0)
     return (w + w.T) / 2 if symmetric else w
 
-# %% ../../nbs/testtime/01_lame.ipynb #5c1a4c07
+# %% ../../nbs/testtime/01_lame.ipynb #b1f6285d
 def _log_probabilities(logits: Tensor) -> Tensor:  # [N, K] -> log q [N, K], float32 or float64
     "Checked log-softmax."
-    x = _checked(logits, "logits")
+    x, low, high = _ranged(logits, "logits")
     if x.shape[1] < 2:
         raise ValueError(f"logits have shape {tuple(x.shape)}: K >= 2 classes are needed")
-    if (x.detach().sum(1) - 1).abs().max() < 1e-4 and x.detach().min() >= 0:
+    if low >= 0 and high < 1.1 and (x.detach().sum(1) - 1).abs().max() < 1e-4:
         warnings.warn("every row of the logits is non-negative and sums to 1: these look like "
                       "probabilities; pass logits or log-probabilities", stacklevel=3)
     return x.log_softmax(1)
@@ -114,7 +123,7 @@ def _aggregate(z: Tensor, affinity: Tensor) -> Tensor:  # W z [N, K], for a matr
         return torch.zeros_like(z)
     return F.embedding_bag(affinity, z, mode="sum")
 
-# %% ../../nbs/testtime/01_lame.ipynb #08498e52
+# %% ../../nbs/testtime/01_lame.ipynb #753ba0d2
 def _check_affinity(affinity: Tensor, log_q: Tensor) -> Tensor:
     "An affinity that fits the logits: W in their dtype, or lists."
     n, lists = len(log_q), torch.is_tensor(affinity) and affinity.dtype == torch.int64
@@ -125,9 +134,10 @@ def _check_affinity(affinity: Tensor, log_q: Tensor) -> Tensor:
     if affinity.ndim != 2 or len(affinity) != n or not (lists or affinity.shape == (n, n)):
         raise ValueError(f"affinity of shape {tuple(affinity.shape)}: {n} samples need weights "
                          f"[{n}, {n}], or {n} neighbour lists")
-    if lists and affinity.numel() and not 0 <= int(affinity.min()) <= int(affinity.max()) < n:
+    low, high = _range(affinity) if affinity.numel() else (0, 0)
+    if lists and not 0 <= low <= high < n:
         raise ValueError(f"neighbour lists must hold indices from 0 to {n - 1}")
-    if not lists and not torch.isfinite(affinity).all():
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("affinity contains NaN or infinity")
     return affinity if lists else affinity.to(log_q.dtype)
 
@@ -145,7 +155,7 @@ def lame_energy(
     kl = torch.special.xlogy(Z, Z) - Z * log_q
     return kl.sum() - 0.5 * weight * (_aggregate(Z, W) * Z).sum()
 
-# %% ../../nbs/testtime/01_lame.ipynb #32906899
+# %% ../../nbs/testtime/01_lame.ipynb #ea00ce96
 @dataclass(frozen=True)
 class LameInfo:
     "How an iteration went."
@@ -175,18 +185,19 @@ def laplacian_optimization(
         raise ValueError(f"weight = {weight}: λ must be a finite number >= 0")
     if not isinstance(max_steps, int) or max_steps < 1:
         raise ValueError(f"max_steps = {max_steps!r}: at least one update is needed")
-    z, s, converged = log_q.exp(), float("inf"), False
+    z, s, converged = log_q.exp(), None, False
     energies = [float(lame_energy(z, log_q, w, weight))] if return_info else []
     for step in range(1, max_steps + 1):
         scores = torch.add(log_q, _aggregate(z, w), alpha=weight)
         z = scores.softmax(1)
         # logsumexp(scores) = score - log z in every column: read off where z is largest
-        previous, s = s, float((z.amax(1).log() - scores.amax(1)).sum())
+        previous, s = s, (z.amax(1).log() - scores.amax(1)).sum()
         if return_info:
             energies.append(float(lame_energy(z, log_q, w, weight)))
-        if step > 2 and abs(s - previous) <= tol * abs(previous):  # <=: S may be exactly 0
-            converged = True
-            break
+        if step > 2:
+            old, new = torch.stack((previous, s)).tolist()  # the only wait for a GPU
+            if converged := abs(new - old) <= tol * abs(old):  # <=: S may be exactly 0
+                break
     return (z, LameInfo(step, converged, energies)) if return_info else z
 
 # %% ../../nbs/testtime/01_lame.ipynb #4401782d
