@@ -311,7 +311,7 @@ def sync_config(
     config.layer_shapes = None if plain else [list(x) for x in sizes]
     return plain
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #17d86044
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #574ccfab
 def _measure(p: "AdaptPruner", batches: Sequence[Tensor]) -> tuple[Tensor, float, dict]:
     "Importance, loss, and the gradients of all weights that can be cut, from one pass."
     layers, losses, sums = decoder_layers(p.model), [], {}
@@ -319,8 +319,10 @@ def _measure(p: "AdaptPruner", batches: Sequence[Tensor]) -> tuple[Tensor, float
     scale = 2**12 if weights[0].dtype is torch.float16 else 1  # or small gradients become 0
 
     def collect(w: nn.Parameter) -> None:
-        found = _wide(w.grad).div_(scale)
-        sums[w] = sums[w].add_(found) if w in sums else found
+        if w in sums:
+            sums[w].add_(w.grad, alpha=1 / scale)  # in one pass, whatever the dtypes
+        else:
+            sums[w] = _wide(w.grad).div_(scale)
         w.grad = None
 
     with modules.untouched(p.model), _watch(layers, p.layer_metric) as measured:

@@ -401,7 +401,7 @@ def _accel(cfg: Config, run: Run, report: Report) -> None:
 
 experiment = tracks(prune=_prune, accel=_accel)
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #cb17e336
+# %% ../../nbs/experiments/adapt_pruner.ipynb #4251b31d
 FULL = Config(
     tracks=("prune", "accel"),
     seeds=(42,),
@@ -418,7 +418,7 @@ FULL = Config(
     target=376_100_000,
     stages=(1, 5),
     accel_steps=50,
-    training=Training(epochs=1, batch_size=128, clip=1.0, precision="bf16"),  # 32 on 4 GPUs
+    training=Training(epochs=1, batch_size=128, accumulate=4, clip=1.0, precision="bf16"),
     lrs=(2e-5,),
     data=(
         "Open-Orca/OpenOrca", "teknium/OpenHermes-2.5", "databricks/databricks-dolly-15k",

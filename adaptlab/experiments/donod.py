@@ -375,7 +375,7 @@ def _language(cfg: Config, run: Run, report: Report) -> None:
 
 experiment = tracks(digits=_digits, language=_language)
 
-# %% ../../nbs/experiments/donod.ipynb #48dba94b
+# %% ../../nbs/experiments/donod.ipynb #e5ba2b6b
 FULL = Config(
     tracks=("language",),
     model="meta-llama/Llama-3.1-8B-Instruct",
@@ -391,8 +391,8 @@ FULL = Config(
     swap=0.0,
     n_train=None,
     n_test=None,
-    language=Training(steps=210, batch_size=32, lr=2e-4, schedule="cosine", warmup=0.03, clip=1.0,
-                      precision="bf16"),  # three passes over the kept 30 %
+    language=Training(steps=210, batch_size=32, accumulate=4, lr=2e-4, schedule="cosine",
+                      warmup=0.03, clip=1.0, precision="bf16"),  # three passes over the kept 30 %
     lora_layers=r".*\.self_attn\.(q|k|v|o)_proj|.*\.mlp\.(gate|up|down)_proj",
     subsets=("all", "random", "DONOD", "low loss", "low NOD"),
     max_new_tokens=256,

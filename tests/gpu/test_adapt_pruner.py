@@ -1,16 +1,18 @@
-"""Adapt-Pruner on a GPU: the same cuts, files, training in between, SMALL, and FULL's shape."""
+"""Adapt-Pruner on a GPU: the same cuts, files, training in between, SMALL, and FULL's shapes."""
 
 import copy
 
 import pytest
 import torch
 
-from adaptlab import recipes
+from adaptlab import adapters, recipes
+from adaptlab.bench import cost
 from adaptlab.bench.runs import launch
 from adaptlab.bench.testbeds import Bed
 from adaptlab.compression.adapt_pruner import (
     AdaptPruner,
     adapt_accel,
+    decoder_layers,
     layer_importance,
     layer_shapes,
     load_pruned,
@@ -19,7 +21,7 @@ from adaptlab.compression.adapt_pruner import (
 from adaptlab.experiments import adapt_pruner as told
 from adaptlab.experiments.adapt_pruner import FULL, SMALL, Texts
 from adaptlab.train import fit
-from gpu.card import DEVICE, DRY, clock, llama, peak, row, token_ids
+from gpu.card import DEVICE, DRY, clock, full, llama, machine, row, token_ids
 
 
 def size_of(model):
@@ -31,12 +33,12 @@ def draw(step):
 
 
 def test_float32_cuts_as_on_the_cpu():
-    model = llama("smollm2", layers=4, dtype=torch.float32)
+    model = llama("smollm2", layers=2, dtype=torch.float32)
     there = copy.deepcopy(model).cpu()
     torch.testing.assert_close(layer_importance(model, [draw(1)]),
                                layer_importance(there, [draw(1).cpu()]), atol=1e-5, rtol=1e-4)
-    found = AdaptPruner(model, target_ratio=0.9, steps=10, amplitude=0.1).run(draw)
-    again = AdaptPruner(there, target_ratio=0.9, steps=10, amplitude=0.1).run(
+    found = AdaptPruner(model, target_ratio=0.95, steps=4, amplitude=0.25).run(draw)
+    again = AdaptPruner(there, target_ratio=0.95, steps=4, amplitude=0.25).run(
         lambda step: draw(step).cpu())
     kept = [(set(a[1].tolist()), set(b[1].tolist()))
             for a, b in zip(found.kept, again.kept, strict=True)]
@@ -45,50 +47,92 @@ def test_float32_cuts_as_on_the_cpu():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_prune_save_load_and_train(dtype, tmp_path):
-    model = llama("smollm2", layers=4, dtype=dtype)
-    target = int(0.85 * size_of(model))
-    found = AdaptPruner(model, target, steps=10, amplitude=0.1).run(draw)
+def test_prune_save_and_load(dtype, tmp_path):
+    "Bit for bit but for the rotary table, which was made on the card here and on the CPU there."
+    model = llama("smollm2", layers=2, dtype=dtype)
+    target = int(0.95 * size_of(model))
+    found = AdaptPruner(model, target, steps=4, amplitude=0.25).run(draw)
     assert found.params_after <= target and model.dtype is dtype
     again = load_pruned(save_pruned(model, tmp_path / "m"), DEVICE, dtype)
+    for (name, ours), (same, theirs) in zip(
+            model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert name == same and torch.equal(ours, theirs) and ours.is_contiguous()
+    tolerance = 1e-4 if dtype is torch.float32 else 5e-2
     with torch.no_grad():
-        x = draw(0)
-        assert torch.equal(again(x).logits, model(x).logits)
+        torch.testing.assert_close(again(draw(0)).logits, model(draw(0)).logits, atol=tolerance,
+                                   rtol=tolerance)
+
+
+def test_prune_and_train_in_turn():
+    model, x = llama("smollm2", layers=2, dtype=torch.float32), draw(0).cpu()
 
     def train(m, stage):
-        fit(m.float(), {"input_ids": x.cpu(), "labels": x.cpu()}, steps=2, batch_size=2,
-            device=DEVICE, precision="bf16", progress=False)
+        fit(m, {"input_ids": x, "labels": x}, steps=2, batch_size=2, device=DEVICE,
+            precision="bf16", progress=False)
 
-    done = adapt_accel(again.requires_grad_(True), int(0.9 * target), 2, train, draw, steps=20)
-    assert size_of(again) == done.pruned[-1].params_after
-    assert layer_shapes(again) == done.pruned[-1].shapes
+    target = int(0.93 * size_of(model))
+    done = adapt_accel(model.requires_grad_(True), target, 2, train, draw, steps=8, amplitude=0.1)
+    assert size_of(model) == done.pruned[-1].params_after <= target
+    assert layer_shapes(model) == done.pruned[-1].shapes
 
 
 def test_small_experiment_with_stand_ins(tmp_path, monkeypatch):
-    "SMALL through the same code; a random model in the place of the one that is loaded."
+    "SMALL through the same code, in few steps; random models in the place of those it loads."
+    def pairs(some):
+        return dict.fromkeys(("input_ids", "labels"), torch.stack(list(some)))
+
     def bed(cfg, seed):
-        x = token_ids(40, 32).cpu()
-        return Bed(llama("smollm2", layers=4, dtype=torch.float32), Texts(x[:20]), x[20:30],
-                   x[30:], tokenizer=recipes.byte_tokenizer())
+        x = token_ids(40, 32).cpu() % 260
+        model = recipes.tiny_llama(hidden_size=64, layers=3).to(DEVICE).requires_grad_(True)
+        return Bed(model, Texts(x[:20], list(x[:16]), pairs), x[20:30], x[30:],
+                   tokenizer=recipes.byte_tokenizer())
 
     monkeypatch.setattr(told, "prune_bed", bed)
-    cfg = SMALL.replace(seeds=(0,), device=DEVICE, n_train=32, stages=(1, 2), remove=0.1,
-                        samples=2)
+    monkeypatch.setattr(told, "accel_bed", bed)
+    cfg = SMALL.replace(seeds=(0,), device=DEVICE, stages=(1, 2), steps=4, accel_steps=4,
+                        remove=0.2, target=0.8, lrs=(1e-3,), samples=2)
     report = launch("adapt_pruner", cfg, root=tmp_path)
     assert len(report.claims) == 5 and set(report.figures) == {"main"}
 
 
-def test_full_step_of_the_papers_shape():
-    "One step of FULL on Llama-3.1-8B's shape: 512 windows of 64 tokens."
-    model = llama("llama3-8b")
-    weights = sum(p.nbytes for p in model.parameters()) / 2**30
-    windows = 512 if not DRY else 4
+def test_full_step_of_pruning():
+    "A step of FULL on Llama-3.1-8B's shape: an eighth of its 512 windows of 64 tokens."
+    model, windows = llama("llama3-8b"), FULL.samples // 8 if not DRY else 4
+    ids = token_ids(windows, FULL.length)
+    weights = sum(p.nbytes for p in model.parameters())
+    gradients = 4 * sum(p.numel() for x in decoder_layers(model) for p in x.parameters())
+    batch = {"input_ids": ids[:16], "labels": ids[:16]}
+    most = weights + gradients + cost.activation_bytes(model, batch)
+    flops = 3 * cost.forward_flops(model, batch, ids[:16].numel()) * ids.numel()
 
     def step():
-        size = size_of(model)
-        AdaptPruner(model, size - 1, batch_size=16).run(
-            lambda k: token_ids(windows, FULL.length, seed=k))
+        AdaptPruner(model, size_of(model) - 1, batch_size=16).run(lambda k: ids)
 
-    seconds, _ = clock(step, rounds=1, warm=0)
-    row("FULL: one step of pruning at 8B", seconds, peak(step),
-        counted=(None, 3 * weights))  # above the model: gradients in float32, the old weights
+    row(f"FULL: 8B, a step, {windows} of 512 windows", *clock(step, rounds=1, warm=0),
+        counted=(flops / machine().flops, most / 2**30))
+
+
+def test_full_step_of_training():
+    "Qwen2.5-0.5B's shape, float32 weights, eight of the 128 samples of 1024 tokens."
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    shape = {} if DRY else {
+        "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}
+    small = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64,
+             "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    with torch.device(DEVICE):
+        model = Qwen2ForCausalLM(Qwen2Config(**(shape or small), tie_word_embeddings=True))
+    ids = token_ids(FULL.training.batch_size // 16, FULL.max_length)
+    batch = {"input_ids": ids, "labels": ids}
+    adam = torch.optim.AdamW(adapters.trainable_parameters(model), lr=2e-5)
+
+    def step():
+        adam.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), FULL.training.clip)
+        adam.step()
+
+    full("0.5B trained on 8 x 1024 tokens", model, batch, step, autocast=torch.bfloat16, rounds=3)

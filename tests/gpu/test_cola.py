@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from adaptlab import recipes
+from adaptlab.bench import cost
 from adaptlab.bench.runs import launch
 from adaptlab.experiments.cola import FULL, SMALL, Judge, Question, search_all
 from adaptlab.testtime.cola import PathBatch, layer_path, random_edit_paths, run_path
-from gpu.card import DEVICE, DRY, in_turn, llama, row, token_ids
+from gpu.card import DEVICE, DRY, clock, in_turn, llama, machine, row, token_ids
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -15,7 +16,7 @@ def test_paths(dtype):
     torch.manual_seed(0)
     model = recipes.tiny_llama(hidden_size=64, layers=4).to(DEVICE, dtype)
     ids = token_ids(2, 12) % 260
-    paths = random_edit_paths(4, 12, max_len=8)
+    paths = random_edit_paths(4, 6, max_len=8)
     batch, cache = PathBatch(model, ids, [2, 2]), PathBatch(model, ids)
     found = list(batch.each([(r, p) for p in paths for r in range(2)]))
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
@@ -23,7 +24,8 @@ def test_paths(dtype):
         with torch.no_grad():
             fresh = run_path(model, ids, path)
         assert fresh.device.type == DEVICE and fresh.dtype == dtype
-        assert torch.equal(run_path(model, ids, path, cache), fresh)
+        torch.testing.assert_close(run_path(model, ids, path, cache), fresh, atol=tolerance,
+                                   rtol=tolerance)
         for r in range(2):
             torch.testing.assert_close(found[2 * n + r], fresh[r, -2:], atol=tolerance,
                                        rtol=tolerance)
@@ -37,43 +39,59 @@ def test_small(tmp_path):
     torch.manual_seed(0)
     recipes.tiny_llama(hidden_size=32, layers=4).save_pretrained(tmp_path / "model")
     recipes.byte_tokenizer().save_pretrained(tmp_path / "model")
-    cfg = SMALL.replace(model=str(tmp_path / "model"), max_tokens=0, device=DEVICE)
-    cfg = cfg.replace(n_samples=6 if DRY else 40)
+    cfg = SMALL.replace(model=str(tmp_path / "model"), max_tokens=0, device=DEVICE, n_samples=6,
+                        n_simulations=6, n_transfer=2)
     report = launch("cola", cfg, root=tmp_path / "runs", progress=False)
     table = report.tables["methods"]
     assert (table["after (oracle)"] >= table["before"]).all() and "main" in report.figures
 
 
-def test_full_shape():
-    "Llama-3.2-3B with random weights: a few questions of ARC's length, a few simulations."
-    model, n = llama("llama3.2-3b"), 2 if DRY else FULL.batch
-    ids = token_ids(n, 110).tolist()
-    sample = [Question("", "", x[:-1], x[-1:]) for x in ids]
-    cfg = FULL.replace(n_simulations=3 if DRY else 8, methods=("both", "random edits"))
-    rows = search_all(Judge(model, None, sample, cfg), range(n), cfg, seed=0)
-    assert {r["method"] for r in rows} == set(cfg.methods) and len(rows) <= 16 * 2 * n
+@pytest.fixture(scope="module")
+def three_b():
+    "Llama-3.2-3B's shape, FULL's model."
+    return llama("llama3.2-3b")
 
 
-def test_speed():
-    "Side by side must pay; the cache alone is only recorded: on a GPU it need not."
-    model = llama("llama3-8b", layers=8)
-    ids, depth = token_ids(8, 64), len(model.model.layers)
-    jobs = [(i, p) for i in range(8) for p in random_edit_paths(depth, 4 if DRY else 16, seed=i)]
+def test_full_searches(three_b):
+    "A batch of FULL's questions, of ARC's length, and a few of its 200 simulations."
+    n = 2 if DRY else FULL.batch
+    ids = token_ids(n, 110)
+    sample = [Question("", "", x[:-1], x[-1:]) for x in ids.tolist()]
+    cfg = FULL.replace(n_simulations=4, methods=("both", "random edits"))
+    judges, found = [], []
+
+    def search():
+        judges.append(Judge(three_b, None, sample, cfg))
+        found[:] = search_all(judges[-1], range(n), cfg, seed=0)
+
+    seconds, gib = clock(search, rounds=1, warm=1)
+    assert {r["method"] for r in found} == set(cfg.methods) and len(found) <= 4 * 2 * n
+    batch, depth = judges[-1].batch, len(three_b.model.layers)
+    layer = cost.forward_flops(three_b.base_model, ids[:1], 1) / depth
+    weights = sum(p.nbytes for p in three_b.parameters())
+    row(f"FULL: 3B, {len(found)} paths of {n} questions", seconds, gib, counted=(
+        layer * batch.layer_calls / machine().flops, (weights + batch.bytes) / 2**30))
+
+
+def test_side_by_side_against_one_by_one(three_b):
+    "Layers side by side must pay; a shared prefix alone need not: it spares calls, not launches."
+    ids, depth = token_ids(2 if DRY else 8, 64), len(three_b.model.layers)
+    jobs = [(i, p) for i in range(len(ids)) for p in random_edit_paths(depth, 5, seed=i)]
 
     def alone():
         found = []
         for i, p in jobs:
-            with torch.no_grad(), layer_path(model, p):
-                found.append(model(ids[i : i + 1], use_cache=False, logits_to_keep=2).logits)
+            with torch.no_grad(), layer_path(three_b, p):
+                found.append(three_b(ids[i : i + 1], use_cache=False, logits_to_keep=2).logits)
         return [z.sum().item() for z in found]
 
     def shared():
-        runs = [PathBatch(model, x[None], [2]) for x in ids]
+        runs = [PathBatch(three_b, x[None], [2]) for x in ids]
         return [runs[i](p).sum().item() for i, p in jobs]
 
     def together():
-        return [z.sum().item() for z in PathBatch(model, ids, [2] * 8).each(jobs)]
+        return [z.sum().item() for z in PathBatch(three_b, ids, [2] * len(ids)).each(jobs)]
 
-    a, s, t = in_turn(alone, shared, together, rounds=3)
-    row("CoLa, 8B's layers, PathBatch", t, reference=a, bound=0.5)
-    row("CoLa, 8B's layers, shared prefixes alone", s, reference=a)
+    a, s, t = in_turn(alone, shared, together, rounds=2, warm=1)
+    row(f"{len(jobs)} paths of 3B, side by side", t, reference=a, against="one by one", bound=0.5)
+    row(f"{len(jobs)} paths of 3B, shared prefixes alone", s, reference=a, against="one by one")
