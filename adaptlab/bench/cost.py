@@ -42,7 +42,7 @@ def speedup(
     rounds = [_seconds(slow) / _seconds(fast) for _ in range(repeats + 1)]
     return stats.bootstrap(rounds[1:], np.median)
 
-# %% ../../nbs/bench/05_cost.ipynb #0eb35c1a
+# %% ../../nbs/bench/05_cost.ipynb #172c10d7
 def step_memory(
     step: Callable[[], Any],  # one step: forward, backward, update
 ) -> int:  # bytes, above what was held before
@@ -64,7 +64,7 @@ def activation_bytes(
         storage = t.untyped_storage()
         if storage._cdata not in own:
             kept[storage._cdata] = storage, storage.nbytes()
-        return t
+        return t.detach()  # the tensor itself would hold its own graph, and never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         modules.call(model, batch)

@@ -1,6 +1,8 @@
 """Costs: ratios of two ways, bytes of activations, and what a run needs."""
 
+import gc
 import time
+import weakref
 
 import pytest
 import torch
@@ -26,6 +28,19 @@ def test_activations_are_what_backward_needs():
     assert cost.activation_bytes(net, x) == 0
     meta = nn.Linear(8, 16).to("meta")
     assert cost.activation_bytes(meta, x.to("meta")) == 4 * 32 * 8
+
+
+def test_what_was_counted_is_freed():
+    "The output of a sigmoid is kept for its gradient: no cycle may keep it afterwards."
+    made = []
+    net = nn.Sequential(nn.Linear(8, 16), nn.Sigmoid(), nn.Linear(16, 4))
+    net[1].register_forward_hook(lambda m, args, out: made.append(weakref.ref(out)))
+    gc.disable()
+    try:
+        assert cost.activation_bytes(net, torch.randn(32, 8)) == 4 * 32 * (8 + 16)
+        assert made[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_memory_of_a_step_counts_what_it_allocates():
