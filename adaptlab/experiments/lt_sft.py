@@ -79,7 +79,7 @@ def skills(
              for part in rows[: sum(images)].split(images)]
     return Bed(recipes.pretrained_small("mlp-mnist", **RECIPE), *parts, name="three skills")
 
-# %% ../../nbs/experiments/lt_sft.ipynb #eea8c559
+# %% ../../nbs/experiments/lt_sft.ipynb #f6ff4d77
 class Arms:
     "Makes deltas of the three skills; remembers dense ones."
 
@@ -123,7 +123,8 @@ class Arms:
             moved = {n: d.abs() for n, d in whole.dense().items()}
             if kind == "random":
                 g = torch.Generator().manual_seed(10 * seed + i)
-                moved = {n: torch.rand(m.shape, generator=g) * (m > 0) for n, m in moved.items()}
+                moved = {n: torch.rand(m.shape, generator=g).to(m.device) * (m > 0)
+                         for n, m in moved.items()}
             if kind == "per layer":
                 chosen = {n: select({n: m}, round(share * m.numel()))[n] for n, m in moved.items()}
             else:

@@ -61,7 +61,7 @@ def select(
             chosen[name] = found
     return chosen
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #1187984d
+# %% ../../nbs/sparse/01_lt_sft.ipynb #0468094c
 class VectorPhase:
     """Train chosen entries as one vector. A context, and the hook between backward and step.
 
@@ -104,12 +104,17 @@ class VectorPhase:
                 partial(self._gather, n)) for n, p in self.params.items()]
         return self
 
+    def _at(self, name: str, p: Tensor) -> Tensor:
+        "The chosen positions, where the tensor is: training may have moved the model."
+        self.chosen[name] = self.chosen[name].to(p.device)
+        return self.chosen[name]
+
     def _gather(self, name: str, p: Tensor) -> None:
         "Move the gradient of the chosen entries into the vector's, and drop the rest."
         if p.grad is not None:
             if self.v.grad is None:
                 self.v.grad = torch.zeros_like(self.v)
-            self.v.grad[slice(*self.spans[name])] += p.grad.view(-1)[self.chosen[name]].to(self.v)
+            self.v.grad[slice(*self.spans[name])] += p.grad.view(-1)[self._at(name, p)].to(self.v)
             p.grad = None
 
     @torch.no_grad()
@@ -117,7 +122,7 @@ class VectorPhase:
         "Put the vector's values into the model's tensors."
         for name, p in self.params.items():
             values = self.v[slice(*self.spans[name])].to(p.device, p.dtype)
-            p.view(-1).index_copy_(0, self.chosen[name], values)
+            p.view(-1).index_copy_(0, self._at(name, p), values)
 
     @torch.no_grad()
     def __call__(self, *_: Any) -> None:
@@ -129,7 +134,7 @@ class VectorPhase:
             pairs = [(self.v, self.first), *zip(self.others, self.starts, strict=True)]
             for p, start in pairs:
                 if p.grad is not None:
-                    p.grad.add_((p - start).sign(), alpha=self.strength)
+                    p.grad.add_((p - start.to(p.device)).sign(), alpha=self.strength)
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         for hook in self.hooks:
@@ -143,7 +148,7 @@ class VectorPhase:
             raise RuntimeError("train_fn never called grad_hook(): call it between backward and "
                                "the optimiser's step")
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #a2de2673
+# %% ../../nbs/sparse/01_lt_sft.ipynb #12337c52
 TINY = 1e-7  # smaller changes are not kept
 
 
@@ -186,7 +191,8 @@ def _union(a: weights.SparseDelta, b: weights.SparseDelta) -> weights.SparseDelt
     if a.shape != b.shape:
         raise ValueError(f"changes of shapes {a.shape} and {b.shape} can't be added")
     where = a.values.device
-    at, inverse = torch.cat([a.indices, b.indices.to(where)]).unique(return_inverse=True)
+    both = torch.cat([a.indices.to(where), b.indices.to(where)])
+    at, inverse = both.unique(return_inverse=True)
     parts = torch.cat([a.values * a.scale, b.values.to(where) * b.scale])
     values = torch.zeros(len(at), dtype=parts.dtype, device=where).index_add_(0, inverse, parts)
     return weights.SparseDelta(at, values, a.shape)
@@ -432,7 +438,7 @@ def _scope(model: nn.Module, maskable: Iterable[str] | None) -> list[str]:
         raise ValueError("there is no maskable parameter: all are frozen")
     return names
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #d3868c7e
+# %% ../../nbs/sparse/01_lt_sft.ipynb #729090c7
 @contextlib.contextmanager
 def _rewound(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     "Copies of parameters, which are put back at the end, and so are the buffers."
@@ -462,9 +468,9 @@ def movements(
     with _rewound(model, params) as start:
         with VectorPhase(model, {}, [], strength) as hook:  # no vector: all are trained
             train_fn(model, steps, hook)
-        return {n: (params[n].detach() - start[n]).abs() for n in maskable}
+        return {n: (p := params[n].detach()).sub(start[n].to(p.device)).abs() for n in maskable}
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #e3d3f38e
+# %% ../../nbs/sparse/01_lt_sft.ipynb #6ffec3df
 def tune(
     model: nn.Module,  # left as it was found
     maskable: Sequence[str],  # names of parameters
@@ -484,13 +490,14 @@ def tune(
             for n, i in chosen.items():
                 diff = hook.values[n] - before[n].to(hook.values[n])
                 keep = diff.abs() > TINY
-                diffs[n] = weights.SparseDelta(i[keep.to(i.device)], diff[keep],
+                diffs[n] = weights.SparseDelta(i.to(diff.device)[keep], diff[keep],
                                                tuple(params[n].shape))
             found = {n: params[n].detach().clone() for n in heads}
         finally:
             with torch.no_grad():
                 for n, i in chosen.items():
-                    params[n].view(-1)[i.to(params[n].device)] = before[n]
+                    p = params[n].view(-1)
+                    p[i.to(p.device)] = before[n].to(p.device)
                 for p in params.values():
                     p.grad = None
     total = sum(params[n].numel() for n in maskable)

@@ -1,38 +1,43 @@
-"""aTLAS on a GPU: composing, half precision, LoRA vectors, full scale's shape, the experiment."""
+"""aTLAS on a GPU: every way to learn coefficients, LoRA vectors, FULL's step, the experiment."""
 
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from adaptlab import adapters, modules
+from adaptlab import adapters, modules, recipes
 from adaptlab.arithmetic.atlas import (
-    AnisotropicComposer, TaskVector, attach_composition, learn_composition)
+    AnisotropicComposer, TaskVector, attach_composition, disentanglement_error, entropy_loss,
+    learn_addition, learn_composition, learn_negation, learn_test_time, select_task_vectors)
+from adaptlab.bench import cost
 from adaptlab.bench.runs import launch
-from adaptlab.experiments.atlas import SMALL
+from adaptlab.experiments import atlas as experiment
+from adaptlab.experiments.atlas import FULL, SMALL
 from adaptlab.train import Training
-from gpu.card import DEVICE, DRY, clock, in_turn, llama, row, token_ids
+from gpu.card import DEVICE, DRY, clock, full, in_turn, llama, machine, row, token_ids
 
 
 def vectors_of(model, n, size=0.02):
     g = torch.Generator(DEVICE).manual_seed(0)
-    return [TaskVector.of({k: size * p.abs().mean() * torch.randn(
+    return [TaskVector.of({k: size * p.detach().abs().mean() * torch.randn(
         p.shape, generator=g, device=DEVICE).to(p.dtype) for k, p in model.named_parameters()})
         for _ in range(n)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("granularity", ["block", "isotropic", 4])
+@pytest.mark.parametrize(("dtype", "granularity"), [
+    (torch.float32, "block"), (torch.bfloat16, 4), (torch.bfloat16, "isotropic")])
 def test_composes_and_bakes(dtype, granularity):
-    model, ids = llama("smollm2", layers=2, dtype=dtype), token_ids(2, 64)
-    made = AnisotropicComposer(model, vectors_of(model, 3), granularity, only_matrices=True)
+    model, ids = llama("smollm2", layers=1, dtype=dtype), token_ids(2, 32)
+    made = AnisotropicComposer(model, vectors_of(model, 2), granularity, only_matrices=True)
     batch = {"input_ids": ids, "labels": ids}
     with torch.no_grad():
         assert torch.equal(made(input_ids=ids).logits, model(input_ids=ids).logits)
     before = modules.cross_entropy(made, batch).item()
     learn_composition(made, [batch] * 8, lambda m, b: modules.cross_entropy(m, {
-        k: v[0] for k, v in b.items()}), lr=0.3, epochs=2, batch_size=1)
-    assert made.coef.is_cuda or DRY
+        k: v[0] for k, v in b.items()}), lr=0.3, epochs=1, batch_size=1)
+    assert made.coef.device.type == DEVICE
     with torch.no_grad():
         after = modules.cross_entropy(made, batch).item()
         composed = made(input_ids=ids).logits
@@ -42,34 +47,73 @@ def test_composes_and_bakes(dtype, granularity):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_step_and_memory(dtype):
-    "The shape of CLIP ViT-B/32 with seven vectors, as at full scale, cut to a batch."
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    sizes = {"num_hidden_layers": 2} if DRY else {}
+def test_all_ways_to_learn(dtype):
     torch.manual_seed(0)
-    model = CLIPVisionModel(CLIPVisionConfig(
-        hidden_size=768, intermediate_size=3072, num_attention_heads=12, patch_size=32,
-        **{"num_hidden_layers": 12} | sizes)).to(DEVICE)
-    made = AnisotropicComposer(model, vectors_of(model, 7), dtype=dtype)
-    head = torch.randn(768, 10, device=DEVICE)
-    x = torch.randn(2 if DRY else 128, 3, 224, 224, device=DEVICE)
-    y = torch.randint(10, (len(x),), device=DEVICE)
+    model = recipes.MLP((20, 16, 4)).to(DEVICE, dtype)
+    x, y = torch.randn(64, 20, device=DEVICE, dtype=dtype), torch.arange(64, device=DEVICE) % 4
+    vectors, few = vectors_of(model, 3, 0.5), {"epochs": 1, "batch_size": 32}
+    kept = select_task_vectors(model, vectors, (x, y), budget=2).vectors
+    select_task_vectors(model, vectors, (x, y), budget=2, by="grad")
+    for options in ({}, {"linearized": True}, {"dtype": torch.bfloat16}):
+        made = AnisotropicComposer(model, kept, **options)
+        learn_addition(made, [(x, y), (x.flip(0), y.flip(0))], **few)
+        learn_test_time(made, x, lambda z: z + 0.1 * torch.randn_like(z), **few)
+        learn_composition(made, x, lambda net, batch: entropy_loss(net(batch)), **few)
+        learn_negation(AnisotropicComposer(model, kept[:1]), (x, y), (x, y), **few)
+        assert made.coef.dtype == torch.float32 and made.coef.any() and made.coef.isfinite().all()
+        assert 0 <= disentanglement_error(made, x, 0, 1) <= 1
+    assert len(made.coefficients()) == made.coef.numel()
+    assert 0 < abs(vectors[0].cosine(vectors[1])) < 1
 
-    def step(net, params):
-        for p in params:
-            p.grad = None
+
+class Classifier(nn.Module):
+    "The shape of FULL: CLIP ViT-B/32 under a frozen head."
+
+    def __init__(self):
+        super().__init__()
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        sizes = {"hidden_size": 48, "num_hidden_layers": 1} if DRY else {}
+        self.vision_model = CLIPVisionModel(CLIPVisionConfig(patch_size=32, **sizes))
+        width = self.vision_model.config.hidden_size
+        self.register_buffer("text", torch.randn(47, width))
+
+    def forward(self, x):
+        return F.normalize(self.vision_model(x).pooler_output, dim=-1) @ self.text.T
+
+
+def test_full_shape():
+    with torch.device(DEVICE):
+        torch.manual_seed(0)
+        model = Classifier().eval()
+        x = torch.randn(2 if DRY else FULL.training.batch_size, 3, 224, 224)
+        y = torch.randint(47, (len(x),))
+    n = len(FULL.tasks) - 1
+    vectors = vectors_of(model, n)
+
+    def step(net, optimizer):
+        optimizer.zero_grad()
         with torch.autocast(DEVICE, torch.bfloat16):
-            loss = torch.nn.functional.cross_entropy(net(x).pooler_output @ head, y)
+            loss = F.cross_entropy(net(x), y)
         loss.backward()
+        optimizer.step()
 
-    def whole():
-        step(model, model.parameters())
+    def steps(net):
+        return partial(step, net, torch.optim.AdamW(adapters.trainable_parameters(net), lr=1e-4))
 
-    ours = partial(step, made, [made.coef])
-    times = in_turn(ours, whole)
-    row(f"aTLAS, 7 vectors in {dtype}, step", times[0], reference=times[1])
-    row("the same, alone", *clock(ours))
+    made = AnisotropicComposer(model, vectors)
+    full(f"{len(x)} pictures, {n} vectors", made, x, steps(made), autocast=torch.bfloat16)
+    ours, whole = in_turn(steps(made), steps(model), rounds=5)
+    row("the same, beside full fine-tuning", ours, reference=whole, against="full fine-tuning")
+    made = AnisotropicComposer(model, vectors, dtype=torch.bfloat16)
+    row("the same, vectors in bfloat16", *clock(steps(made), rounds=3, warm=1))
+    look = 4 * len(x)  # scores of all blocks: one pass over four batches
+    data = [(x, y)] * 4
+    flops = cost.forward_flops(model, x, len(x))
+    found = cost.needs(model, flops=flops, trained=look, machine=machine()).set_index("what")
+    row("scores of all blocks, 4 batches", *clock(partial(
+        select_task_vectors, model, vectors, data, budget=2), rounds=1, warm=1),
+        counted=(3600 * found.loc["time", "amount"], None))
 
 
 def test_lora_vectors_train():
@@ -81,19 +125,35 @@ def test_lora_vectors_train():
                 p.normal_(std=0.02)
         found.append(TaskVector.from_lora(model))
         adapters.detach(model)
-    attach_composition(model, found)
-    adam = torch.optim.AdamW(adapters.trainable_parameters(model), lr=1e-2)
 
     def step():
         adam.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         adam.step()
 
-    row("composed LoRAs, step", *clock(step))
+    adapters.attach(model, partial(adapters.LoraAdapter, rank=12), ["q_proj", "down_proj"])
+    adam = torch.optim.AdamW(adapters.trainable_parameters(model), lr=1e-2)
+    lora, _ = clock(step, rounds=5)
+    adapters.detach(model)
+    attach_composition(model, found)
+    adam = torch.optim.AdamW(adapters.trainable_parameters(model), lr=1e-2)
+    row("two LoRAs composed, a step", clock(step, rounds=5)[0], reference=lora,
+        against="LoRA, r = 12")
     assert all(a.coef.any() for a in adapters.adapters(model).values())
 
 
-def test_small_experiment(tmp_path):
-    cfg = SMALL.replace(seeds=(0,), device=DEVICE, shots=(1, 4), passes=2,
-                        training=Training(steps=20, batch_size=32))
-    assert launch("atlas", cfg, root=tmp_path).claims
+def test_small_experiment(tmp_path, monkeypatch):
+    "Experts are noise around the base here: training them costs more than the experiment."
+    torch.manual_seed(0)
+    made = experiment.Family().eval()
+    with torch.no_grad():
+        for other in (*made.experts, *made.loras):
+            other.load_state_dict(made.base.state_dict(), strict=False)
+            for p in adapters.trainable_parameters(other):
+                p.add_(0.02 * torch.randn_like(p))
+    monkeypatch.setattr(experiment, "family", lambda: made)
+    cfg = SMALL.replace(seeds=(0,), device=DEVICE, shots=(1, 2), targets=SMALL.targets[:1],
+                        lrs=(0.1,), slow_lrs=(0.01,), full_lrs=(1e-3,), lora_lrs=(1e-2,),
+                        passes=1, images=64, forget=SMALL.forget[:1],
+                        training=Training(steps=2, batch_size=16))
+    assert launch("atlas", cfg, root=tmp_path, progress=False).claims
