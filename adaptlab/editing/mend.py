@@ -27,7 +27,7 @@ from ..modules import (
 from ..text import causal_lm_collate
 from ..train import FitResult, fit
 
-# %% ../../nbs/editing/01_mend.ipynb #232a13b5
+# %% ../../nbs/editing/01_mend.ipynb #effe7e2d
 class Factors(NamedTuple):
     "One matrix per edit, as a sum of outer products over tokens: `sum_t delta[t] u[t]^T`."
 
@@ -75,8 +75,11 @@ def gradient_factors(
     for name, own in seen.items():
         pairs = [(_by_edit(name, x, edits), _by_edit(name, next(grads), edits)) for x, _ in own]
         found[name] = Factors(*(torch.cat(parts, 1) for parts in zip(*pairs, strict=True)))
-    if bad := [n for n, f in found.items() if not all(torch.isfinite(x).all() for x in f)]:
-        raise ValueError(f"the gradient of {bad[0]} is NaN or infinite: the model, or the loss of "
+    finite = torch.stack([torch.isfinite(x).all().to(losses.device)
+                          for factors in found.values() for x in factors])
+    if not finite.all():  # one wait for the GPU, not one per layer
+        bad = list(found)[finite.int().argmin() // 2]
+        raise ValueError(f"the gradient of {bad} is NaN or infinite: the model, or the loss of "
                          "this edit, is not finite; nothing was edited")
     return found
 
@@ -160,7 +163,7 @@ class _LowRankLayer(nn.Module):
         out = torch.addcmul(self.offset[layer], inner, self.scale[layer]).clamp(min=0)
         return z + out if self.identity else out
 
-# %% ../../nbs/editing/01_mend.ipynb #e0ae9854
+# %% ../../nbs/editing/01_mend.ipynb #ef6d8921
 class GradientTransform(nn.Module):
     """The editor network g for all weights of one shape (section 3.1 of the paper, equation 3).
 
@@ -206,7 +209,8 @@ class GradientTransform(nn.Module):
                              f"[..., {self.sides[0]}] and [..., {self.sides[1]}] are needed")
         counted = (u != 0).any(-1) & (delta != 0).any(-1)
         own = next(self.parameters())  # float32, also beside a bfloat16 model
-        pair = [x[counted].to(own) for x in (u, delta)]
+        rows = counted.nonzero(as_tuple=True)
+        pair = [x[rows].to(own) for x in (u, delta)]
         if self.norm:
             moments = self.u_moments, self.delta_moments
             for side, x in zip(moments, pair, strict=True):

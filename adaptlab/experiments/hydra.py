@@ -99,12 +99,12 @@ def _budget_table(cfg: Config) -> pd.DataFrame:
                              "weights": 5 * d * r_p + 2 * d * r_s, "missed": float(missed)})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/hydra.ipynb #3ea44fb7
+# %% ../../nbs/experiments/hydra.ipynb #c4a9b7b0
 def _budget(cfg: Config, run: Run, report: Report) -> None:
     "What each kind of update can reach at most."
     table = report.table("budget", run.stage("budget", partial(_budget_table, cfg)))
-    for rival in ("parallel", "sequential"):
-        mixed = table[table["mix"].isin(["(8, 2)", "(4, 4)"])]
+    mixed = table[table["mix"].isin([str(mix) for mix in cfg.mixes if all(mix)])]
+    for rival in ("parallel", "sequential") if len(mixed) else ():
         versus(report, mixed, [Versus(
             f"for a task that mixes known and new, Hydra's best update misses less than the best "
             f"{rival} one with as many weights", "Hydra", rival, "missed", "the motivation",
