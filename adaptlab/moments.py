@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from . import adapters, modules
 from .modules import Conv1D
 
-# %% ../nbs/core/17_moments.ipynb #5e6f48c9
+# %% ../nbs/core/17_moments.ipynb #04e8848b
 def _gram(rows: Tensor) -> Tensor:
     "rowsᵀ rows in float32 (float64 for float64), by tensor cores where that loses nothing."
-    exact = rows.is_cuda and rows.element_size() == 2  # half precision is exact in TF32
+    exact = rows.is_cuda and rows.element_size() == 2  # half precision: its products are exact
+    if exact and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.mm(rows.T, rows, out_dtype=torch.float32)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high" if exact else "highest")
@@ -34,7 +36,7 @@ def _gram(rows: Tensor) -> Tensor:
     finally:
         torch.set_float32_matmul_precision(before)
 
-# %% ../nbs/core/17_moments.ipynb #529463a4
+# %% ../nbs/core/17_moments.ipynb #453b9454
 @dataclass(eq=False)
 class Covariance:
     "Second moment of a layer's inputs summed over a stream of tokens."
@@ -57,22 +59,21 @@ class Covariance:
         total = torch.zeros(width, width, dtype=dtype, device=device)
         return cls(total, total.new_zeros(width), per_sample=per_sample)
 
-    def add(
-        self,
+    @classmethod
+    def of(
+        cls,
         x: Tensor,  # inputs [in], [tokens, in] or [sequences, tokens, in]
         keep: Tensor | None = None,  # tokens that count, bool, the leading shape of x; None: all
-    ) -> "Covariance":  # itself
-        "Add inputs. `ValueError` for NaN, inf or a wrong width; the sums stay as they were."
-        if x.shape[-1] != len(self.total):
-            raise ValueError(f"inputs have {x.shape[-1]} channels, this covariance has "
-                             f"{len(self.total)}")
+        per_sample: bool = False,  # see the field
+    ) -> "Covariance":  # of these inputs alone, in the dtype of `zeros`
+        "What one batch shows. `ValueError` for NaN or inf."
         x = x.detach().reshape(x.shape[0] if x.dim() > 2 else 1, -1, x.shape[-1])
         keep = None if keep is None else keep.bool().reshape(x.shape[:2])
         rows = x.flatten(0, 1) if keep is None else x[keep]
         magnitude, count = rows.abs().sum(0, dtype=torch.float32), len(rows)
         if not magnitude.isfinite().all():
             raise ValueError("inputs contain NaN or inf: check the model and its batches")
-        if self.per_sample:
+        if per_sample:
             shown = x if keep is None else x.masked_fill(~keep[..., None], -torch.inf)
             peak = shown.amax(dim=(1, 2), keepdim=True).abs().float()
             if not (peak > 0).all():
@@ -80,16 +81,27 @@ class Covariance:
                                  "reference divides by; use normalize=None")
             x = x / torch.where(peak.isfinite(), peak, 1)  # infinite: a sequence of padding
             rows = x.flatten(0, 1) if keep is None else x[keep]
-        self.total += _gram(rows)
-        self.abs_total += magnitude
-        self.tokens += count
-        self.samples += len(x) if keep is None else int(keep.any(1).sum())
-        return self
+        dtype = torch.float64 if x.device.type == "cpu" else torch.float32
+        samples = len(x) if keep is None else int(keep.any(1).sum())
+        return cls(_gram(rows).to(dtype), magnitude.to(dtype), count, samples, per_sample)
+
+    def add(
+        self,
+        x: Tensor,  # inputs, as `of` takes them
+        keep: Tensor | None = None,  # tokens that count; None: all
+    ) -> "Covariance":  # itself
+        "Add inputs. `ValueError` for NaN, inf or a wrong width; the sums stay as they were."
+        if x.shape[-1] != len(self.total):
+            raise ValueError(f"inputs have {x.shape[-1]} channels, this covariance has "
+                             f"{len(self.total)}")
+        return self.__iadd__(Covariance.of(x, keep, self.per_sample))
 
     def __iadd__(self, other: "Covariance") -> "Covariance":
-        "Count another stream's tokens too."
+        "Count another stream's tokens too, in place."
         for name in ("total", "abs_total", "tokens", "samples"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+            mine = getattr(self, name)
+            mine += getattr(other, name)
+            setattr(self, name, mine)
         return self
 
     @property
@@ -99,7 +111,7 @@ class Covariance:
             raise ValueError("this covariance counted no tokens: run calibration batches first")
         return self.total / (self.samples if self.per_sample else self.tokens)
 
-# %% ../nbs/core/17_moments.ipynb #522b70ff
+# %% ../nbs/core/17_moments.ipynb #1afca8d1
 class _Done(Exception):
     "Every layer has been seen: leave the forward pass."
 
@@ -141,11 +153,11 @@ class _Collector:
             names.append(name)
         else:
             self.flush()
-            fresh = Covariance.zeros(x.shape[-1], x.device, self.per_sample)
             try:
-                self.last = x, x._version, [name], fresh.add(*self.laid_out(name, x))
+                fresh = Covariance.of(*self.laid_out(name, x), self.per_sample)
             except ValueError as error:
                 raise ValueError(f"layer {name!r}: {error}") from None
+            self.last = x, x._version, [name], fresh
         self.calls[name] += 1
         if self.once and len(self.calls) == len(self.layers):
             raise _Done

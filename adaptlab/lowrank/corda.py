@@ -82,12 +82,24 @@ def _orientation(C: Tensor | Covariance | None, method: Method, damp: float) -> 
         return (C.abs_total / C.tokens) ** 0.5 + 1e-6
     return damped(C, damp)[0 if method == "corda" else 1]
 
-# %% ../../nbs/lowrank/04_corda.ipynb #ea7440da
+# %% ../../nbs/lowrank/04_corda.ipynb #e01d8c04
+def _square(W: Tensor) -> tuple[Tensor, Tensor]:
+    "Q and R of a tall matrix, by Cholesky twice: made of products, which is what a GPU is fast at."
+    Q, R, eye = W, torch.eye(W.shape[1]).to(W), torch.eye(W.shape[1]).to(W)
+    for round_ in range(2):
+        gram = Q.T @ Q
+        L, failed = torch.linalg.cholesky_ex(gram)
+        if failed or (round_ and (gram - eye).norm() > 0.1):  # columns that hardly differ
+            return torch.linalg.qr(W)
+        Q, R = torch.linalg.solve_triangular(L.T, Q, upper=True, left=False), L.T @ R
+    return Q, R
+
+
 def _components(W: Tensor, M: Tensor | None, smallest: int = 0) -> tuple[Tensor, Tensor]:
     "U [out, R] and S [R] of W M; the `smallest` last ones must be told from the others, too."
     if M is not None and len(M) != W.shape[1]:
         raise ValueError(f"the covariance has {len(M)} channels, the layer {W.shape[1]} inputs")
-    Q, W = torch.linalg.qr(W) if W.shape[0] > W.shape[1] else (None, W)  # made square
+    Q, W = _square(W) if W.shape[0] > W.shape[1] else (None, W)
     X = W if M is None else W * M.to(W) if M.dim() == 1 else W @ M.to(W)
     squares, U = torch.linalg.eigh(X @ X.T)
     clear = 1e-12 if squares.dtype == torch.float64 else 1e-4

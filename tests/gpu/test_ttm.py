@@ -1,9 +1,12 @@
 """TTM on a GPU: the same numbers, training no slower than its bare step, SMALL, FULL's shape."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
+from adaptlab.bench import cost
 from adaptlab.bench.runs import launch
 from adaptlab.experiments import ttm as lab
 from adaptlab.experiments.ttm import FULL, SMALL
@@ -18,8 +21,9 @@ from adaptlab.inference.ttm import (
     pretraining_windows,
     reconfigure,
 )
-from gpu.card import DEVICE, DRY, full, in_turn, row
+from gpu.card import DEVICE, DRY, clock, in_turn, machine, row
 
+FLOAT32 = 67  # TFLOP/s of an H100 or H200 in float32, outside the tensor cores
 MIXED = dict(num_input_channels=3, decoder_mode="mix_channel", prediction_channel_indices=(0, 1),
              exogenous_channel_indices=(2,), enable_forecast_channel_mixing=True,
              resolution_prefix_tuning=True)
@@ -27,7 +31,7 @@ SIZES = dict(context_length=128, prediction_length=24, patch_length=16, d_model=
              decoder_d_model=16)
 
 
-def waves(context, horizon, n=20_000):
+def waves(context, horizon, n=6_000):
     rng, t = np.random.default_rng(0), np.arange(n)
     series = [np.sin(2 * np.pi * t / m) + 0.3 * rng.normal(size=n) for m in (24, 168)]
     return pretraining_windows([(y, 60.0) for y in series], context, horizon)
@@ -54,7 +58,7 @@ def test_windows_stay_on_the_card():
     batch = ds.fetch_batch(torch.arange(8), DEVICE)
     assert all(v.device.type == torch.device(DEVICE).type for v in batch.values())
     before = evaluate(model.to(DEVICE), few_shot_split(ds, 0.05)).mse
-    pretrain(model, ds, 5 if DRY else 200, device=DEVICE, progress=False)
+    pretrain(model, ds, 5 if DRY else 40, device=DEVICE, progress=False)
     few = few_shot_split(ds, 0.05)
     tuned = freeze_backbone(reconfigure(model, head_dropout=0.1))
     fine_tune(tuned, few, few, epochs=1, device=DEVICE, progress=False)
@@ -66,46 +70,57 @@ def test_windows_stay_on_the_card():
 def test_fit_against_its_bare_step():
     ds = waves(512, 96)
     model = TTMForPrediction(TTMConfig(resolution_prefix_tuning=True)).to(DEVICE).train()
-    size, steps = (8, 2) if DRY else (512, 60)
+    size, steps = (8, 2) if DRY else (512, 40)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
     batch = ds.fetch_batch(torch.arange(size), DEVICE)
 
-    def bare():
+    def bare(steps=steps):
         for _ in range(steps):
             adam.zero_grad()
             model(**batch).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             adam.step()
 
-    def fitted():
+    def fitted(steps=steps):
         pretrain(model, ds, steps, size, device=DEVICE, progress=False)
 
-    ours, plain = in_turn(fitted, bare, rounds=5, warm=1)
-    row(f"TTM-B, batch {size}, {steps} steps in fit", ours, reference=plain, bound=1.1)
+    fitted(2), bare(2)
+    ours, plain = in_turn(fitted, bare, rounds=3, warm=0)
+    row(f"{steps} steps of fit, {size} windows", ours, reference=plain, against="bare steps",
+        bound=1.1)
 
 
 def test_small(tmp_path):
-    cfg = SMALL.replace(seeds=(0,), device=DEVICE)
-    if DRY:
-        cfg = cfg.replace(tests=cfg.tests[:1], pretraining={"steps": 2}, tuning={"epochs": 1.0},
-                          lrs=(1e-3,), stride=301)
+    cfg = SMALL.replace(
+        seeds=(0,), device=DEVICE, tests=SMALL.tests[:1], corpus=SMALL.corpus[:2], rows=4000,
+        lrs=(1e-3,), stride=301, pretraining={"steps": 4, "batch_size": 32, "clip": 1.0},
+        tuning={"epochs": 1.0})
     report = launch("ttm", cfg, root=tmp_path, progress=False)
     assert set(report.figures) == {"main"} and set(report.tables) >= {"results", "ablation"}
     assert (report.tables["results"]["mse"] > 0).all()
 
 
 def test_full_shape():
-    "The model of FULL and its batch of pre-training, for a few steps."
-    size = 16 if DRY else FULL.pretraining.batch_size
+    "A step of FULL's pre-training in float32, which has a fifteenth of the peak in bf16."
+    size, how = 16 if DRY else FULL.pretraining.batch_size, FULL.pretraining
     model = TTMForPrediction(lab.architecture(FULL)).to(DEVICE).train()
-    ds = waves(FULL.context_length, FULL.prediction_length)
-    batch = ds.fetch_batch(torch.arange(size), DEVICE)
+    batch = waves(FULL.context_length, FULL.prediction_length).fetch_batch(
+        torch.arange(size), DEVICE)
     del batch["freq_token"]
-    adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    adam = torch.optim.AdamW(model.parameters(), lr=how.lr)
 
     def step():
         adam.zero_grad()
         model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), how.clip)
         adam.step()
 
-    full(f"a step of pre-training, {size:,} windows", model, batch, step)
+    assert how.precision == "no"
+    found = clock(step, rounds=5)
+    counted = cost.needs(
+        model, flops=cost.forward_flops(model, batch, 1), trained=1,
+        machine=dataclasses.replace(machine(), tflops=FLOAT32),
+        activations=cost.activation_bytes(model, batch)).set_index("what")
+    amount, unit = counted.loc["memory, together", ["amount", "unit"]]
+    row(f"FULL: a step of pre-training, {size:,} windows", *found, counted=(
+        3600 * counted.loc["time", "amount"], amount / 1024 if unit == "MiB" else amount))
