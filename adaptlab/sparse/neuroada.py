@@ -75,7 +75,7 @@ def select_topk(
         parts = (p.abs() if score == "abs" else -p.abs() for p in parts)
     return torch.cat([_topk_rows(p, k) for p in parts])
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #f1bb89a1
+# %% ../../nbs/sparse/03_neuroada.ipynb #77dd61fa
 def _entries(indices: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     "Neuron and column of every bypass, [entries], neurons ascending."
     n, k = indices.shape
@@ -97,9 +97,27 @@ def _columns(x: Tensor) -> Tensor:
     return x.t().contiguous()
 
 
+def _in_pieces(grad: Tensor, x: Tensor, theta: Tensor, indices: Tensor,
+               rows: Tensor | None) -> Tensor:
+    "The same without bags, some neurons at a time: columns of x for few bypasses, g^T x for many."
+    k, d_in = indices.shape[1], x.shape[1]
+    few, parts = k == 1 or 1024 * k <= d_in, []  # k passes over memory, or d_in products
+    step = max(1, 2**25 // (len(x) if few else d_in))
+    for some in (slice(a, a + step) for a in range(0, len(indices), step)):
+        g = grad[:, some] if rows is None else grad.index_select(1, rows[some])
+        if few:
+            parts.append(torch.stack([x.index_select(1, c).mul_(g).sum(0, dtype=theta.dtype)
+                                      for c in indices[some].t()], 1))
+        else:
+            parts.append((g.t() @ x).gather(1, indices[some].long()))
+    return torch.cat(parts).to(theta.dtype)
+
+
 def _theta_gradient(grad: Tensor, x: Tensor, theta: Tensor, indices: Tensor,
                     rows: Tensor | None) -> Tensor:
     "sum_t g[t, i] x[t, I[i, m]]."
+    if x.device.type != "cpu" and x.element_size() < 4:  # CUDA's bags have no way back in bfloat16
+        return _in_pieces(grad.to(x.dtype), x, theta, indices, rows)
     neurons, columns = _entries(indices, rows)
     found = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         _columns(grad.to(x.dtype)), _columns(x), columns, columns[:1], neurons, 0)

@@ -1,17 +1,19 @@
-"""DiffoRA on a GPU: search, rounding, sharing, merging, and the small experiment."""
+"""DiffoRA on a GPU: search, rounding, merging, FULL's steps, and the small experiment."""
 
 from functools import partial
 
 import pytest
 import torch
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from adaptlab import adapters, modules
 from adaptlab.bench.runs import launch
-from adaptlab.experiments.diffora import SMALL
+from adaptlab.experiments.diffora import FULL, HEAD, SMALL
 from adaptlab.lowrank.diffora import (
     DiffoRAConfig, attach_supernet, build_adapted_model, discretize, module_grams, module_grid,
     search)
-from gpu.card import DEVICE, clock, in_turn, llama, row, token_ids
+from adaptlab.train import Training
+from gpu.card import DEVICE, DRY, full, in_turn, llama, row, token_ids
 
 
 def batch(seed):
@@ -33,12 +35,10 @@ def test_search_select_and_merge(dtype):
     build_adapted_model(adapters.detach(model), mask, config)
     adam = torch.optim.AdamW(adapters.trainable_parameters(model), lr=1e-2)
 
-    def step():
+    for _ in range(3):
         adam.zero_grad()
         modules.cross_entropy(model, batch(0)).backward()
         adam.step()
-
-    row(f"DiffoRA, step after the search, {dtype}", *clock(step))
     with torch.no_grad():
         before = model(input_ids=inputs).logits.float()
         after = adapters.merge(model)(input_ids=inputs).logits.float()
@@ -46,24 +46,53 @@ def test_search_select_and_merge(dtype):
     assert (after - before).norm() <= (1e-3 if dtype == torch.float32 else 0.1) * before.norm()
 
 
-def test_step_of_the_supernet_against_lora():
-    def step(wrap):
-        model = llama("smollm2", layers=8)
-        wrap(model)
-        adam = torch.optim.AdamW(adapters.trainable_parameters(model), lr=0.0)
+def deberta():
+    "DeBERTa-v3-base with random weights and a new head."
+    toy = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64,
+           "num_hidden_layers": 2, "pooler_hidden_size": 32, "vocab_size": 512} if DRY else {
+           "pooler_hidden_size": 768, "vocab_size": 128100}
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return DebertaV2ForSequenceClassification(DebertaV2Config(
+            relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm",
+            share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False,
+            type_vocab_size=0, layer_norm_eps=1e-7, pooler_dropout=0.0, **{
+                "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072,
+                "num_hidden_layers": 12} | toy)).train()
 
-        def work():
+
+def test_steps_of_full():
+    "A step of the weights against LoRA's, and a step of the search: gates, then weights."
+    n = FULL.batch_size if not DRY else 2
+    ids = token_ids(n, FULL.max_length)
+    texts = {"input_ids": ids, "labels": torch.arange(n, device=DEVICE) % 2}
+
+    def prepared(model):
+        theta = adapters.trainable_parameters(model)
+        adam = torch.optim.AdamW(theta, lr=0.0)
+
+        def step():
             adam.zero_grad()
-            modules.cross_entropy(model, batch(0)).backward()
+            modules.cross_entropy(model, texts).backward(inputs=theta)
             adam.step()
 
-        return work
+        return step
 
-    names = [n for names in module_grid(llama("smollm2", layers=8)).values() for n in names]
-    make = partial(adapters.LoraAdapter, rank=8, alpha=8)
-    ours, lora = in_turn(step(lambda m: attach_supernet(m, DiffoRAConfig(r=8, alpha=8))),
-                         step(lambda m: adapters.attach(m, make, names)))
-    row("DiffoRA, super-net against LoRA r = 8, step", ours, reference=lora)
+    ours = deberta()
+    dam = attach_supernet(ours, DiffoRAConfig(r=FULL.r, alpha=FULL.r), also_train=HEAD)
+    def search_step():
+        dam.searched = False
+        search(ours, dam, [texts], [texts], steps=1, warmup=0, lr=1e-9, gate_lr=1e-9)
+
+    what = f"{n} x {FULL.max_length} tokens"
+    full(f"DeBERTa-v3-base, {what}, weights", ours, texts, prepared(ours), rounds=3)
+    lora = deberta()
+    names = [n for names in module_grid(lora).values() for n in names]
+    adapters.attach(lora, partial(adapters.LoraAdapter, rank=FULL.r, alpha=FULL.r), names,
+                    also_train=HEAD)
+    weights, rival, whole = in_turn(prepared(ours), prepared(lora), search_step, rounds=3, warm=1)
+    row(f"{what}, a step of the weights", weights, reference=rival, against=f"LoRA, r = {FULL.r}")
+    row(f"{what}, a step of the search", whole, reference=weights, against="of the weights")
 
 
 def test_kernel_on_the_card():
@@ -77,5 +106,6 @@ def test_kernel_on_the_card():
 
 
 def test_small_experiment(tmp_path):
-    cfg = SMALL.replace(seeds=(0,), teachers=2, device=DEVICE)
+    cfg = SMALL.replace(seeds=(0,), teachers=1, device=DEVICE, steps=4, warmup=1, planted=64,
+                        images=(64, 32), training=Training(steps=2, batch_size=16))
     assert launch("diffora", cfg, root=tmp_path).claims
