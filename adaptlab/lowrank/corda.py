@@ -82,14 +82,15 @@ def _orientation(C: Tensor | Covariance | None, method: Method, damp: float) -> 
         return (C.abs_total / C.tokens) ** 0.5 + 1e-6
     return damped(C, damp)[0 if method == "corda" else 1]
 
-# %% ../../nbs/lowrank/04_corda.ipynb #e01d8c04
+# %% ../../nbs/lowrank/04_corda.ipynb #66b867fc
 def _square(W: Tensor) -> tuple[Tensor, Tensor]:
     "Q and R of a tall matrix, by Cholesky twice: made of products, which is what a GPU is fast at."
-    Q, R, eye = W, torch.eye(W.shape[1]).to(W), torch.eye(W.shape[1]).to(W)
-    for round_ in range(2):
+    eye = torch.eye(W.shape[1]).to(W)
+    Q, R = W, eye
+    for far in (math.inf, 0.1):  # from the identity: the second time Q is nearly orthonormal
         gram = Q.T @ Q
         L, failed = torch.linalg.cholesky_ex(gram)
-        if failed or (round_ and (gram - eye).norm() > 0.1):  # columns that hardly differ
+        if failed or (gram - eye).norm() > far:  # some columns hardly differ
             return torch.linalg.qr(W)
         Q, R = torch.linalg.solve_triangular(L.T, Q, upper=True, left=False), L.T @ R
     return Q, R

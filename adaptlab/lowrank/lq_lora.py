@@ -199,7 +199,7 @@ def quantize(
                            pack_codes(codes, config.scale_bits), states, offset,
                            tuple(W.shape), config)
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #b3a151dd
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #f5dd2725
 def _check_fisher(fisher: Any, shape: tuple[int, ...]) -> None:
     "ValueError for weights that no error can have."
     if fisher is None:
@@ -220,8 +220,9 @@ def _leading(X: Tensor, rank: int, exact: bool, seed: int) -> tuple[Tensor, Tens
     for _ in range(2):
         Y = X @ (X.T @ torch.linalg.qr(Y).Q)
     basis = torch.linalg.qr(Y).Q
-    U, s, Vh = torch.linalg.svd(basis.T @ X, full_matrices=False)
-    return (basis @ U)[:, :rank], s[:rank], Vh[:rank]
+    Z, R = torch.linalg.qr(X.T @ basis)  # the SVD of what is left is small, too
+    U, s, Vh = torch.linalg.svd(R.T)
+    return (basis @ U)[:, :rank], s[:rank], (Vh @ Z.T)[:rank]
 
 # %% ../../nbs/lowrank/05_lq_lora.ipynb #2ef411a7
 def weighted_svd(

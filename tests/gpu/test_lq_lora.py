@@ -101,7 +101,8 @@ def test_small_experiment(tmp_path):
     llama = tiny_models.llama(tmp_path / "llama", layers=1)
     cfg = SMALL.replace(
         seeds=(0,), device=DEVICE, model=llama, tuned=llama, targets=r"model.+\.mlp\..+_proj",
-        windows=2, fisher=2, rounds=2, tuned_fisher=4, held=8, lrs=(1e-2,), training={"steps": 4, "batch_size": 8})
+        windows=2, fisher=2, rounds=2, tuned_fisher=4, held=8, lrs=(1e-2,),
+        training={"steps": 4, "batch_size": 8})
     report = launch("lq_lora", cfg, root=tmp_path, progress=False)
     assert len(report.claims) == 10 and set(report.tables) == {
         "start", "layouts", "predicted", "tune"}

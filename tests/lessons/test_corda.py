@@ -568,6 +568,18 @@ def test_eigenvectors_give_the_numbers_of_the_svd(shape, mode):
     torch.testing.assert_close(context_svd(W, C)[1], S, rtol=1e-6, atol=1e-9)
 
 
+def test_tall_weights_whose_columns_hardly_differ():
+    "Cholesky can't take them; the numbers are those of the SVD."
+    W = matrix(40, 12)
+    W[:, 5] = W[:, 4] * (1 + 1e-9)
+    for weight in (W, 1e-6 * W, torch.cat([W, torch.zeros(3, 12).double()])):
+        U, S, Vhat = context_svd(weight, covariance(12))
+        exact = torch.linalg.svdvals(weight @ damped(covariance(12))[0])
+        torch.testing.assert_close(S, exact, rtol=1e-6, atol=1e-9 * float(exact[0]))
+        assert (U @ S.diag() @ Vhat - weight).norm() <= 1e-6 * weight.norm()
+        torch.testing.assert_close(U.T @ U, torch.eye(12).double())
+
+
 def test_tiny_values_are_taken_from_the_svd(monkeypatch):
     "Below a millionth of the largest the Gram matrix knows nothing; the SVD does."
     torch.manual_seed(0)
