@@ -418,8 +418,8 @@ class _Meter:
         def read(name: str, start: int, stop: int) -> Tensor:
             piece = state.read(name, start, stop)
             if piece.is_floating_point():
-                x = piece.detach().float()  # squares of bfloat16's range fit
-                square = torch.dot(x, x).double()
+                kind = torch.promote_types(piece.dtype, torch.float32)
+                square = torch.linalg.vector_norm(piece.detach(), dtype=kind).double().square()
                 with self.lock:
                     self.sums[label, name] = self.sums.get((label, name), 0) + square
             return piece
@@ -454,12 +454,14 @@ class Transfer:
 # %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #a32795e3
 def _warn_of_swap(base: LazyState, diff: LazyState, target: LazyState) -> None:
     "Where a target is nearer to base + diff than to the base, by the first entries of tensors."
-    product = square = 0.0
+    products = {}
     for name in (n for n in diff if n in base and n in target):
-        first = [next(iter(s.pieces(name, 2**16))).cpu().double() for s in (diff, base, target)]
-        change, old, new = (t[: min(map(len, first))] for t in first)
-        product, square = product + float(change @ (new - old)), square + float(change @ change)
-    if 2 * product > square:
+        first = [next(iter(s.pieces(name, 2**16))) for s in (diff, base, target)]
+        change, old, new = (t[: min(map(len, first))].to(first[0].device, torch.float64)
+                            for t in first)
+        products[name] = torch.stack([change @ (new - old), change @ change])
+    found = weights.read_out(products).values()  # waits once for each device
+    if 2 * sum(product for product, _ in found) > sum(square for _, square in found):
         warnings.warn("the new base is nearer to the fine-tune than to the old base: were they "
                       "swapped? If not, the bases may be too far apart for this diff", stacklevel=3)
 

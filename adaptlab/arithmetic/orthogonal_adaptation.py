@@ -30,7 +30,7 @@ def _generator(*parts: Any) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)  # as many widths as a U-Net or a Llama has
 def _orthogonal(seed: int, m: int) -> Tensor:
     "The orthogonal matrix of one width, float32."
     noise = torch.randn(m, m, generator=_generator(seed, m), dtype=torch.float64)

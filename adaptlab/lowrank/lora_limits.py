@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .. import modules
+from .. import modules, weights
 
 # %% ../../nbs/lowrank/01_lora_limits.ipynb #a59f8638
 class LoRAGradients(NamedTuple):
@@ -77,8 +77,9 @@ def _check(X: Mapping, Y: Tensor, W: Mapping, A: Mapping, B: Mapping, beta: floa
                          "must fit, Q and K be equally wide, with as many values as keys (causal: "
                          "as queries, too), and Y be [..., queries, width of V]")
     groups = {"X": X, "W": W, "A": A, "B": B, "Y": {"V": Y}}
-    if wrong := [f"{kind} of {n}" for kind, group in groups.items() for n, t in group.items()
-                 if not torch.isfinite(t).all()]:
+    finite = weights.read_out({f"{kind} of {n}": torch.isfinite(t).all()
+                               for kind, group in groups.items() for n, t in group.items()})
+    if wrong := [name for name, fine in finite.items() if not fine]:
         raise ValueError(f"{', '.join(wrong)}: some entries are not finite")
 
 # %% ../../nbs/lowrank/01_lora_limits.ipynb #a988c02f
@@ -149,13 +150,15 @@ def feature_count(
     return math.comb(d + degree, degree)
 
 
-@lru_cache
-def _recipe(d: int, t: int) -> tuple[list[int], list[int], list[float]]:
+@lru_cache(maxsize=64)
+def _recipe(d: int, t: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     "Degree t from degree t - 1: parent, new variable, one over the root of its multiplicity."
     place = {a: i for i, a in enumerate(itertools.combinations_with_replacement(range(d), t - 1))}
     found = [(place[a[:-1]], a[-1], a.count(a[-1]) ** -0.5)
              for a in itertools.combinations_with_replacement(range(d), t)]
-    return tuple(map(list, zip(*found, strict=True)))
+    *places, roots = map(list, zip(*found, strict=True))
+    return *torch.tensor(places, device=device), torch.tensor(roots, dtype=torch.float64,
+                                                              device=device)
 
 
 def taylor_features(
@@ -166,8 +169,8 @@ def taylor_features(
     feature_count(Z.shape[-1], degree)
     parts = [torch.ones_like(Z[..., :1])]
     for t in range(1, degree + 1):
-        parent, new, root = _recipe(Z.shape[-1], t)
-        parts.append(parts[-1][..., parent] * Z[..., new] * Z.new_tensor(root))
+        parent, new, root = _recipe(Z.shape[-1], t, Z.device)
+        parts.append(parts[-1][..., parent] * Z[..., new] * root.to(Z.dtype))
     return torch.cat(parts, -1)
 
 # %% ../../nbs/lowrank/01_lora_limits.ipynb #c0ee1d48
@@ -320,19 +323,25 @@ def _backward(Q: Tensor, K: Tensor, H: Tensor, residual: Callable[[slice, Tensor
 
 # %% ../../nbs/lowrank/01_lora_limits.ipynb #e2ad0b06
 def _prepare(Q: Tensor, K: Tensor, degree: int | None, tol: float, center_keys: bool, causal: bool,
-             max_features: int, mask: Any, chunk: int = 4096) -> tuple[Tensor, _Way, float]:
+             max_features: int, mask: Any, chunk: int | None = None
+             ) -> tuple[Tensor, _Way, float]:
     "Centred keys, how to sum, and the radius."
     if mask is not None:
         raise ValueError("a mask is not supported: sums over keys have no room for it; causal=True "
                          "is the one mask that they can do")
-    if chunk < 1:
+    if chunk is not None and chunk < 1:
         raise ValueError(f"chunk = {chunk}: at least one row at a time")
     if center_keys:  # one constant vector off every key: softmax does not see it
         K = K - K.mean(-2, keepdim=True)
     radius = logit_radius(Q, K)
     degree = required_degree(radius, tol) if degree is None else degree
     _check_degree(degree, Q.shape[-1], max_features)
-    return K, _Way(degree, causal, 128 if causal else chunk), radius
+    size = feature_count(Q.shape[-1], degree) * Q[..., 0, 0].numel()  # of a row's features
+    if causal:
+        rows = 512 if Q.is_cuda else 128
+    else:  # a GPU waits for launches, a CPU for memory outside its cache
+        rows = chunk or (max(4096, 2**24 // size) if Q.is_cuda else 4096)
+    return K, _Way(degree, causal, rows), radius
 
 # %% ../../nbs/lowrank/01_lora_limits.ipynb #ddeb1b44
 @torch.no_grad()
@@ -353,7 +362,7 @@ def lora_gradient_fast(
     center_keys: bool = True,  # take the mean off the keys: same attention, smaller logits
     causal: bool = False,  # position l sees keys up to l
     rope: tuple[Tensor, Tensor] | None = None,  # cosine and sine [L, d] of rotary positions
-    chunk: int = 4096,  # rows whose features are held at a time; causal: 128
+    chunk: int | None = None,  # rows whose features are held at a time; None: 4096, on CUDA more
     max_features: int = 20_000,  # refuse more than these
     mask: None = None,  # no mask but `causal` is possible
 ) -> LoRAGradients:  # degree, features, radius and a bound on the weights' error in `info`
@@ -523,15 +532,16 @@ def _head_rows(Q: Tensor, K: Tensor, V: Tensor, beta: float | None, lengths: Seq
     beta = Q.shape[-1] ** -0.5 if beta is None else beta
     Q, K, V = (t.float().reshape(-1, *t.shape[-2:]) for t in (Q, K, V))
     last, rows = lengths[-1], []
+    tops = [t.abs().amax(-1).cummax(-1).values[:, [n - 1 for n in lengths]].tolist()
+            for t in (Q, K, V)]  # per head, over the first L rows
     for head, q in enumerate(Q):
-        k, v = (t[head * len(t) // len(Q)] for t in (K, V))  # heads may share keys
-        tops = [t.abs().amax(-1).cummax(0).values for t in (q, k, v)]  # over the first L rows
-        gammas = [max(float(top[n - 1]) for top in tops) for n in lengths]
+        mine = [top[head * len(top) // len(Q)] for top in tops]  # heads may share keys
+        gammas = [max(column) for column in zip(*mine, strict=True)]
         slope = growth_exponent(lengths, gammas)
-        R = logit_radius(beta * q[:last], k[:last])
+        R = logit_radius(beta * q[:last], K[head * len(K) // len(Q), :last])
         rows.append({
             "layer": layer, "head": head,
-            **{f"gamma_{n}": float(top[last - 1]) for n, top in zip("qkv", tops, strict=True)},
+            **{f"gamma_{n}": top[-1] for n, top in zip("qkv", mine, strict=True)},
             "radius": R,
             "ratio": gammas[-1] / _root_log(last), "exponent": slope,
             "side": "efficient" if slope < 0.5 else "hard",
