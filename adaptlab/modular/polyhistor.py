@@ -148,7 +148,7 @@ class DecomposedHyperNetwork(nn.Module):
         down, up = self.generate(torch.tensor([task], device=self.task.device))[layer]
         return down[0], up[0]
 
-# %% ../../nbs/modular/02_polyhistor.ipynb #7111f665
+# %% ../../nbs/modular/02_polyhistor.ipynb #e9eda551
 class LayerwiseScalingKernel(nn.Module):
     """What enlarges a template for a layer s times as wide (section 4.2).
 
@@ -173,23 +173,33 @@ class LayerwiseScalingKernel(nn.Module):
         made = torch.einsum("mij,...mab->...iajb", self.S.to(template), template)
         return made.flatten(-4, -3).flatten(-2)
 
-    def project(
+    def shrink(
         self,
         h: Tensor,  # [T, N, s a]
-        template: Tensor,  # [T, M, a, b]
-    ) -> Tensor:  # [T, N, s b]
-        "h times the Kronecker product, which is never made."
+        template: Tensor,  # [T, M, a, b], b small
+    ) -> Tensor:  # [T, N, b, s], groups last
+        "h times the Kronecker product: each group meets the templates, then the groups are mixed."
         s, (m, a, b) = self.S.shape[-1], template.shape[1:]
-        S, groups = self.S.to(h.dtype), h.unflatten(-1, (s, a))
-        if a >= b:  # shrink, then mix
-            both = template.to(h.dtype).transpose(1, 2).flatten(2)  # [T, a, M b]
-            low = (groups.flatten(1, 2) @ both).view(*h.shape[:2], s, m, b)
-            return torch.einsum("tnsmb,msj->tnjb", low, S).flatten(2)
-        mixed = torch.einsum("tnsa,msj->tnjma", groups, S)  # mix, then widen
-        wide = mixed.reshape(len(h), -1, m * a) @ template.to(h.dtype).flatten(1, 2)
-        return wide.view(*h.shape[:2], s * b)
+        both = template.to(h.dtype).transpose(1, 2).flatten(2)  # [T, a, M b]
+        low = (h.reshape(len(h), -1, a) @ both).view(*h.shape[:2], s, m, b)
+        S = self.S.to(h.dtype).transpose(0, 1).flatten(0, 1)  # [s M, s]
+        return low.permute(0, 1, 4, 2, 3).flatten(3) @ S
 
-# %% ../../nbs/modular/02_polyhistor.ipynb #2ff71790
+    def widen(
+        self,
+        low: Tensor,  # [T, N, a, s], groups last; a small
+        template: Tensor,  # [T, M, a, b]
+        onto: Tensor,  # [T, N, s b], what the product is added to
+    ) -> Tensor:  # [T, N, s b]
+        "onto + low times the Kronecker product: the groups are mixed, then meet the templates."
+        s, (m, a, b) = self.S.shape[-1], template.shape[1:]
+        S = self.S.to(low.dtype).transpose(0, 1).flatten(1)  # [s, M s]
+        mixed = (low @ S).unflatten(-1, (m, s)).permute(0, 1, 4, 3, 2)  # [T, N, s, M, a]
+        wide = torch.baddbmm(onto.reshape(len(low), -1, b), mixed.reshape(len(low), -1, m * a),
+                             template.to(low.dtype).flatten(1, 2))
+        return wide.view_as(onto)
+
+# %% ../../nbs/modular/02_polyhistor.ipynb #0a82aa25
 class Branch(NamedTuple):
     "The adapters of one layer, for some tasks."
 
@@ -203,7 +213,7 @@ class Branch(NamedTuple):
             down, up = self.down[:, 0].to(h.dtype), self.up[:, 0].to(h.dtype)
             return torch.baddbmm(h, F.gelu(h @ down), up)
         first, second = self.kernels
-        return h + second.project(F.gelu(first.project(h, self.down)), self.up)
+        return second.widen(F.gelu(first.shrink(h, self.down)), self.up, h)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         "D [T, d, n] and U [T, n, d], written out."

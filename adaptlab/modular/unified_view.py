@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import adapters, modules
 
-# %% ../../nbs/modular/01_unified_view.ipynb #af79bc72
+# %% ../../nbs/modular/01_unified_view.ipynb #18c2c380
 Function = Literal["relu_bottleneck", "linear", "softmax_prefix", "relu_prefix"]
 Insertion = Literal["parallel", "sequential"]
 Target = Literal["ffn", "attn", "attn_head", "block", "q", "k", "v", "up", "down"]
@@ -50,10 +50,10 @@ class DeltaConfig:
     position: Literal["pre_out", "post_out"] = "pre_out"  # parallel at "attn": before W_o or after
 
     def __post_init__(self):
-        for name, kind in get_type_hints(type(self)).items():
-            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+        for name, words in _words(type(self)).items():
+            if getattr(self, name) not in words:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: give one of "
-                                 f"{', '.join(get_args(kind))}")
+                                 f"{', '.join(words)}")
         prefix, sequential = self.function.endswith("prefix"), self.insertion == "sequential"
         for name, low in (("dim", int(not prefix)), ("mlp_dim", 1)):
             value = getattr(self, name)
@@ -83,6 +83,13 @@ class DeltaConfig:
 
 _FFN = ("up", "down")
 _LAYERS = ("q", "k", "v", *_FFN)
+
+
+@cache
+def _words(kind: type) -> dict[str, tuple[str, ...]]:
+    "Name of a field -> the words that it may hold. (Slow to find out: once, not per block.)"
+    return {name: get_args(hint) for name, hint in get_type_hints(kind).items()
+            if get_origin(hint) is Literal}
 
 # %% ../../nbs/modular/01_unified_view.ipynb #f3edbf98
 Deltas = tuple[DeltaConfig, ...]
@@ -158,7 +165,7 @@ def mam_adapter(
     "MAM: a short prefix, and a wide scaled parallel adapter at the FFN."
     return prefix_tuning(l, mlp_dim) + scaled_parallel_adapter(r, s)
 
-# %% ../../nbs/modular/01_unified_view.ipynb #b238dc63
+# %% ../../nbs/modular/01_unified_view.ipynb #94972dff
 class Bottleneck(nn.Module):
     "h + s (act(norm(x) W_down + b) W_up + b): an adapter, or without act and biases a LoRA."
 
@@ -175,8 +182,8 @@ class Bottleneck(nn.Module):
         self.up = nn.Linear(config.dim, d_out, bias=bias, **factory)
         width = {"in": d_in, "out": d_out}.get(config.layernorm)
         self.norm = nn.LayerNorm(width, **factory) if width else None
-        scale = torch.tensor(config.scale, **factory)
-        self.scale = nn.Parameter(scale) if config.train_scale else None
+        self.scale = nn.Parameter(
+            torch.tensor(config.scale, **factory)) if config.train_scale else None
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.up.weight)
         if config.init == "bert":

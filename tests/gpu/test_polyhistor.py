@@ -1,4 +1,4 @@
-"""Polyhistor on a GPU: a Swin-T of random weights, the branch, and the small experiment."""
+"""Polyhistor on a GPU: every mode, the branch, the small experiment, a step of FULL."""
 
 from functools import partial
 
@@ -7,66 +7,86 @@ import torch
 from torch.nn import functional as F
 
 from adaptlab.bench.runs import launch
-from adaptlab.experiments.polyhistor import NYU_WORK, SMALL
+from adaptlab.experiments import polyhistor as told
+from adaptlab.experiments.polyhistor import FULL, NYU_WORK, SMALL
 from adaptlab.modular.polyhistor import (
     Branch,
     LayerwiseScalingKernel,
     MLPDecoder,
     PolyhistorConfig,
     PolyhistorModel,
+    export_adapters,
+    load_adapters,
 )
-from gpu.card import DEVICE, DRY, clock, in_turn, row
+from gpu.card import DEVICE, DRY, full, in_turn, row
+
+TASKS = tuple(NYU_WORK.tasks)
 
 
-def _swin():
+def swin(mode, small, **options):
+    "A Swin-T of random weights, or one of a few blocks, with the adapters of a mode."
     from transformers import SwinBackbone, SwinConfig
 
     torch.manual_seed(0)
-    small = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]} if DRY else {}
-    return SwinBackbone(SwinConfig(drop_path_rate=0.0, out_indices=(1, 2, 3, 4), **small))
-
-
-@pytest.mark.parametrize("mode", ["lite", "hyperformer", "adapter"])
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_trains_three_tasks_on_a_swin(mode, precision):
-    backbone, size = _swin(), (64, 96) if DRY else (288, 384)
-    config = PolyhistorConfig(tasks=tuple(NYU_WORK.tasks), mode=mode, reduction=8, embed_dim=64,
-                              rank=2)
-    model = PolyhistorModel(backbone, config, {
-        name: MLPDecoder(backbone.channels, t.out, unit=t.measure == "angle")
+    few = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2],
+           "drop_path_rate": 0.0}
+    backbone = SwinBackbone(SwinConfig(out_indices=(1, 2, 3, 4), **(few if small else {})))
+    config = PolyhistorConfig(tasks=TASKS, mode=mode, **options)
+    return PolyhistorModel(backbone, config, {
+        name: MLPDecoder(backbone.channels, t.out, FULL.hidden, t.measure == "angle")
         for name, t in NYU_WORK.tasks.items()}).to(DEVICE)
+
+
+def rooms(n, size):
     rng = torch.Generator().manual_seed(0)
-    batch = {"image": torch.rand(2, 3, *size, generator=rng),
-             "segmentation": torch.randint(-1, 13, (2, *size), generator=rng),
-             "depth": torch.rand(2, 1, *size, generator=rng),
-             "normal": F.normalize(torch.randn(2, 3, *size, generator=rng), dim=1)}
-    batch = {name: t.to(DEVICE) for name, t in batch.items()}
+    found = {"image": torch.rand(n, 3, *size, generator=rng),
+             "segmentation": torch.randint(-1, 13, (n, *size), generator=rng),
+             "depth": torch.rand(n, 1, *size, generator=rng),
+             "normal": F.normalize(torch.randn(n, 3, *size, generator=rng), dim=1)}
+    return {name: t.to(DEVICE) for name, t in found.items()}
+
+
+def stepper(model, batch, precision, clip=None, **options):
+    "A step of training; it returns the loss, still on the card."
     trained = [p for p in model.parameters() if p.requires_grad]
-    adam = torch.optim.AdamW(trained, lr=1e-3)
-    losses = []
+    adam = torch.optim.AdamW(trained, **options)
 
     def step():
         adam.zero_grad()
         with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == torch.bfloat16):
             loss = NYU_WORK.loss(model, batch)
         loss.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(trained, clip)
         adam.step()
-        losses.append(loss.item())
+        return loss.detach()
 
-    row(f"Polyhistor, {mode}, step, {precision}", *clock(step))
-    for _ in range(5):
-        step()
+    return step
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["lite", "polyhistor", "hyperformer", "templates", "shared"])
+def test_trains_three_tasks_on_a_swin(mode, precision):
+    model, batch = swin(mode, small=True, reduction=8, embed_dim=8, rank=2), rooms(2, (64, 96))
+    step = stepper(model, batch, precision, lr=1e-3)
+    losses = [step() for _ in range(5)]
     assert losses[-1] < losses[0]
-    assert all(p.dtype == torch.float32 for p in trained)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
     model.eval()
+    plain = swin("adapter", small=True, reduction=8).eval()
+    plain.decoders.load_state_dict(model.decoders.state_dict())
     with torch.no_grad():
         found = model(batch["image"])
         with model.cached():
             torch.testing.assert_close(model(batch["image"]), found, rtol=1e-3, atol=1e-3)
+        for task in TASKS:
+            load_adapters(plain, task, export_adapters(model, task))
+        torch.testing.assert_close(plain(batch["image"]), found, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_branch_against_the_kronecker_product(dtype):
+    "The last stage of a Swin-T: four tasks, sixteen pictures."
     torch.manual_seed(0)
     n, places = 12, 64 if DRY else 16 * 108
     kernels = [LayerwiseScalingKernel(8).to(DEVICE) for _ in range(2)]
@@ -81,16 +101,35 @@ def test_branch_against_the_kronecker_product(dtype):
 
     a, b = branch(h).float(), materialised(h).float()
     assert (a - b).norm() <= (1e-4 if dtype == torch.float32 else 0.02) * b.norm()
+    leaves = [h, D, U, *(kernel.S for kernel in kernels)]
 
     def step(f):
-        torch.autograd.grad(f(h).float().square().mean(), [h, D, U])
+        torch.autograd.grad(f(h).float().square().mean(), leaves)
 
     ours, theirs = in_turn(partial(step, branch), partial(step, materialised))
-    row(f"Lite's branch against the Kronecker product, {dtype}", ours, reference=theirs)
+    kind = str(dtype).removeprefix("torch.")
+    row(f"Lite's branch, width 768, {kind}", ours, reference=theirs, against="Kronecker product")
 
 
-def test_small_experiment(tmp_path):
-    cfg = SMALL.replace(seeds=(0,), device=DEVICE)
-    if DRY:
-        cfg = cfg.replace(sizes=(16, 8, 8), training={"steps": 1})
+@pytest.mark.parametrize("mode, name", [("lite", "Lite"), ("adapter", "plain adapters")])
+def test_full_step(mode, name):
+    "Eight rooms, three tasks, as FULL trains them."
+    model = swin(mode, small=DRY, reduction=FULL.reduction if not DRY else 8,
+                 embed_dim=FULL.embed_dim, rank=FULL.rank if not DRY else 2)
+    t = FULL.training
+    batch = rooms(t.batch_size, (288, 384) if not DRY else (64, 96))
+    step = stepper(model.train(), batch, torch.bfloat16, t.clip, lr=t.lr,
+                   weight_decay=t.weight_decay, fused=True)
+    full(f"Swin-T, {name}, 8 rooms, 3 tasks", model, batch["image"], step,
+         autocast=torch.bfloat16)
+
+
+def test_small_experiment(tmp_path, monkeypatch):
+    "Every method of SMALL in two steps; an untrained backbone and noise in place of digits."
+    rng = torch.Generator().manual_seed(0)
+    digits = torch.rand(5000, 20, 20, generator=rng), torch.arange(5000) % 10
+    monkeypatch.setattr(told, "small_hvt", lambda: told.SmallHVT().eval())
+    monkeypatch.setattr(told, "crops", lambda: digits)
+    cfg = SMALL.replace(seeds=(0,), device=DEVICE, sizes=(16, 8, 40), lrs=(1e-6,), training={
+        "steps": 2, "lr": 1e-6})  # with more of both, "no digit" is said everywhere: mIoU 0
     assert launch("polyhistor", cfg, root=tmp_path).claims
