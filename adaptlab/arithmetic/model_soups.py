@@ -7,14 +7,14 @@ __all__ = ['Candidate', 'merged_state_dict', 'uniform_soup', 'lent', 'Trial', 'S
            'logit_ensemble', 'interpolate', 'angle', 'interpolation_advantage', 'SoupEnsembleGap', 'soup_ensemble_gap',
            'recalibrate_batchnorm']
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #ec803e97
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #55f8e3eb
 import copy
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -40,7 +40,14 @@ def merged_state_dict(
         return adapters.merge_and_unload(copy.deepcopy(model)).state_dict()
     return model.state_dict()
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #5ed57fe3
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #3cd0a6bb
+@lru_cache(maxsize=4)  # all models of a sweep have the same names
+def _factor(names: tuple[str, ...]) -> str:
+    "The first of these tensors that is a bare factor of an adapter."
+    found = [a for a, _ in arithmetic.factor_pairs(names)]
+    return (found + [name for name in names if adapters.is_adapter_key(name)] + [""])[0]
+
+
 def _state(candidate: Candidate, name: str) -> arithmetic.LazyState:
     "Its plain weights, read when a tensor is asked for. Refuses bare adapter factors."
     if isinstance(candidate, nn.Module):
@@ -53,10 +60,9 @@ def _state(candidate: Candidate, name: str) -> arithmetic.LazyState:
     else:
         raise TypeError(f"{name} is {type(candidate).__name__}: give a module, a state dict, a "
                         "path to safetensors, or a function that returns one of these")
-    factors = [a for a, _ in arithmetic.factor_pairs(state)]
-    if factors := factors + [key for key in state if adapters.is_adapter_key(key)]:
+    if factor := _factor(tuple(state)):
         raise ValueError(
-            f"{name} holds adapter factors ({factors[0]}): the average of A and B is not the "
+            f"{name} holds adapter factors ({factor}): the average of A and B is not the "
             "average of BA. Give the adapted model itself, which is merged")
     state.label = f"{name}: {state.label}" if state.label else name
     return state
@@ -250,7 +256,7 @@ def _stacked(states: list, names: list[str], device: torch.device) -> Tensor:
         arithmetic.blame(states, names, names[0])
     return stack
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #f8e4fe55
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #a2e6a463
 class LearnedSoup(nn.Module):
     """β · f(x; Σ αᵢ θᵢ), α = softmax(`raw`) row by row, `raw` = 0 and β = 1 at first (Appendix I).
 
@@ -292,12 +298,14 @@ class LearnedSoup(nn.Module):
         return self.raw.softmax(1)
 
     def _mixed(self) -> dict[str, Tensor]:
-        alpha, mixed = self.alpha().to(self._home or self.raw.device), {}
-        for name, x in self._stacks.items():
-            row = alpha[self._rows[name]] if name in self._rows else alpha.detach().mean(0)
-            if x.is_floating_point():
-                x = (row @ x.flatten(1).to(row.dtype)).view(x.shape[1:]).to(x.dtype)
-            mixed[name] = x.to(self.raw.device)
+        place, mixed = self._home or self.raw.device, {}
+        with torch.autocast(place.type, enabled=False):  # weights are added as they are
+            alpha = self.alpha().to(place)
+            for name, x in self._stacks.items():
+                row = alpha[self._rows[name]] if name in self._rows else alpha.detach().mean(0)
+                if x.is_floating_point():
+                    x = (row @ x.flatten(1).to(row.dtype)).view(x.shape[1:]).to(x.dtype)
+                mixed[name] = x.to(self.raw.device)
         return mixed
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # logits [N, C]

@@ -26,7 +26,7 @@ from ..bench.testbeds import Bed, accuracy, digits
 from ..sparse.deft import ActivationRecorder, activation_modules, deft_loss, density_report
 from ..train import Training
 
-# %% ../../nbs/experiments/deft.ipynb #5acba90d
+# %% ../../nbs/experiments/deft.ipynb #cea8a059
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     "Settings of the DEFT experiment."
@@ -44,7 +44,7 @@ class Config(BaseConfig):
     model: str = "FacebookAI/roberta-large"  # of GLUE
     glue: tuple[str, ...] = ("mrpc",)  # its tasks
     glue_training: Training = Training(  # of both arms there
-        epochs=10, batch_size=64, lr=3e-4, schedule="linear", warmup=0.06)
+        epochs=10, batch_size=64, lr=3e-4, schedule="linear", warmup=0.06, precision="bf16")
     glue_lrs: tuple[float, ...] = bounded((3e-4,), above=0)  # grid without the density loss
     max_length: int = bounded(128, low=8)  # tokens per text
 

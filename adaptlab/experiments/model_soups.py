@@ -433,13 +433,13 @@ def _limits(cfg: Config, run: Run, report: Report) -> None:
 
 experiment = tracks(sweep=_sweep, limits=_limits)
 
-# %% ../../nbs/experiments/model_soups.ipynb #ef790490
+# %% ../../nbs/experiments/model_soups.ipynb #9bb59227
 FULL = Config(
     seeds=(0,), tracks=("sweep",), task="images", model="openai/clip-vit-base-patch32",
     members=71, include_start=True,
     training=Training(epochs=1, batch_size=256, schedule="cosine", warmup=500, clip=1.0,
                       precision="bf16"),
     lr=(1e-6, 1e-4), epochs=(4, 16), mixup=(0.0, 0.9), augment_ops=(0, 2), probe_l2=1e-6,
-    learned=Training(epochs=5, batch_size=256, lr=0.05), stack_device="cpu", pairs=20,
+    learned=Training(epochs=5, batch_size=256, lr=0.05, precision="bf16"), pairs=20,
     eval_batch=512, workers=16,
 )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import adapters, modules
 
-# %% ../../nbs/sparse/04_deft.ipynb #fef162a5
+# %% ../../nbs/sparse/04_deft.ipynb #26adb623
 def _tokens(a: Tensor, mask: Tensor | None) -> Tensor | None:
     "Weight of every token: its share in the mean, [B, T, 1] for [B, T, F]."
     if mask is None:
@@ -30,30 +30,32 @@ def _tokens(a: Tensor, mask: Tensor | None) -> Tensor | None:
     return (kept / a[0, 0].numel()).view(*mask.shape, *[1] * (a.ndim - 2))
 
 
-def _wide(a: Tensor) -> Tensor:
-    return a if a.dtype == torch.float64 else a.float()  # eps is next to nothing in half precision
+def _above(a: Tensor, eps: float) -> Tensor:
+    "a^2 + eps in float32 or better, in one pass also over half precision, where eps is lost."
+    start = a.new_full((1,), eps, dtype=torch.promote_types(a.dtype, torch.float32))
+    with torch.autocast(a.device.type, enabled=False):  # it would copy `a` first
+        return torch.addcmul(start, a, a)
 
 
 class _SmoothCount(torch.autograd.Function):
-    "Mean of a^2 / (a^2 + eps) in float32."
+    "Mean of a^2 / (a^2 + eps) = 1 - eps / (a^2 + eps), in as few passes over `a` as torch has."
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, eps: float, share: Tensor | None) -> Tensor:
         ctx.save_for_backward(a, share)
         ctx.eps = eps
-        square = _wide(a).square()
-        square.div_(square + eps)
-        return square.mean() if share is None else (square * share).sum()
+        off = _above(a, eps).reciprocal_()
+        on = 1 - eps * off.mean() if share is None else off.mul_(-eps).add_(1).mul_(share).sum()
+        on = on.clamp_min(0)  # of zeros alone it may be rounded below 0
+        return on + 0 * a.mean()  # NaN where `a` is not finite
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         a, share = ctx.saved_tensors
-        wide = _wide(a)
-        slope = wide.square().add_(ctx.eps).square_().reciprocal_().mul_(wide)
-        slope.mul_(2 * ctx.eps * grad)
-        slope = slope / a.numel() if share is None else slope * share
-        return slope.to(a.dtype), None, None
+        slope = _above(a, ctx.eps).pow_(-2).mul_(a)
+        share = 1 / a.numel() if share is None else share
+        return torch.mul(slope, 2 * ctx.eps * grad * share, out=torch.empty_like(a)), None, None
 
 
 def _check(a: Tensor, eps: float) -> None:

@@ -308,6 +308,10 @@ def test_learned_soup_gradient() -> None:
     assert torch.autograd.gradcheck(loss, (raw, pot.beta))
     far = LearnedSoup(START, COPIES[:3], stack_device="cpu")
     torch.testing.assert_close(far(X), LearnedSoup(START, COPIES[:3])(X))
+    with torch.autocast("cpu", torch.bfloat16):  # the network runs in bfloat16, not the sum
+        mixed, logits = far.to_state_dict(), far(X)
+        torch.testing.assert_close(logits, torch.func.functional_call(START, mixed, X))
+    assert all(torch.equal(v, mixed[k]) for k, v in far.to_state_dict().items())
     single = LearnedSoup(START, COPIES[:1])
     F.cross_entropy(single(X), Y).backward()
     assert single.raw.grad.abs().max() == 0 and single.beta.grad.abs() > 0
