@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import modules
 
-# %% ../../nbs/modular/03_pyra.ipynb #81e0e58b
+# %% ../../nbs/modular/03_pyra.ipynb #242565bc
 def _at(x: Tensor, rows: Tensor) -> Tensor:
     "Rows of each sample: [B, r, D]."
     return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
@@ -53,8 +53,15 @@ class MergePlan(NamedTuple):
     ) -> Tensor:  # [B, N - r, D]: the even ones that stay, then the odd ones
         "Put the leaving tokens into their partners."
         rows = self.dst[..., None].expand_as(leaving)
-        odd = (odd.scatter_add(1, rows, leaving) if mode == "sum"
-               else odd.scatter_reduce(1, rows, leaving, mode))
+        return self.put(stay, odd.scatter_add(1, rows, leaving) if mode == "sum"
+                        else odd.scatter_reduce(1, rows, leaving, mode))
+
+    def put(
+        self,
+        stay: Tensor,  # even tokens that stay
+        odd: Tensor,  # all odd ones
+    ) -> Tensor:  # [B, N - r, D], special tokens first
+        "The tokens that are left, in order."
         if not self.distill:
             return torch.cat([stay, odd], 1)
         return torch.cat([stay[:, :1], odd[:, :1], stay[:, 1:], odd[:, 1:]], 1)
@@ -121,22 +128,24 @@ def bipartite_soft_matching(
         unm = unm.sort(-1).values if class_token else unm
         return MergePlan(src, partner.gather(1, src), unm, metric.shape[1], distill_token)
 
-# %% ../../nbs/modular/03_pyra.ipynb #bce46859
+# %% ../../nbs/modular/03_pyra.ipynb #51ff74d5
 def _wavg(plan: MergePlan, x: Tensor, size: Tensor | None, modulation: nn.Module | None
           ) -> tuple[Tensor, Tensor]:
     "`merge_wavg` without its checks."
     size = torch.ones_like(x[..., :1], dtype=torch.float32) if size is None else size
     if not plan.src.shape[1]:
         return x, size
-    stay, leaving, odd = plan.split(x * size)
+    stay, plain, odd = plan.split(x)  # tokens that stay are left as they are
+    alone, sizes, others = plan.split(size)
+    leaving, odd_sum = plain * sizes, odd * others
     if modulation is not None:
         if getattr(modulation, "size_weighted", True):
-            leaving = modulation(leaving, _at(odd, plan.dst))
+            leaving = modulation(leaving, _at(odd_sum, plan.dst))
         else:
-            _, plain, other = plan.split(x)
-            leaving = modulation(plain, _at(other, plan.dst)) * plan.split(size)[1]
-    merged = plan.merge(size)
-    return (plan.join(stay, leaving, odd) / merged).to(x.dtype), merged
+            leaving = modulation(plain, _at(odd, plan.dst)) * sizes
+    total = others.scatter_add(1, plan.dst[..., None], sizes)
+    odd_sum = odd_sum.scatter_add(1, plan.dst[..., None].expand_as(leaving), leaving)
+    return plan.put(stay, (odd_sum / total).to(x.dtype)), plan.put(alone, total)
 
 
 def merge_wavg(

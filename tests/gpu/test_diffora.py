@@ -80,6 +80,7 @@ def test_steps_of_full():
 
     ours = deberta()
     dam = attach_supernet(ours, DiffoRAConfig(r=FULL.r, alpha=FULL.r), also_train=HEAD)
+
     def search_step():
         dam.searched = False
         search(ours, dam, [texts], [texts], steps=1, warmup=0, lr=1e-9, gate_lr=1e-9)
