@@ -26,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .. import processes, weights
 from ..train import Callback, Training
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #9458ca53
+# %% ../../nbs/sparse/01_lt_sft.ipynb #389c060b
 def select(
     moved: Mapping[str, Tensor],  # by how much each entry moved, >= 0
     k: int,  # how many entries, over all tensors
@@ -45,8 +45,9 @@ def select(
     for name, at in taken.items():
         bits[name] = bits[name].index_fill(0, at.to(bits[name].device), -1)
 
-    def above(low: int) -> int:
-        return sum(int((b >= low).sum()) for b in bits.values())
+    def above(low: int) -> int:  # one number is waited for, not one for each tensor
+        counts = [torch.count_nonzero(b >= low) for b in bits.values()]
+        return int(sum(n.to(counts[0].device) for n in counts))
 
     threshold, high, chosen = 0, torch.iinfo(torch.int32).max, {}
     while threshold < high:  # the largest number that k entries reach
