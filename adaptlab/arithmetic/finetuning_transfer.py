@@ -418,8 +418,9 @@ class _Meter:
         def read(name: str, start: int, stop: int) -> Tensor:
             piece = state.read(name, start, stop)
             if piece.is_floating_point():
-                kind = torch.promote_types(piece.dtype, torch.float32)
-                square = torch.linalg.vector_norm(piece.detach(), dtype=kind).double().square()
+                x = piece.detach().float() if piece.dtype.itemsize == 1 else piece.detach()
+                kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+                square = torch.linalg.vector_norm(x, dtype=kind).double().square()
                 with self.lock:
                     self.sums[label, name] = self.sums.get((label, name), 0) + square
             return piece
