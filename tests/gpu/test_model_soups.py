@@ -149,7 +149,7 @@ def test_soups_of_large_models():
 
 def test_small(tmp_path):
     cfg = SMALL.replace(
-        device=DEVICE, seeds=(0, 1), members=2, epochs=(1, 1), sizes=(32, 64), limit_seeds=1,
+        device=DEVICE, seeds=(0,), members=2, epochs=(1, 1), sizes=(32, 64), limit_seeds=1,
         pairs=1, learned=Training(steps=2, batch_size=32, lr=0.05),
         training=Training(epochs=1, batch_size=16, schedule="constant_with_warmup", warmup=1))
     assert launch("model_soups", cfg, root=tmp_path, progress=False).claims
