@@ -286,15 +286,21 @@ def prefix_gate(
     prefix = scaling * q @ prefix_k.repeat_interleave(groups, 0).transpose(-1, -2).to(q.dtype)
     return torch.sigmoid(prefix.logsumexp(-1) - tokens.logsumexp(-1))
 
-# %% ../../nbs/modular/01_unified_view.ipynb #ca3635a0
-def _given(mask: Tensor | None, module: nn.Module, q: Tensor, k: Tensor, options: dict) -> Any:
-    "The mask, also where the model leaves it to the kernel: then the last query sees all keys."
+# %% ../../nbs/modular/01_unified_view.ipynb #20518001
+def _given(mask: Tensor | None, module: nn.Module, q: Tensor, k: Tensor, options: dict,
+           prefix: int = 0) -> Any:
+    """The mask behind a prefix, which all queries see: True, or nothing added.
+
+    Also where the model leaves it to the kernel: then the last query sees all keys.
+    """
     said, (tokens, keys) = options.get("is_causal"), (q.shape[2], k.shape[2])
     causal = getattr(module, "is_causal", True) if said is None else said
-    if mask is None and causal and tokens > 1:
-        ones = torch.ones(1, 1, tokens, keys, dtype=torch.bool, device=q.device)
-        return ones.tril(keys - tokens)
-    return mask
+    if mask is not None:
+        return F.pad(mask, (prefix, 0), value=float(mask.dtype == torch.bool)) if prefix else mask
+    if causal and tokens > 1:
+        return q.new_full((1, 1, tokens, prefix + keys), -math.inf).triu_(
+            prefix + keys - tokens + 1)
+    return None
 
 
 class _Route:
@@ -329,7 +335,7 @@ def _kernel(module: nn.Module, config: Any) -> Callable:
     eager = _scope(type(module)).get("eager_attention_forward")
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
 
-# %% ../../nbs/modular/01_unified_view.ipynb #64549a26
+# %% ../../nbs/modular/01_unified_view.ipynb #e465df0c
 def attend_with(
     prefixes: Sequence[Prefix],  # of one attention module
     run: Callable,  # attention of transformers
@@ -348,9 +354,7 @@ def attend_with(
         if prefix.config.composition != "gated":
             added.append((prefix.config, pair.repeat_interleave(q.shape[1] // k.shape[1], 1)))
             continue
-        mask = _given(mask, module, q, keys, options)
-        if mask is not None:  # the prefix is seen by all: True, or nothing added
-            mask = F.pad(mask, (len(pair[0, 0]), 0), value=float(mask.dtype == torch.bool))
+        mask = _given(mask, module, q, keys, options, pair.shape[2])
         pk, pv = (t.expand(len(q), -1, -1, -1) for t in pair)
         keys, values = torch.cat([pk, keys], 2), torch.cat([pv, values], 2)
     out, weights = run(module, q, keys, values, mask, **options)
