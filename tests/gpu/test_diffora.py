@@ -11,7 +11,7 @@ from adaptlab.bench.runs import launch
 from adaptlab.experiments.diffora import FULL, HEAD, SMALL
 from adaptlab.lowrank.diffora import (
     DiffoRAConfig, attach_supernet, build_adapted_model, discretize, module_grams, module_grid,
-    search)
+    search, super_weights)
 from adaptlab.train import Training
 from gpu.card import DEVICE, DRY, full, in_turn, llama, row, token_ids
 
@@ -28,11 +28,13 @@ def test_search_select_and_merge(dtype):
         base = model(input_ids=inputs).logits.float()
     config = DiffoRAConfig(r=4)
     dam = attach_supernet(model, config)
-    history = search(model, dam, [batch(0)], [batch(1)], modules.cross_entropy, steps=4, warmup=1)
+    history = search(model, dam, [batch(0)], [batch(1)], modules.cross_entropy, steps=4, warmup=1,
+                     second_order=dtype == torch.float32)
     assert dam.logits.device.type == torch.device(DEVICE).type
     assert (history.gates[-1] != history.gates[0]).all()
     mask = discretize(model, dam, config.rho)
-    build_adapted_model(adapters.detach(model), mask, config)
+    pairs = super_weights(model, dam)
+    build_adapted_model(adapters.detach(model), mask, config, inherit=pairs)
     adam = torch.optim.AdamW(adapters.trainable_parameters(model), lr=1e-2)
 
     for _ in range(3):

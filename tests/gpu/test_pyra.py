@@ -16,6 +16,8 @@ from adaptlab.modular.pyra import (
     merge_wavg,
     merging_schedule,
     pyra_param_groups,
+    remove_token_merging,
+    token_sources,
 )
 from adaptlab.train import Training
 from gpu.card import DEVICE, DRY, full, in_turn, row
@@ -90,7 +92,7 @@ def trained(dtype, n):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trains(dtype):
-    model, _, step = trained(dtype, 4)
+    model, batch, step = trained(dtype, 4)
     before = {k: p.detach().clone() for k, p in model.named_parameters()
               if "W_D" in k and ".11." not in k}  # the last block's can't reach the class token
     step()
@@ -98,6 +100,9 @@ def test_trains(dtype):
     after = dict(model.named_parameters())
     assert all(not torch.equal(after[k], p) and after[k].isfinite().all()
                for k, p in before.items())
+    sources = token_sources(model, batch)
+    assert (sources.sum(1) == 1).all()  # each patch is in one token
+    assert not any("pyra" in n for n, _ in remove_token_merging(model).named_parameters())
 
 
 def test_step_of_full():
