@@ -40,7 +40,7 @@ def test_shared_prefixes(work):
         return [runs[i](path)[0] for i, path in jobs]
 
     assert all(torch.equal(a, b) for a, b in zip(shared(), alone(), strict=True))
-    row("CoLa, 72 paths, shared prefixes", *in_turn(shared, alone, rounds=3), bound=1.0)
+    row("CoLa, 72 paths, shared prefixes", *in_turn(shared, alone, rounds=2), bound=1.0)
 
 
 def test_side_by_side(work):
@@ -51,4 +51,4 @@ def test_side_by_side(work):
 
     for a, b in zip(together(), alone(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
-    row("CoLa, 72 paths, side by side", *in_turn(together, alone, rounds=3), bound=1.0)
+    row("CoLa, 72 paths, side by side", *in_turn(together, alone, rounds=2), bound=1.0)

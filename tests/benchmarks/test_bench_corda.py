@@ -77,11 +77,11 @@ def formula(W, C, mode):
 def test_start_against_peft(base, samples, mode):
     "The formula in float64 is met to 1e-5; PEFT's float32 loses the smallest components (kpm)."
     context = collect_covariance(base, samples, TARGETS, normalize="sample_max")
-    for name, a in adapters(ours(base, samples, mode)).items():
+    for name, a in list(adapters(ours(base, samples, mode)).items())[::LAYERS]:
         exact = formula(base.get_submodule(name).weight, context[name].matrix, mode)
         assert ((a.B @ a.A).double() - exact).norm() < 1e-5 * exact.norm()
     times = in_turn(lambda: ours(base, samples, mode), lambda: theirs(base, samples, mode),
-                    rounds=3)
+                    rounds=2)
     row(f"CorDA {mode}, start of {LAYERS} blocks, against PEFT", *times, bound=1.0)
     memory = [peak_memory(lambda f=f: f(base, samples, mode)) / 2**20 for f in (ours, theirs)]
     row(f"CorDA {mode}, start, memory", *memory, bound=1.0, unit="MiB")

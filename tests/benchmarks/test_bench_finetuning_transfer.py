@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from adaptlab.arithmetic.finetuning_transfer import transfer_finetuning
 from adaptlab.evaluate import peak_memory
 
-MB = int(os.environ.get("ADAPTLAB_BENCH_CHECKPOINT_MB", "500"))
+MB = int(os.environ.get("ADAPTLAB_BENCH_CHECKPOINT_MB", "250"))
 TENSORS = 20
 
 

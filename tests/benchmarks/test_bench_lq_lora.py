@@ -36,7 +36,7 @@ def test_train_step_against_dense_weights():
     for bits in (2, 3, 4):
         packed = quantize_layers(copy.deepcopy(model), dict.fromkeys(names, QuantConfig(bits)))
         ours = step(packed, partial(LQLoRALinear, rank=8))
-        row(f"LQ-LoRA, {bits} bits, against LoRA, step", *in_turn(ours, lora, rounds=5), bound=1.5)
+        row(f"LQ-LoRA, {bits} bits, against LoRA, step", *in_turn(ours, lora, rounds=3), bound=1.5)
         row(f"LQ-LoRA, {bits} bits, against LoRA, memory of a step",
             peak_memory(ours, "cpu") / 2**20, peak_memory(lora, "cpu") / 2**20, bound=1.1,
             unit="MiB")

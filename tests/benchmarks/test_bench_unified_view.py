@@ -23,7 +23,7 @@ def test_train_step_against_lora():
         "MAM": uv.mam_adapter(24, 24, 4.0, None),
     }.items():
         ours = step(partial(uv.apply_delta, configs=preset))
-        row(f"{name} against LoRA, step", *in_turn(ours, lora, rounds=9), bound=1.0)
+        row(f"{name} against LoRA, step", *in_turn(ours, lora, rounds=5), bound=1.0)
         row(f"{name} against LoRA, memory", peak_memory(ours, "cpu") / 2**20,
             peak_memory(lora, "cpu") / 2**20, unit="MiB",
             bound=1.05 if name == "MAM" else 1.0)  # a prefix makes keys longer, and needs a mask
@@ -39,7 +39,7 @@ def test_prefix_and_lora_against_peft():
     ):
         ours = training_step(model, ids, partial(uv.apply_delta, configs=preset))
         theirs = _peft_step(model, ids, config)
-        row(f"{name} against PEFT, step", *in_turn(ours, theirs, rounds=9), bound=1.0)
+        row(f"{name} against PEFT, step", *in_turn(ours, theirs, rounds=5), bound=1.0)
         row(f"{name} against PEFT, memory", peak_memory(ours, "cpu") / 2**20,
             peak_memory(theirs, "cpu") / 2**20, bound=1.0, unit="MiB")
 
