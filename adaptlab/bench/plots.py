@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'SEQUENTIAL', 'DIVERGING', 'STYLE', 'use_style', 'curves', 'layer_heatmap', 'tradeoff', 'differences',
-           'Slider', 'slider']
+           'worth', 'Slider', 'slider']
 
 # %% ../../nbs/bench/02_plots.ipynb #75394adf
 import base64
@@ -423,6 +423,33 @@ def differences(
     ax.set_xlabel(f"{unit}   {better}".strip())
     ax.set_title(title)
     return ax
+
+# %% ../../nbs/bench/02_plots.ipynb #28486f0c
+def worth(
+    points: pd.DataFrame,  # one row per method
+    x: str,  # column of what a method costs
+    y: str,  # column of what it brings
+    estimates: Mapping[str, Any],  # choice -> paired difference, as `differences` takes it
+    *,
+    xlim: tuple[float, float],  # ends of the axis of costs
+    log: bool = True,  # its scale
+    xlabel: str = "trained numbers (log scale)",  # its name
+    ylabel: str = "accuracy on turned digits (%)",  # name of the other axis
+    title: str = "What trained numbers bring",  # of the left panel
+    unit: str = "points of accuracy",  # of the differences
+    label: str = "method",  # column with the name of each point
+    hue: str | None = None,  # column that groups points by colour and marker
+    highlight: Iterable[str] = (),  # names that get a star
+) -> Figure:  # its axes are the two panels
+    "Quality against cost, and what each choice is worth. Raises as `tradeoff`, `differences`."
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.7), layout="constrained")
+    if log:
+        left.set_xscale("log")
+    left.set_xlim(*xlim)
+    tradeoff(points, x, y, label, hue=hue, highlight=highlight, title=title, ax=left)
+    left.set(xlabel=xlabel, ylabel=ylabel)
+    differences(estimates, unit=unit, fmt="+.1f", title="What each choice is worth", ax=right)
+    return fig
 
 # %% ../../nbs/bench/02_plots.ipynb #2edc1e9d
 _SLIDER_STYLE = """

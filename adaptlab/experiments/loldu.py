@@ -142,7 +142,7 @@ CASES = [
            "accuracy", "82.7 vs 82.1", "table of starts", "it wipes what the layers knew"),
 ]
 
-# %% ../../nbs/experiments/loldu.ipynb #91e09877
+# %% ../../nbs/experiments/loldu.ipynb #1f0298e0
 SHOWN = {"r = 64 over r = 1 (q v)": ("LoLDU r=64, q v", "LoLDU r=1, q v"),
          "LoLDU over LoRA (q v)": ("LoLDU r=64, q v", "LoRA r=4, q v"),
          "LoLDU over LoRA (all)": ("LoLDU r=64, all", "LoRA r=1, all"),
@@ -155,25 +155,16 @@ SHOWN = {"r = 64 over r = 1 (q v)": ("LoLDU r=64, q v", "LoLDU r=1, q v"),
 
 def _plot(table: pd.DataFrame) -> Any:
     "Left: accuracy against trained numbers. Right: what each choice is worth."
-    import matplotlib.pyplot as plt
-
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.6), layout="constrained")
     points = table.groupby("method", sort=False)[["accuracy", "trained"]].mean().reset_index()
     aside = ["before", "length 1", "singular", "stranger", "start at zeros", "start uniform"]
     points = points[~points["method"].isin(aside)]
     points["what"] = points["method"].str.split().str[0]
-    left.set_xscale("log")
-    left.set_xlim(4, 1e6)
-    plots.tradeoff(points, "trained", "accuracy", "method", hue="what", ax=left)
+    fig = plots.worth(points, "trained", "accuracy",
+                      {text: differences(table, *pair, "accuracy") for text, pair in SHOWN.items()},
+                      xlim=(4, 1e6), hue="what")
     base = table.loc[table["method"] == "before", "accuracy"].mean()
-    left.axhline(base, color="grey", ls=":")
-    left.annotate("before", (5, base), va="bottom", color="grey")
-    left.set(xlabel="trained numbers (log scale)",
-             ylabel="accuracy on turned digits (%)")
-    left.set_title("What trained numbers bring")
-    plots.differences({text: differences(table, *pair, "accuracy") for text, pair in SHOWN.items()},
-                      unit="points of accuracy", fmt="+.1f", ax=right)
-    right.set_title("What each choice is worth")
+    fig.axes[0].axhline(base, color="grey", ls=":")
+    fig.axes[0].annotate("before", (5, base), va="bottom", color="grey")
     return fig
 
 

@@ -139,7 +139,7 @@ def _state(cfg: Config) -> pd.DataFrame:
                          **held, "total": sum(held.values())})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/neuroada.ipynb #b91d23a8
+# %% ../../nbs/experiments/neuroada.ipynb #6df20f79
 CASES = [
     Versus("k = 1 beats LoRA of rank 1 with half the trained numbers", "NeuroAda k=1", "LoRA r=1",
            "new", "80.0 average, k = 1 on LLaMA-7B", "repository",
@@ -168,10 +168,6 @@ CASES = [
 
 def _plot(table: pd.DataFrame, state: pd.DataFrame) -> Any:
     "What a trained number brings; what is left of the paper's choices."
-    import matplotlib.pyplot as plt
-
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=(1.25, 1),
-                                      layout="constrained")
     rules = {"k=1 random", "k=1 gradient", "k=1 in the layer", "global"}
     points = table.groupby("method", sort=False)["new"].mean().reset_index()
     points["trained"] = points["method"].map(state.set_index("method")["trained"])
@@ -179,22 +175,15 @@ def _plot(table: pd.DataFrame, state: pd.DataFrame) -> Any:
     points["what"] = points["method"].map(lambda m: "NeuroAda" if m.startswith("NeuroAda") else
                                           "other rules for k = 1" if m in rules else "rivals")
     points["method"] = points["method"].replace(dict.fromkeys(rules, ""))  # too close for names
-    left.set_xscale("log")
-    left.set_xlim(900, 4e5)
-    plots.tradeoff(points, "trained", "new", "method", hue="what", ax=left)
-    left.set_xlabel("trained numbers (log scale)")
-    left.set_ylabel("accuracy on turned digits (%)")
-    left.set_title("What trained numbers bring")
     shown = {"k = 4 over k = 1": ("NeuroAda k=4", "NeuroAda k=1"),
              "every neuron over global": ("NeuroAda k=1", "global"),
              "largest over random": ("NeuroAda k=1", "k=1 random"),
              "largest over gradient": ("NeuroAda k=1", "k=1 gradient"),
              "k = 1 over biases": ("NeuroAda k=1", "BitFit"),
              "k = 2 over LoRA, same count": ("NeuroAda k=2", "LoRA r=1")}
-    plots.differences({text: differences(table, *pair, "new") for text, pair in shown.items()},
-                      unit="points of accuracy", fmt="+.1f", ax=right)
-    right.set_title("What each choice is worth")
-    return fig
+    return plots.worth(points, "trained", "new",
+                       {text: differences(table, *pair, "new") for text, pair in shown.items()},
+                       xlim=(900, 4e5), hue="what")
 
 
 def _vision(cfg: Config, run: Run, report: Report) -> None:

@@ -279,7 +279,7 @@ CASES = [
                                  "72.06 vs 71.49"))),
 ]
 
-# %% ../../nbs/experiments/pyra.ipynb #f7dd08fa
+# %% ../../nbs/experiments/pyra.ipynb #c3dd24a1
 SHOWN = {"no merging": ("LoRA", "LoRA + merging"), "PYRA": ("LoRA + PYRA", "LoRA + merging"),
          "more rank": ("LoRA + merging, more rank", "LoRA + merging"),
          "small network": ("small", "LoRA + merging"),
@@ -290,20 +290,14 @@ SHOWN = {"no merging": ("LoRA", "LoRA + merging"), "PYRA": ("LoRA + PYRA", "LoRA
 
 def _plot(table: pd.DataFrame, times: dict[str, float]) -> Any:
     "Left: accuracy against time. Right: what is gained over plain merging."
-    import matplotlib.pyplot as plt
-
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.6), layout="constrained")
     points = table.groupby("method")["accuracy"].mean().loc[list(times)].reset_index()
     points["time"] = points["method"].map(times)
-    left.set_xlim(0, 1.3)
-    plots.tradeoff(points, "time", "accuracy", "method", highlight=["LoRA + PYRA"], ax=left)
-    left.set(xlabel="time of a forward pass, measured (whole network = 1)",
-             ylabel="accuracy on turned digits (%)")
-    left.set_title("Accuracy against time")
-    plots.differences({text: differences(table, *pair, "accuracy") for text, pair in SHOWN.items()},
-                      unit="points of accuracy over plain merging", fmt="+.1f", ax=right)
-    right.set_title("What each choice brings")
-    return fig
+    return plots.worth(
+        points, "time", "accuracy",
+        {text: differences(table, *pair, "accuracy") for text, pair in SHOWN.items()},
+        xlim=(0, 1.3), log=False, xlabel="time of a forward pass, measured (whole network = 1)",
+        title="Accuracy against time", unit="points of accuracy over plain merging",
+        highlight=["LoRA + PYRA"])
 
 
 def _digits(cfg: Config, run: Run, report: Report) -> None:

@@ -203,7 +203,7 @@ CASES = [
            "accuracy", _EIGHT, "Llama-3-8B table", FEW),
 ]
 
-# %% ../../nbs/experiments/sketchtune.ipynb #7e7f3300
+# %% ../../nbs/experiments/sketchtune.ipynb #75a58072
 SHOWN = {"tables over LoRA, same sketch": ("sketch 2 bits", "frozen sketch + LoRA r=2"),
          "2 bits: tables over RTN + LoRA": ("sketch 2 bits", "RTN 2 bits + LoRA r=2"),
          "3 bits: tables over RTN + LoRA": ("sketch 3 bits", "RTN 3 bits + LoRA r=4"),
@@ -215,24 +215,16 @@ SHOWN = {"tables over LoRA, same sketch": ("sketch 2 bits", "frozen sketch + LoR
 
 def _plot(table: pd.DataFrame) -> Any:
     "Left: accuracy against trained numbers. Right: what each choice is worth."
-    import matplotlib.pyplot as plt
-
-    fig, (left, right) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
     points = table.groupby("method", sort=False)[["accuracy", "trained"]].mean().reset_index()
     points = points[points["method"] != "before"]
     points["what"] = points["method"].str.split().str[0].replace(
         {"sketch": "tables", "RTN": "compressed + LoRA", "frozen": "compressed + LoRA"})
-    left.set_xscale("log")
-    left.set_xlim(5e3, 4e4)
-    plots.tradeoff(points, "trained", "accuracy", "method", hue="what", ax=left)
-    left.set(xlabel="trained numbers (log scale)", ylabel="accuracy on turned digits (%)",
-             title="What trained numbers bring")
+    fig = plots.worth(points, "trained", "accuracy",
+                      {text: differences(table, *pair, "accuracy") for text, pair in SHOWN.items()},
+                      xlim=(5e3, 4e4), hue="what")
     counts = sorted(points["trained"].unique())
-    left.set_xticks(counts, [f"{n:,.0f}" for n in counts])
-    left.minorticks_off()
-    plots.differences({text: differences(table, *pair, "accuracy") for text, pair in SHOWN.items()},
-                      unit="points of accuracy", fmt="+.1f", ax=right)
-    right.set_title("What each choice is worth")
+    fig.axes[0].set_xticks(counts, [f"{n:,.0f}" for n in counts])
+    fig.axes[0].minorticks_off()
     return fig
 
 
