@@ -5,25 +5,11 @@ import warnings
 import pytest
 import torch
 import transformers
+from calibration import inputs, llama, token_batches
 from torch import nn
 
 from adaptlab import recipes
 from adaptlab.moments import Covariance, collect_covariance, linear_layers
-
-
-def inputs(n, width, seed=1, decay=-1.5):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, width, generator=g) * torch.logspace(0, decay, width)
-
-
-def llama(**kw):
-    torch.manual_seed(0)
-    return recipes.tiny_llama(**({"hidden_size": 32, "layers": 2} | kw))
-
-
-def token_batches(n=4, length=24, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return [{"input_ids": torch.randint(4, 260, (2, length), generator=g)} for _ in range(n)]
 
 
 def test_covariance_is_a_running_mean_and_leaves_padding_out():

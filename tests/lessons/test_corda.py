@@ -8,9 +8,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import calibration
 import pytest
 import schemas
 import torch
+from calibration import llama, token_batches
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
@@ -56,22 +58,13 @@ def matrix(out, width, seed=0):
 
 
 def inputs(n, width, seed=1, decay=-1.5):
-    x = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
-    return x @ matrix(width, width, seed + 1).float() * torch.logspace(0, decay, width)
+    "Mixed, so that no channel is independent of the others."
+    return calibration.inputs(n, width, seed, 0) @ matrix(width, width, seed + 1).float() * (
+        torch.logspace(0, decay, width))
 
 
 def covariance(width, n=300, **kw):
     return Covariance.zeros(width).add(inputs(n, width, **kw))
-
-
-def llama(**kw):
-    torch.manual_seed(0)
-    return recipes.tiny_llama(**({"hidden_size": 32, "layers": 2} | kw))
-
-
-def token_batches(n=4, length=24, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return [{"input_ids": torch.randint(4, 260, (2, length), generator=g)} for _ in range(n)]
 
 
 @torch.no_grad()
