@@ -6,7 +6,7 @@
 __all__ = ['SMALL', 'ARMS', 'PRUNE_CASES', 'experiment', 'FULL', 'Config', 'Texts', 'calibration_draws', 'prune_bed', 'prune_arm',
            'to_messages', 'accel_bed', 'train_stage', 'accel_arm']
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #d96ecf36
+# %% ../../nbs/experiments/adapt_pruner.ipynb #87ac8f84
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +26,8 @@ from ..bench.report import Report
 from ..bench.runs import BaseConfig, Run, bounded, tracks
 from ..bench.testbeds import Bed, windows
 from ..compression.adapt_pruner import (
-    AdaptPruner, Stage, WSDSchedule, adapt_accel, decoder_layers, layer_shapes, load_pruned,
-    normalise_importance, save_pruned, stage_data_shares)
+    AdaptPruner, Stage, WSDSchedule, adapt_accel, normalise_importance, stage_data_shares)
+from ..decoders import decoder_layers, layer_shapes, load_pruned, save_pruned
 from ..train import Training, set_seed
 
 # %% ../../nbs/experiments/adapt_pruner.ipynb #e2ff4277

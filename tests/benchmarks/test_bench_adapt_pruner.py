@@ -9,11 +9,11 @@ from clock import in_turn, row
 from adaptlab import models, modules
 from adaptlab.compression.adapt_pruner import (
     AdaptPruner,
-    decoder_layers,
     kv_group_taylor_scores,
     layer_importance,
     mlp_taylor_scores,
 )
+from adaptlab.decoders import decoder_layers
 from adaptlab.evaluate import peak_memory
 
 

@@ -12,12 +12,9 @@ from adaptlab.bench.testbeds import Bed
 from adaptlab.compression.adapt_pruner import (
     AdaptPruner,
     adapt_accel,
-    decoder_layers,
     layer_importance,
-    layer_shapes,
-    load_pruned,
-    save_pruned,
 )
+from adaptlab.decoders import decoder_layers, layer_shapes, load_pruned, save_pruned
 from adaptlab.experiments import adapt_pruner as told
 from adaptlab.experiments.adapt_pruner import FULL, SMALL, Texts
 from adaptlab.train import fit

@@ -24,23 +24,26 @@ from adaptlab.compression import adapt_pruner as lesson
 from adaptlab.compression.adapt_pruner import (
     FAMILIES,
     AdaptPruner,
-    LayerShape,
     WSDSchedule,
     adapt_accel,
-    decoder_layers,
     kv_group_taylor_scores,
     layer_importance,
-    layer_shapes,
-    load_pruned,
     mlp_taylor_scores,
     normalise_importance,
     planned_shape,
-    prune_kv_groups_,
-    prune_mlp_,
-    save_pruned,
     stage_data_shares,
     stage_targets,
     update_sparsity,
+)
+from adaptlab.decoders import (
+    LayerShape,
+    decoder_layers,
+    layer_shapes,
+    load_pruned,
+    prune_kv_groups_,
+    prune_mlp_,
+    save_pruned,
+    sync_config,
 )
 from adaptlab.experiments import adapt_pruner as told
 from adaptlab.experiments.adapt_pruner import (
@@ -383,7 +386,7 @@ def test_heads_that_do_not_divide_the_width(tmp_path):
     model = llama(hidden_size=80, heads=5, kv_heads=5)
     for layer in model.model.layers:
         prune_kv_groups_(layer.self_attn, [0, 1, 2])  # 80 is no multiple of 3
-    assert not lesson.sync_config(model)
+    assert not sync_config(model)
     again = load_pruned(save_pruned(model, tmp_path / "m"), device="cpu")
     assert torch.equal(logits(again), logits(model))
 
