@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ABLATIONS', 'SMALL', 'FORMS', 'SUCCESS', 'KEPT', 'TASKS', 'Edits', 'experiment', 'FULL', 'Config', 'Tail', 'EditBed']
 
-# %% ../../nbs/experiments/mend.ipynb #627b6292
+# %% ../../nbs/experiments/mend.ipynb #0c28fb53
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -24,12 +25,12 @@ from ..bench.report import Report
 from ..bench.runs import BaseConfig, Run, bounded, tracks
 from ..bench.testbeds import Bed
 from ..editing.mend import (
-    MEND, EditedModel, Factors, Item, MENDTrainer, edit_losses, select_layers, sequence_nll)
+    MEND, Item, MENDTrainer, edit_losses, select_layers, sequence_nll)
 from ..modules import layer_inputs, to_device
 from ..text import causal_lm_collate
 from ..train import KeepBest, Training
 
-# %% ../../nbs/experiments/mend.ipynb #dcc5d544
+# %% ../../nbs/experiments/mend.ipynb #7ef9d5f4
 ABLATIONS = {"no identity": {"init": "xavier"}, "no normalisation": {"norm": False}}
 
 
@@ -51,7 +52,7 @@ class Config(BaseConfig):
     n_test: int = bounded(20, low=2)  # to edit in the test
     stack: str = "model.layers"  # the list of the model's blocks
     blocks: int = bounded(2, low=1)  # at its end, whose MLPs are edited
-    cached: int = bounded(2000, low=0)  # texts whose trunk states are kept
+    cached: bool = True  # whether the trunk's states are kept, for all texts
     chunk: int = bounded(20, low=1)  # separate edits that share a forward pass in the test
     rank: int = bounded(64, low=1)  # of the editor networks
     edit_lr: float = bounded(2e-4, above=0)  # step sizes at the start
@@ -61,7 +62,6 @@ class Config(BaseConfig):
     lr_lr: float = bounded(2e-5, above=0)  # of the step sizes
     look_every: int = bounded(15, low=1)  # steps between looks at the held-out loss
     patience: int | None = 1  # looks without a new best that end the training; None: all steps
-    checkpoint_every: int | None = None  # steps; None: no checkpoints
     ft_lrs: tuple[float, ...] = bounded((1e-3, 3e-4), above=0)  # grid of fine-tuning
     ft_steps: int = bounded(20, low=1)  # at most
     step_sizes: tuple[float, ...] = bounded((4e-4, 2e-4, 8e-4), above=0)  # grid, untrained editor
@@ -72,7 +72,7 @@ class Config(BaseConfig):
 
 SMALL = Config(device="cpu", seeds=(0,))
 
-# %% ../../nbs/experiments/mend.ipynb #74709f63
+# %% ../../nbs/experiments/mend.ipynb #3d69d230
 class Tail:
     "The last blocks of a decoder, fed with kept states of what comes before them."
 
@@ -81,11 +81,11 @@ class Tail:
         model: nn.Module,  # causal language model; shared, never changed
         stack: str,  # name of the list of its blocks
         blocks: int,  # of the tail
-        cached: int = 2000,  # texts whose states are kept
+        cached: bool = True,  # whether states are kept for the next time
     ):
         parent, _, self.name = stack.rpartition(".")
         self.model, self.parent = model, model.get_submodule(parent)
-        self.all, self.cached, self.kept = model.get_submodule(stack), cached, {}
+        self.all, self.kept = model.get_submodule(stack), {} if cached else None
         self.last, self.entry = self.all[-blocks:], f"{stack}.{len(self.all) - blocks}"
 
     @torch.no_grad()
@@ -96,15 +96,14 @@ class Tail:
         "What the tail takes. The last token predicts nothing, so equal prompts share a state."
         ends = (texts["attention_mask"].sum(1) - 1).tolist()
         rows = [tuple(r[:n]) for r, n in zip(texts["input_ids"].tolist(), ends, strict=True)]
-        new = sorted({r for r in rows if r not in self.kept}, key=len)
+        kept = {} if self.kept is None else self.kept
+        new = sorted({r for r in rows if r not in kept}, key=len)
         for start in range(0, len(new), 16):  # of similar lengths: little padding
             part = new[start : start + 16]
             ids = nn.utils.rnn.pad_sequence([torch.tensor(r) for r in part], batch_first=True)
             states = layer_inputs(self.model, self.entry, {"input_ids": ids})[self.entry]
-            self.kept |= {r: h[: len(r)] for r, h in zip(part, states, strict=True)}
-        hidden = nn.utils.rnn.pad_sequence([self.kept[r] for r in rows], batch_first=True)
-        for old in list(self.kept)[: max(0, len(self.kept) - self.cached)]:
-            del self.kept[old]
+            kept.update({r: h[: len(r)] for r, h in zip(part, states, strict=True)})
+        hidden = nn.utils.rnn.pad_sequence([kept[r] for r in rows], batch_first=True)
         labels = texts["labels"][:, 1:]
         order = (labels == -100).int().argsort(dim=1, stable=True)  # targets first
         at = order[:, : int((labels != -100).sum(1).max())]
@@ -120,9 +119,8 @@ class Tail:
         hidden = batch["hidden"]
 
         def feed(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            if args:
-                return (hidden, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden}
+            return ((hidden, *args[1:]), kwargs) if args else (
+                args, {**kwargs, "hidden_states": hidden})
 
         handle = self.last[0].register_forward_pre_hook(feed, with_kwargs=True)
         setattr(self.parent, self.name, self.last)
@@ -275,74 +273,75 @@ class EditBed(Bed):
         return MEND(self.model, f"mlp:-{self.cfg.blocks}:", loss_fn=sequence_nll,
                     forward_fn=self.tail, **settings | options)
 
-# %% ../../nbs/experiments/mend.ipynb #3bfe67d3
+# %% ../../nbs/experiments/mend.ipynb #bf20a8f7
 Edits = Callable[[Sequence[Item]], Iterator[tuple[AbstractContextManager, Sequence[Item]]]]
 
 
 @torch.no_grad()
 def _answers(bed: EditBed, pairs: Sequence) -> list[tuple[Tensor, float, Tensor]]:
     "Per pair: the tokens said at the target's places, its loss, the target's tokens."
-    batch = bed.pairs(pairs)
-    logits = bed.tail(bed.model, batch)
-    losses = sequence_nll(logits, batch["labels"]).tolist()
-    return [(said[y != -100], loss, y[y != -100]) for said, loss, y in zip(
-        logits.argmax(-1).cpu(), losses, batch["labels"].cpu(), strict=True)]
+    found = []
+    for _, part in groupby(pairs, lambda pair: isinstance(pair, str)):  # texts are longer
+        batch = bed.pairs(list(part))
+        logits = bed.tail(bed.model, batch)
+        losses = sequence_nll(logits, batch["labels"]).tolist()
+        found += [(said[y != -100], loss, y[y != -100]) for said, loss, y in zip(
+            logits.argmax(-1).cpu(), losses, batch["labels"].cpu(), strict=True)]
+    return found
 
 
 def _asked(bed: EditBed, items: Sequence[Item], edit: AbstractContextManager) -> list[dict]:
     "Each item's questions under the edit: percent said as it should be; change of a text's loss."
     rows: list[dict] = [{} for _ in items]
-    texts = [part for part in items[0] if part == "text"]  # longer: a pass apart
-    for parts in filter(None, ([p for p in items[0] if p not in texts], texts)):
-        asked = [(row, part, pair) for row, item in zip(rows, items, strict=True)
-                 for part in parts for pair in item[part]]
-        with edit:
-            now = _answers(bed, [pair for _, _, pair in asked])
-        for (row, part, pair), (said, loss, target) in zip(asked, now, strict=True):
-            before, old, _ = bed.said[str(pair)]
-            right = torch.equal(said, target if part in SUCCESS else before)
-            row.setdefault(part, []).append(loss - old if part == "text" else 100.0 * right)
+    asked = [(row, part, pair) for row, item in zip(rows, items, strict=True)
+             for part in item for pair in item[part]]
+    asked.sort(key=lambda question: question[1] == "text")
+    pairs = [pair for _, _, pair in asked]
+    if new := [pair for pair in pairs if str(pair) not in bed.said]:
+        bed.said |= zip(map(str, new), _answers(bed, new), strict=True)
+    with edit:
+        now = _answers(bed, pairs)
+    for (row, part, pair), (said, loss, target) in zip(asked, now, strict=True):
+        before, old, _ = bed.said[str(pair)]
+        right = torch.equal(said, target if part in SUCCESS else before)
+        row.setdefault(part, []).append(loss - old if part == "text" else 100.0 * right)
     return [{part: float(np.mean(values)) for part, values in row.items()} for row in rows]
 
 
 def _measure(edits: Edits, bed: EditBed, items: Sequence[Item] | None = None) -> list[dict]:
     "Every item under its edit. ES: mean of edit and rephrase. Score: mean of ES and kept."
-    items, size = items or bed.test, bed.cfg.chunk
-    asked = {str(pair): pair for item in items for part in item.values() for pair in part}
-    new = [key for key in asked if key not in bed.said]  # fine-tuning changes the model itself
-    for part in (new[i : i + size] for i in range(0, len(new), size)):
-        answers = _answers(bed, [asked[key] for key in part])
-        bed.said |= dict(zip(part, answers, strict=True))
-    rows = [row for edit, part in edits(items) for row in _asked(bed, part, edit)]
+    rows = [row for edit, part in edits(items or bed.test) for row in _asked(bed, part, edit)]
     for row in rows:
         row["ES"] = (row["edit"] + row["rephrase"]) / 2
         row["kept"] = float(np.mean([row[part] for part in KEPT if part in row] or [np.nan]))
-        row["score"] = row["ES"] if np.isnan(row["kept"]) else (row["ES"] + row["kept"]) / 2
+        row["score"] = float(np.nanmean([row["ES"], row["kept"]]))
     return rows
 
-# %% ../../nbs/experiments/mend.ipynb #023fa3bf
+# %% ../../nbs/experiments/mend.ipynb #a31dfcfc
+@contextmanager
+def _tuned(bed: EditBed, item: Item, lr: float) -> Iterator[None]:
+    "Adam on one edit until the model says it (the paper's FT); then the weights are put back."
+    weights = [m.weight for m in select_layers(bed.model, f"mlp:-{bed.cfg.blocks}:").values()]
+    start, batch = [w.detach().clone() for w in weights], bed.pairs(item["edit"])
+    adam = torch.optim.Adam([w.requires_grad_() for w in weights], lr=lr, fused=True)
+    for _ in range(bed.cfg.ft_steps):
+        logits = bed.tail(bed.model, batch)
+        if torch.equal(logits.argmax(-1), batch["labels"]):
+            break
+        adam.zero_grad()
+        sequence_nll(logits, batch["labels"]).sum().backward()
+        adam.step()
+    yield
+    for w, old in zip(weights, start, strict=True):
+        w.requires_grad_(False).copy_(old)
+        w.grad = None
+
+
 def _tune(model: nn.Module, bed: EditBed, seed: int, lr: float) -> Edits:
-    "Adam on one edit after the other, until the model says it (the paper's FT)."
-    weights = [m.weight for m in select_layers(model, f"mlp:-{bed.cfg.blocks}:").values()]
+    "One edit after the other."
+    return lambda items: ((_tuned(bed, item, lr), [item]) for item in items)
 
-    def edits(items: Sequence[Item]) -> Iterator[tuple[AbstractContextManager, Sequence[Item]]]:
-        for item in items:
-            start, batch = [w.detach().clone() for w in weights], bed.pairs(item["edit"])
-            adam = torch.optim.Adam([w.requires_grad_() for w in weights], lr=lr, fused=True)
-            for _ in range(bed.cfg.ft_steps):
-                logits = bed.tail(model, batch)
-                if torch.equal(logits.argmax(-1), batch["labels"]):
-                    break
-                adam.zero_grad()
-                sequence_nll(logits, batch["labels"]).sum().backward()
-                adam.step()
-            yield nullcontext(), [item]
-            for w, old in zip(weights, start, strict=True):
-                w.requires_grad_(False).copy_(old)
-                w.grad = None
-    return edits
-
-# %% ../../nbs/experiments/mend.ipynb #526a923a
+# %% ../../nbs/experiments/mend.ipynb #28fe6ee0
 def _held_out(editor: MEND, bed: EditBed) -> float:
     "The loss of the held-out edits."
     found, size = [], bed.cfg.chunk
@@ -369,26 +368,21 @@ def _trained(bed: EditBed, run: Run, name: str, seed: int, **options: Any) -> ME
                         patience=cfg.patience)
         settings = {k: v for k, v in asdict(cfg.training).items()
                     if k not in ("lr", "weight_decay", "batch_size", "accumulate")}
-        if cfg.checkpoint_every:
-            settings |= {"checkpoint_every": cfg.checkpoint_every,
-                         "checkpoint_dir": run.path("checkpoints", name)}
-        trainer.train(callbacks=[best], seed=seed, device=cfg.device, progress=False, **settings)
+        trainer.train(callbacks=[best], seed=seed, device=cfg.device, progress=False,
+                      checkpoint_dir=run.path("checkpoints", name), **settings)
         return editor.state_dict()
 
     editor.load_state_dict(run.stage(f"editor-{name}", train))
     return editor.eval()
 
 
-def _by_editor(bed: EditBed, editor: MEND, joint: int = 1, share: float = 1.0) -> Edits:
-    "Separate edits a chunk at a time, or groups of joint ones; `share` of the step is taken."
+def _by_editor(bed: EditBed, editor: MEND, joint: int = 1) -> Edits:
+    "Separate edits a chunk at a time, or groups of joint ones."
     make, size = (editor.edit_each, bed.cfg.chunk) if joint == 1 else (editor.edit, joint)
 
     def edits(items: Sequence[Item]) -> Iterator[tuple[AbstractContextManager, Sequence[Item]]]:
-        for i in range(0, len(items), size):
-            part = items[i : i + size]
-            edited = make(bed.pairs([item["edit"][0] for item in part]))
-            taken = {n: Factors(f.u, share * f.delta) for n, f in edited.changes.items()}
-            yield EditedModel(bed.model, edited.layers, taken), part
+        for part in (items[i : i + size] for i in range(0, len(items), size)):
+            yield make(bed.pairs([item["edit"][0] for item in part])), part
     return edits
 
 # %% ../../nbs/experiments/mend.ipynb #3dae8489
@@ -427,7 +421,7 @@ def _untrained(model: nn.Module, bed: EditBed, seed: int, edit_lr: float) -> Edi
     bed.start.eval().edit_lrs.data.fill_(edit_lr)
     return _by_editor(bed, bed.start)
 
-# %% ../../nbs/experiments/mend.ipynb #e42bec00
+# %% ../../nbs/experiments/mend.ipynb #73154d40
 def _claims(report: Report, table: pd.DataFrame, many: pd.DataFrame, cfg: Config) -> None:
     "What the paper says of edits, put to the test."
     few, shown = "hundreds of edits to learn from, not hundreds of thousands", {
@@ -457,7 +451,7 @@ def _claims(report: Report, table: pd.DataFrame, many: pd.DataFrame, cfg: Config
                      paper="accuracy drawdown 0.001", source="T5-XL, zsRE",
                      why="what must stay here is the same question about a neighbour")
     k = int(many["edits"].max())
-    joint = many[(many["edits"] == k) & (many["share"] == 1)].set_index("item")["ES"]
+    joint = many[many["edits"] == k].set_index("item")["ES"]
     report.claim(f"{k} edits in one step keep at least 0.9 of the success of single ones",
                  measured=stats.bootstrap((joint - 0.9 * own["ES"]).to_numpy()), above=0,
                  unit="points", paper="0.89 for 25 edits, 0.98 for one", source="BART, zsRE; ES",
@@ -500,14 +494,13 @@ def _editing(cfg: Config, run: Run, report: Report) -> None:
     def bed(seed: int) -> EditBed:
         return made()
 
-    first, largest = cfg.seeds[0], max(cfg.at_once)
+    first = cfg.seeds[0]
 
     def at_once() -> pd.DataFrame:
-        here, frames = bed(first), []
-        items = [{k: v for k, v in item.items() if k != "text"} for item in here.test]
-        for k, share in [*((k, 1.0) for k in cfg.at_once), (1, 0.25), (largest, 0.25)]:
-            edits = _by_editor(here, _trained(here, run, "MEND", first), k, share)
-            frames.append(pd.DataFrame(_measure(edits, here, items)).assign(edits=k, share=share))
+        here = bed(first)
+        editor = _trained(here, run, "MEND", first)
+        frames = [pd.DataFrame(_measure(_by_editor(here, editor, k), here)).assign(edits=k)
+                  for k in cfg.at_once]
         return pd.concat(frames).rename_axis("item").reset_index()  # single edits: in `edits`
 
     methods = {"MEND": Method(partial(_learn, run=run, name="MEND")),
@@ -528,15 +521,15 @@ def _editing(cfg: Config, run: Run, report: Report) -> None:
 
 experiment = tracks(editing=_editing)
 
-# %% ../../nbs/experiments/mend.ipynb #4efe703f
+# %% ../../nbs/experiments/mend.ipynb #05a81d42
 FULL = Config(
     seeds=(0,), model="EleutherAI/gpt-neo-2.7B", stack="transformer.h", blocks=3,
-    cached=0, chunk=5,
+    cached=False, chunk=5,
     task="continuations", source="Salesforce/wikitext@wikitext-103-raw-v1#train",
     generator="distilbert/distilgpt2", locality="sam2ai/openwebtext-10k#train",
     prompt_tokens=50, text_words=150, split=0, n_train=67_000, n_choose=500, n_test=500,
     rank=1920, edit_lr=1e-4, c_edit=0.1, lr_lr=1e-4,
     training=Training(steps=50_000, batch_size=10, lr=1e-6, clip=100.0, accumulate=10),
-    look_every=500, patience=4, checkpoint_every=1000,
+    look_every=500, patience=4,
     ft_lrs=(5e-6,), ft_steps=100, step_sizes=(1e-4,), ablations=(), at_once=(5, 25, 75, 125),
 )

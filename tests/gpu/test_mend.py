@@ -149,7 +149,7 @@ class Loss(torch.nn.Module):
 def test_full_shape():
     "An edit of GPT-Neo 2.7B in float32, and a step of its editor: ten edits, Adam."
     cfg, rows = lab.FULL.replace(device=DEVICE), items(10, 5 if DRY else 50, 14 if DRY else 200)
-    cfg = cfg.replace(rank=8, cached=0) if DRY else cfg
+    cfg = cfg.replace(rank=8) if DRY else cfg
     model = gpt_neo(32 if not DRY else 4, not DRY).requires_grad_(False)
     bed = lab.EditBed(model, rows, rows, rows, lend=True, cfg=cfg, held_out=rows,
                       tail=lab.Tail(model, cfg.stack, cfg.blocks, cfg.cached),
