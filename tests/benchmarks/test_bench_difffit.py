@@ -7,8 +7,9 @@ from clock import in_turn, row
 
 from adaptlab import adapters
 from adaptlab.bench import rivals
+from adaptlab.bench.diffusion import ddpm_loss
 from adaptlab.evaluate import peak_memory
-from adaptlab.experiments.difffit import DiT, ddpm_loss
+from adaptlab.experiments.difffit import make_dit
 from adaptlab.sparse.difffit import DiffFit
 
 LAYERS = ("attn.qkv", "attn.proj", "fc1", "fc2", "adaLN_modulation.1")
@@ -16,7 +17,7 @@ LAYERS = ("attn.qkv", "attn.proj", "fc1", "fc2", "adaLN_modulation.1")
 
 def test_train_step():
     torch.manual_seed(0)
-    model = DiT(16, dim=384, depth=3, heads=6)
+    model = make_dit(16, dim=384, depth=3, heads=6)
     with torch.no_grad():  # gates of a trained model
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))

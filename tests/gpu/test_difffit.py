@@ -7,9 +7,10 @@ import torch
 
 from adaptlab import adapters
 from adaptlab.bench import rivals
+from adaptlab.bench.diffusion import XL_2, ddpm_loss
 from adaptlab.bench.runs import launch
 from adaptlab.experiments import difffit as told
-from adaptlab.experiments.difffit import FULL, SMALL, XL_2, DiT, ddpm_loss
+from adaptlab.experiments.difffit import FULL, SMALL, make_dit
 from adaptlab.sparse.difffit import (
     DiffFit,
     DiffFitConfig,
@@ -37,7 +38,7 @@ def dit(depth=28):
         size, width, depth, heads = 8, 64, 2, 4
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        model = DiT(size, channels, width, depth, heads, CLASSES, *more)
+        model = make_dit(size, channels, width, depth, heads, CLASSES, *more)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
@@ -94,11 +95,11 @@ def test_folds(dtype, near):
 def test_positions_stand_where_the_model_is():
     model = dit(1)
     finer = copy.deepcopy(model)
-    finer.size, finer.spacing = 2 * model.size, 0.5
-    inputs = latents(finer, 2)
+    finer.size *= 2
+    finer.pos_embed = interpolate_sincos_pos_embed(model.dim, finer.size // finer.patch)
+    inputs = latents(finer.to(DEVICE), 2)
+    assert model.pos_embed.device.type == DEVICE
     assert finer(**inputs).shape == inputs["x"].shape
-    made = interpolate_sincos_pos_embed(model.dim, finer.size // finer.patch)
-    assert made.shape == (finer.size**2 // 4, model.dim) and made.device.type == "cpu"
 
 
 def test_full_shape():
@@ -132,7 +133,7 @@ def test_step_against_full_fine_tuning():
 
 def test_small_experiment(tmp_path, monkeypatch):
     "All of it, with an untrained net in the place of the one that is trained for half a minute."
-    monkeypatch.setattr(told, "small_dit", lambda: DiT(dim=16, depth=1, heads=2))
+    monkeypatch.setattr(told, "small_dit", lambda: make_dit(dim=16, depth=1, heads=2))
     cfg = SMALL.replace(seeds=(0,), images=(16, 16), lrs=(1e-2,), device=DEVICE,
                         training=Training(steps=1, batch_size=8))
     assert launch("difffit", cfg, root=tmp_path, progress=False).claims

@@ -12,11 +12,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from adaptlab import adapter_files, adapters, recipes
+from adaptlab.bench.diffusion import XL_2, ddpm_loss
 from adaptlab.bench.runs import launch, start_run
 from adaptlab.experiments import difffit as told
-from adaptlab.experiments.difffit import (
-    FULL, SMALL, XL_2, DiT, ddpm_loss, from_diffusers, kept, load_dit, new_classes, noise_error,
-    sample)
+from adaptlab.experiments.difffit import FULL, SMALL, make_dit
 from adaptlab.sparse.difffit import (
     DiffFit, DiffFitConfig, ScaledBranch, branch_ends, interpolate_sincos_pos_embed, param_groups,
     trainable_summary)
@@ -28,7 +27,7 @@ EVERY = ("attn", "mlp", "q", "k", "v", "o", "fc2")
 def alive(classes=10, **shape):
     "A small DiT whose gates and last layer are not zero, as after training."
     torch.manual_seed(0)
-    model = DiT(**{"dim": 32, "depth": 2, "heads": 2, "classes": classes} | shape)
+    model = make_dit(**{"dim": 32, "depth": 2, "heads": 2, "classes": classes} | shape)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -80,7 +79,7 @@ def test_the_trainable_set_is_the_papers_rule():
     ((), 0, 607_136), (("attn", "mlp"), 64_512, 671_648), (EVERY, 225_792, 832_928)])
 def test_counts_at_the_papers_size(locations, gamma, total):
     with torch.device("meta"):
-        model = DiT(*XL_2[:5], 101, *XL_2[6:])
+        model = make_dit(*XL_2[:5], 101, *XL_2[6:])
         DiffFit.wrap(model, DiffFitConfig(gamma_locations=locations))
     found = trainable_summary(model)
     assert (found["bias"], found["extra"], found["gamma"]) == (489_632, 117_504, gamma)
@@ -313,18 +312,6 @@ def test_refusals():
 # the model and the experiment
 
 
-def test_noise_loss_and_samples():
-    a = kept(200)
-    assert a[0] > 0.999 and a[-1] < 1e-3 and (a.diff() < 0).all()
-    torch.testing.assert_close(kept(1000)[0], torch.tensor(1 - 1e-4))
-    x, t, y = batch()
-    found = noise_error(DiT(dim=16, depth=1, heads=2), x, y, t, 2 * x)
-    torch.testing.assert_close(found, (2 * x).square().flatten(1).mean(1))
-    drawn = sample(alive(), torch.tensor([1, 2]), 3)
-    assert drawn.shape == (2, 1, 8, 8) and drawn.abs().max() <= 1
-    assert torch.equal(drawn, sample(alive(), torch.tensor([1, 2]), 3))
-
-
 @pytest.fixture
 def tiny(monkeypatch):
     "An untrained net in the place of the trained one."
@@ -349,7 +336,7 @@ def test_one_seed_and_a_run_that_goes_on(tmp_path, tiny, monkeypatch):
 
 def test_full_scale_path_with_a_tiny_model(tmp_path):
     shape = (8, 4, 16, 2, 2, 1000, 2, 1000, 1)
-    made = DiT(*shape[:5], 5, *shape[6:])
+    made = make_dit(*shape[:5], 5, *shape[6:])
     save_file(made.state_dict(), tmp_path / "dit.safetensors")
     g = torch.Generator().manual_seed(0)
     parts = {f"{p}.{k}": v for p in ("train", "test") for k, v in {
@@ -365,18 +352,3 @@ def test_full_scale_path_with_a_tiny_model(tmp_path):
     for lacking, words in (({"latents": ""}, "latents"), ({"weights": ""}, "weights")):
         with pytest.raises(ValueError, match=words):
             told._flowers(0, cfg.replace(**lacking))
-
-
-def test_loading_and_new_classes(tmp_path):
-    shape = (8, 4, 16, 1, 2, 1000, 2, 1000, 1)
-    made = alive(classes=5, size=8, channels=4, dim=16, depth=1, heads=2, learn_sigma=1, steps=1000)
-    extra = {"pos_embed": torch.zeros(1, 16, 16)}  # the official file holds it
-    save_file({**made.state_dict(), **extra}, tmp_path / "dit.safetensors")
-    loaded, (x, t, y) = load_dit(str(tmp_path / "dit.safetensors"), shape), batch(channels=4)
-    assert torch.equal(loaded(x, t, y), made(x, t, y))
-    free = torch.full((3,), 5)
-    again = new_classes(copy.deepcopy(made), 9)
-    assert torch.equal(again(x, t, free + 4), made(x, t, free))  # "no class" is as it was
-    assert again.y_embedder.embedding_table.weight.requires_grad and again.classes == 9
-    with pytest.raises(ValueError, match="not a DiT of diffusers"):
-        from_diffusers({"transformer_blocks.0.x": torch.ones(1)})
