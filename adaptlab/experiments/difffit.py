@@ -154,7 +154,7 @@ def _finer(model: DiT, bed: Bed, seed: int, *, scale: float, trains: bool = True
     if trains:
         DiffFit.wrap(model)
 
-# %% ../../nbs/experiments/difffit.ipynb #8d0a7ce7
+# %% ../../nbs/experiments/difffit.ipynb #8d93c06f
 def _plot(table: pd.DataFrame, drawn: dict[str, Tensor]) -> Any:
     "What each method draws; error against trained numbers; what each ingredient is worth."
     import matplotlib.pyplot as plt
@@ -165,7 +165,7 @@ def _plot(table: pd.DataFrame, drawn: dict[str, Tensor]) -> Any:
                               height_ratios=(1, 1.6), gridspec_kw={"hspace": 0.15})
     for name in names:
         rows = [torch.cat(list(drawn[name][i::5, 0][:5]), 1) for i in range(5)]
-        axes[name].imshow(torch.cat(rows), cmap="gray", vmin=-1, vmax=1)
+        axes[name].imshow(torch.cat(rows).numpy(), cmap="gray", vmin=-1, vmax=1)
         axes[name].set(title=name, xticks=[], yticks=[])
         axes[name].grid(visible=False)
     left, right = axes["<"], axes[">"]

@@ -1,7 +1,8 @@
-"""A training step of four blocks of SmolLM2, for methods that are compared by their step."""
+"""A training step of four blocks of SmolLM2, or of any model: methods are compared by it."""
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,15 +18,24 @@ def four_blocks() -> tuple[nn.Module, torch.Tensor]:
     return model, torch.randint(1000, (2, 128), generator=torch.Generator().manual_seed(0))
 
 
-def training_step(model: nn.Module, ids: torch.Tensor, wrap: Callable) -> Callable[[], None]:
-    "A step of a copy that `wrap` prepared; what requires a gradient is trained, and stays put."
+def _own_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, labels=ids).loss
+
+
+def training_step(
+    model: nn.Module,  # copied
+    batch: Any,  # what `loss` takes
+    wrap: Callable,  # prepares the copy; what requires a gradient then is trained, and stays put
+    loss: Callable = _own_loss,  # (model, batch); of token ids a language model's own
+) -> Callable[[], None]:
+    "Forward, backward and AdamW at a rate of 0."
     net = copy.deepcopy(model)
     wrap(net)
     adam = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.0)
 
     def work() -> None:
         adam.zero_grad()
-        net(input_ids=ids, labels=ids).loss.backward()
+        loss(net, batch).backward()
         adam.step()
 
     return work

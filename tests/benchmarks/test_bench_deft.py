@@ -1,10 +1,10 @@
 """A training step with the density loss: against one without, and against plain autograd."""
 
-import copy
 from functools import partial
 
 import torch
 from clock import in_turn, row
+from steps import training_step
 
 from adaptlab import adapters, modules, recipes
 from adaptlab.evaluate import peak_memory
@@ -28,19 +28,10 @@ def test_step_with_the_density_loss():
     base = recipes.TinyViT(dim=256, depth=4, act="relu")
     batch = torch.rand(64, 1, 28, 28), torch.randint(10, (64,))
 
-    def step(loss):
-        model = copy.deepcopy(base)
-        adapters.attach(model, lambda m: adapters.LoraAdapter(m, rank=8), ["q_proj", "v_proj"])
-        adam = torch.optim.AdamW(adapters.trainable_parameters(model), lr=0.0)
-
-        def work():
-            adam.zero_grad()
-            loss(model, batch).backward()
-            adam.step()
-
-        return work
-
-    ours, plain, naive = (step(f) for f in (deft_loss(), modules.cross_entropy, by_autograd))
+    attach = partial(adapters.attach, make=partial(adapters.LoraAdapter, rank=8),
+                     targets=["q_proj", "v_proj"])
+    ours, plain, naive = (training_step(base, batch, attach, loss) for loss in (
+        deft_loss(), modules.cross_entropy, by_autograd))
     row("DEFT step against the formula by autograd", *in_turn(ours, naive, rounds=7), bound=1.0)
     row("DEFT step against the same without the term", *in_turn(ours, plain, rounds=7), bound=1.2)
     peak = partial(peak_memory, device="cpu")

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from clock import in_turn, row
+from steps import training_step
 
 from adaptlab import adapters
 from adaptlab.bench import rivals
@@ -23,23 +24,11 @@ def test_train_step():
             p.add_(0.02 * torch.randn_like(p))
     batch = torch.rand(8, 1, 16, 16), torch.zeros(8, dtype=torch.int64)
 
-    def step(wrap):
-        net = copy.deepcopy(model)
-        wrap(net)
-        adam = torch.optim.AdamW(adapters.trainable_parameters(net), lr=0.0)
-
-        def work():
-            adam.zero_grad()
-            ddpm_loss(net, batch).backward()
-            adam.step()
-
-        return work
-
     count = adapters.count_parameters(DiffFit.wrap(copy.deepcopy(model)))[0]
     rank = rivals.lora_rank(model, LAYERS, count)
     lora = rivals.lora(rank, LAYERS, also=("y_embedder",))
-    ours, full, other = step(DiffFit.wrap), step(lambda net: net), step(
-        lambda net: lora(net, None, 0))
+    ours, full, other = (training_step(model, batch, wrap, ddpm_loss) for wrap in (
+        DiffFit.wrap, lambda net: net, lambda net: lora(net, None, 0)))
     seconds = in_turn(ours, full, other, rounds=7)
     row("DiffFit against full fine-tuning, step", *seconds[:2], bound=1.0)
     row(f"DiffFit against LoRA r = {rank}, step", seconds[0], seconds[2], bound=1.0)
