@@ -17,6 +17,7 @@ from adaptlab.arithmetic.atlas import (
     AnisotropicComposer, ComposedLora, LowRank, TaskVector, attach_composition, block_gradients,
     compose, disentanglement_error, learn_addition, learn_composition, learn_negation,
     learn_test_time, select_task_vectors)
+from adaptlab.bench import pictures
 from adaptlab.bench.runs import launch, start_run
 from adaptlab.experiments import atlas as told
 from adaptlab.experiments.atlas import CLIP_TASKS, FULL, SMALL, experiment
@@ -601,7 +602,7 @@ def test_loras_on_different_layers_and_refusals():
 
 def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch):
     cfg = SMALL.replace(seeds=(0,), targets=SMALL.targets[:1], shots=(1, 2), lrs=(0.1,),
-                        full_lrs=(1e-3,), lora_lrs=(1e-2,), slow_lrs=(0.03,), images=16, passes=1,
+                        full_lrs=(1e-3,), slow_lrs=(0.03,), images=16, passes=1,
                         forget=("dark",), training=Training(steps=1, batch_size=8))
     monkeypatch.setattr(told, "_plot", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -645,14 +646,14 @@ def test_full_scale_path_with_tiny_models(tmp_path, tiny, recorded, monkeypatch)
     from transformers import CLIPImageProcessor
 
     folder, tokenizer, kind = tiny
-    pictures = CLIPImageProcessor.from_pretrained(folder / "clip")
+    processor = CLIPImageProcessor.from_pretrained(folder / "clip")
     monkeypatch.setattr(kind, "from_pretrained", lambda *a, **k: SimpleNamespace(
-        image_processor=pictures, tokenizer=partial(tokenizer, truncation=True, max_length=40)))
-    told._clip.cache_clear()
+        image_processor=processor, tokenizer=partial(tokenizer, truncation=True, max_length=40)))
+    pictures._clip.cache_clear()
     cfg = FULL.replace(device="cpu", seeds=(0,), shots=(1,), passes=1, clip=str(folder / "clip"),
                        experts=str(folder / "expert_{}"), training=Training(steps=1, batch_size=2))
     report = experiment(cfg, start_run("atlas", cfg, "full", root=tmp_path / "runs"))
-    told._clip.cache_clear()
+    pictures._clip.cache_clear()
     table = report.tables["fewshot"]
     assert sorted(table["target"].unique()) == sorted(CLIP_TASKS) and len(table) == 3 * 8
     assert {s.partition("@")[0] for s, *_ in CLIP_TASKS.values()} <= {
