@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import tiny_models
 import torch
+import two_processes
 
 from adaptlab import recipes
 from adaptlab.arithmetic.logits_fusion import (
@@ -351,3 +352,48 @@ def test_full_scale_path_with_tiny_models(tmp_path, recorded):
     assert {"openai/gsm8k@main#train", "mandarjoshi/trivia_qa@rc.nocontext#validation",
             "cais/mmlu@all#test"} <= set(recorded.asked)
     assert told._last("2 + 2 = 4\n#### 1,004\nmore") == "1004"
+
+
+TRAIN = """
+import tempfile
+
+import torch
+
+from adaptlab import processes, recipes
+from adaptlab.arithmetic.logits_fusion import DynamicLogitFusion
+from adaptlab.bench.runs import start_run
+from adaptlab.bench.testbeds import Pairs
+from adaptlab.experiments import logits_fusion as told
+from adaptlab.train import Training
+
+folder, models = processes.together(tempfile.mkdtemp), []
+for seed in (0, 1):
+    torch.manual_seed(seed)
+    models.append(recipes.tiny_llama(layers=2 - seed).eval())
+
+
+def keep():
+    models[1].save_pretrained(folder + "/small")
+    recipes.byte_tokenizer().save_pretrained(folder + "/small")
+
+
+processes.together(keep)
+pairs = Pairs(tuple(f"{i} and {i} is" for i in range(16)), tuple(f" {2 * i}" for i in range(16)))
+told.TASKS["sums"] = (lambda source: pairs, "", "", {})
+cfg = told.FULL.replace(small=folder + "/small", device="cpu", dtype="float32",
+                        expert_training=Training(steps=3, batch_size=8, lr=1e-2))
+run = start_run("logits_fusion", cfg, "full", root=folder + "/runs")
+expert = told._expert(cfg, run, "sums", 0)
+run.close()
+fusion = DynamicLogitFusion(*models, [expert])
+ids = torch.arange(4, 24).view(2, 10)
+logits = fusion(ids, logits_to_keep=1)[:, 0]
+if processes.is_main():
+    print("moved", (expert.lm_head.weight - models[1].lm_head.weight).norm().item())
+    print("logits", *logits.flatten().tolist())
+"""
+
+
+def test_two_processes_tune_and_keep_an_expert_as_one(tmp_path, capsys):
+    found = two_processes.assert_alike(TRAIN, tmp_path, capsys)
+    assert found["moved"] > 0.1

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import two_processes
 from torch import nn
 
 from adaptlab.bench.runs import launch, start_run
@@ -403,6 +404,34 @@ def test_lora_of_each_task_begins_as_the_backbone_and_is_its_own():
     names = list(SCENES)
     torch.testing.assert_close(changed[names[0]], start[names[0]], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(changed[names[1]], start[names[1]], atol=1e-3)
+
+
+TRAIN = """
+import torch
+
+from adaptlab import processes
+from adaptlab.experiments import polyhistor as told
+from adaptlab.experiments.polyhistor import PREPARE, SCENE_WORK, SMALL
+
+torch.manual_seed(0)
+backbone = told.SmallHVT().eval()
+told.small_hvt = lambda: backbone
+cfg = SMALL.replace(sizes=(32, 8, 8), device="cpu", training={"steps": 3, "lr": 1e-2})
+bed = told.scene_bed(0, cfg.sizes)
+for name in ("lite", "LoRA r=1"):
+    with bed.fresh() as model:
+        made = told._adapt(model, bed, 0, 1e-2, prepare=PREPARE[name], work=SCENE_WORK, cfg=cfg,
+                           name=name, run=None)
+    if processes.is_main():
+        with torch.no_grad():
+            found = made.eval()(bed.test["x"][:2])
+        print(name.split()[0], *torch.cat([y.flatten() for y in found.values()]).tolist())
+"""
+
+
+def test_two_processes_train_as_one(tmp_path, capsys):
+    "A generator for all tasks, and an adapter for each."
+    two_processes.assert_alike(TRAIN, tmp_path, capsys)
 
 
 @pytest.fixture
