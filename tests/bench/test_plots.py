@@ -147,6 +147,16 @@ def _line(slope):
     return fig
 
 
+def test_worth_is_a_tradeoff_beside_differences(points):
+    shown = {"a over b": Estimate(1.0, 0.5, 1.5)}
+    fig = plots.worth(points, *points.columns[:2], shown, xlim=(1, 10), label=points.columns[2])
+    left, right = fig.axes
+    assert left.get_xscale() == "log" and left.get_xlim() == (1, 10)
+    assert len(right.get_yticks()) == 1
+    with pytest.raises(ValueError, match="no difference"):
+        plots.worth(points, *points.columns[:2], {}, xlim=(1, 10), label=points.columns[2])
+
+
 def test_slider_has_a_picture_of_one_size_for_every_value():
     made = plots.slider(_line, slope=[0, 0.5, 4.0, 10])
     assert made.texts == ("0", "0.5", "4", "10") and made.label == "slope" and made.middle == 2
