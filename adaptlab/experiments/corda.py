@@ -31,7 +31,7 @@ from ..lowrank.corda import (
 from ..stats import Estimate, over_seeds
 from ..train import Training, set_seed
 
-# %% ../../nbs/experiments/corda.ipynb #46a54af7
+# %% ../../nbs/experiments/corda.ipynb #a50af854
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     "Settings of the CorDA experiment."
@@ -50,7 +50,7 @@ class Config(BaseConfig):
     vision: Training = Training(steps=24, batch_size=32, schedule="cosine", warmup=0.1)  # images
     lrs: tuple[float, ...] = bounded((4e-3, 1.6e-2), above=0)  # grid for every method
     images: tuple[int, int] = bounded((1000, 300), low=1)  # to train on, to choose on
-    test_images: int = bounded(300, low=1)  # to report from, of each task
+    test_images: int = bounded(256, low=1)  # to report from, of each task
     context_images: int = bounded(256, low=1)  # images per covariance
     every: int = bounded(8, low=1)  # steps between looks at the accuracies
     methods: tuple[str, ...] = ("lora", "pissa", "corda-ipm")  # compared on the language model

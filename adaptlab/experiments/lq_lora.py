@@ -6,7 +6,7 @@
 __all__ = ['SMALL', 'LAYOUTS', 'PLAN', 'OVERRATED', 'CASES', 'SHOWN', 'RATES', 'experiment', 'FULL', 'Config', 'nf',
            'quantised_first', 'Starts']
 
-# %% ../../nbs/experiments/lq_lora.ipynb #63472f77
+# %% ../../nbs/experiments/lq_lora.ipynb #fcd4d09d
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import adapters, evaluate, models, recipes
 from ..bench import plots, rivals, suites
-from ..bench.compare import Method, Versus, differences, sweep, versus
+from ..bench.compare import Versus, differences, sweep, versus
 from ..bench.report import Report
 from ..bench.runs import BaseConfig, Run, bounded, tracks
 from ..bench.testbeds import Bed, windows
@@ -264,7 +264,7 @@ def _start(cfg: Config, run: Run, report: Report) -> None:
     versus(report, table, CASES, unit="nats per token", by="item", lower=True)
     report.figure("main", _plot(table), "Left: perplexity against bits. Right: paired differences.")
 
-# %% ../../nbs/experiments/lq_lora.ipynb #1e1b99c5
+# %% ../../nbs/experiments/lq_lora.ipynb #e48aa439
 def _bed(seed: int, cfg: Config) -> Bed:
     "A language model, and windows of a text to learn."
     if cfg.tuned in recipes.RECIPES:
@@ -313,9 +313,8 @@ def _tune(cfg: Config, run: Run, report: Report) -> None:
               "LQ + Fisher 2.13": partial(_lq, bits="2.13", cfg=cfg),
               "QLoRA 4.13": partial(_qlora, bits="4.13", rank=cfg.tuned_rank),
               "LQ + Fisher, chosen 2.52": partial(_lq, bits="2.52", cfg=cfg, chosen=True)}
-    methods = {f"{name}, before": Method(how) for name, how in starts.items()} | {
-        name: rivals.trained(how, cfg.training, cfg.lrs or RATES[name], device=cfg.device, run=run,
-                             name=name) for name, how in starts.items()}
+    methods = {name: rivals.trained(how, cfg.training, cfg.lrs or RATES[name], device=cfg.device,
+                                    run=run, name=name) for name, how in starts.items()}
     table = report.table("tune", sweep(
         run, "tune", methods, partial(_bed, cfg=cfg), cfg.seeds,
         lambda m, bed: {"nats": _nats(m, bed.test)}, choose=lambda m, bed: -_nats(m, bed.choose)))

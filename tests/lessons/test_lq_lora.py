@@ -438,7 +438,7 @@ def test_full_scale_path_with_tiny_models(tmp_path, tiny, recorded, monkeypatch)
                        training=short, lrs=(1e-3,), glue_training=short, glue_lrs=(1e-3,),
                        glue_rank=4, max_length=16, glue=("mrpc", "stsb"), budgets=(2.75, 3.25))
     report = experiment(cfg, start_run("lq_lora", cfg, "full", root=tmp_path / "runs"))
-    assert len(report.tables["start"]) == 2 * 14 and len(report.tables["tune"]) == 8
+    assert len(report.tables["start"]) == 2 * 14 and len(report.tables["tune"]) == 4
     layouts = report.tables["layouts"].groupby(["method", "budget"])["bits"]
     assert len(layouts) == 2 and layouts.size().eq(14).all()
     assert sorted(report.tables["glue"]["task"].unique()) == ["mrpc", "stsb"]
