@@ -6,7 +6,7 @@
 __all__ = ['SMALL', 'KNOWN', 'NEW', 'UNSEEN', 'NO_RELEVANCE', 'OURS', 'ONE', 'MANY', 'ASK', 'TASKS', 'experiment', 'FULL',
            'Config', 'CharLM', 'names', 'letters', 'encode', 'char_lm', 'cut']
 
-# %% ../../nbs/experiments/logits_fusion.ipynb #3b7b7f19
+# %% ../../nbs/experiments/logits_fusion.ipynb #8d9ca19b
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import data, evaluate, models, modules, recipes, stats
+from .. import data, evaluate, models, modules, processes, recipes, stats
 from ..arithmetic import logits_fusion as fusion
 from ..bench import plots, suites
 from ..bench.compare import Versus, differences, versus
@@ -337,7 +337,7 @@ TASKS = {  # task -> how it is read, rows to tune on, rows to ask, what counts o
                   "mandarjoshi/trivia_qa@rc.nocontext#validation", {}),  # the first line counts
 }
 
-# %% ../../nbs/experiments/logits_fusion.ipynb #1909cff7
+# %% ../../nbs/experiments/logits_fusion.ipynb #5cb2187e
 def _expert(cfg: Config, run: Run, task: str, seed: int) -> nn.Module:
     "The small model, tuned in full on a task; kept in the run's folder."
     folder = run.path("experts", f"{task}-{seed}")
@@ -350,8 +350,8 @@ def _expert(cfg: Config, run: Run, task: str, seed: int) -> nn.Module:
         cfg.expert_training.fit(
             model, read(train)[: cfg.questions or None], collate_fn=collate, seed=seed,
             device=cfg.device, progress=False, checkpoint_dir=run.path("checkpoints", folder.name))
-        model.to(getattr(torch, cfg.dtype)).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        for part in (model.to(getattr(torch, cfg.dtype)), tokenizer):  # one process writes
+            processes.together(partial(part.save_pretrained, folder))
         return folder.name
 
     run.stage(f"expert-{task}-{seed}", work)
