@@ -22,6 +22,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ DEVICE = "cpu" if DRY else "cuda"
 HERE = DRY or torch.cuda.is_available()
 NOISE = 0.05
 ROWS: list["Row"] = []
+FLOAT32 = {"A100": 19.5, "H100": 67, "H200": 67}  # 10^12 operations per second, no TF32
 SHAPES = {  # vocabulary, width, feed-forward, layers, heads, shared keys, tied embeddings
     "llama3-8b": (128256, 4096, 14336, 32, 32, 8, False),
     "llama2-7b": (32000, 4096, 11008, 32, 32, 32, False),
@@ -84,9 +86,10 @@ def name() -> str:
     return "the CPU in its place" if DRY else torch.cuda.get_device_name()
 
 
-def machine() -> cost.Machine:
-    "What `bench.cost` knows of this card; an H100 where it knows nothing."
-    return next((m for m in (cost.H200, cost.A100) if m.name in name()), cost.H100)
+def machine(half: bool = True) -> cost.Machine:
+    "What `bench.cost` knows of this card (or an H100), for products in half or single precision."
+    known = next((m for m in (cost.H200, cost.A100) if m.name in name()), cost.H100)
+    return known if half else replace(known, tflops=FLOAT32[known.name])
 
 
 def full(
@@ -99,10 +102,11 @@ def full(
     rounds: int = 5,
 ) -> None:
     "A row with the seconds and GiB of a step of FULL, counted by `bench.cost` beside measured."
+    half = autocast is not None or next(model.parameters()).dtype != torch.float32
     trainable = sum(p.numel() for p in adapters.trainable_parameters(model))
     with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
         found = cost.needs(model, flops=cost.forward_flops(model, batch, 1), trained=1,
-                           trainable=trainable, machine=machine(),
+                           trainable=trainable, machine=machine(half),
                            activations=cost.activation_bytes(model, batch)).set_index("what")
     amount, unit = found.loc["memory, together", ["amount", "unit"]]
     gib = amount / 1024 if unit == "MiB" else amount
