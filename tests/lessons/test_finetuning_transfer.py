@@ -439,8 +439,8 @@ def test_the_same_function_in_another_order_gets_nothing():
                    "layers.1.bias": new["layers.1.bias"][q],
                    "head.weight": new["head.weight"][:, q]}
     x = bed.test[0]
-    torch.testing.assert_close(put_in(told._network(128), moved)(x),
-                               put_in(told._network(128), new)(x))
+    torch.testing.assert_close(put_in(told.network(128), moved)(x),
+                               put_in(told.network(128), new)(x))
     base, there, permuted = (told.score(w, bed.choose, SMALL) for w in (
         new, apply_diff(new, diff), apply_diff(moved, diff)))
     assert recovered_fraction(permuted, base, there) < 0.1 < 1 < there - base
