@@ -6,7 +6,7 @@
 __all__ = ['SMALL', 'ARMS', 'PRUNE_CASES', 'experiment', 'FULL', 'Config', 'Texts', 'calibration_draws', 'prune_bed', 'prune_arm',
            'to_messages', 'accel_bed', 'train_stage', 'accel_arm']
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #87ac8f84
+# %% ../../nbs/experiments/adapt_pruner.ipynb #d1769fa7
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, Subset
 
 from .. import adapters, data, evaluate, models, modules, processes, recipes, text
 from ..bench import plots, suites
@@ -110,7 +112,7 @@ def prune_bed(
     pool, choose, test = _windows(cfg, loaded.processor)
     return Bed(loaded.model, Texts(pool), choose, test, tokenizer=loaded.processor)
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #a4b03143
+# %% ../../nbs/experiments/adapt_pruner.ipynb #f530d282
 def _ends(importance: Tensor) -> Tensor:
     "The first and the last layer stand still, the others are alike."
     hat = torch.zeros_like(importance)
@@ -136,12 +138,6 @@ ARMS: dict[str, Callable[[int], dict[str, Any]]] = {  # seed -> settings; the am
 }
 
 
-def _target(model: nn.Module, remove: float) -> int:
-    "Parameters that are left without a share of the decoder's."
-    decoder = sum(p.numel() for layer in decoder_layers(model) for p in layer.parameters())
-    return adapters.count_parameters(model)[1] - int(remove * decoder)
-
-
 def prune_arm(
     model: nn.Module,  # pruned in place
     bed: Bed,  # with `Texts`
@@ -153,19 +149,22 @@ def prune_arm(
     "Prune by one arm's rule. ValueError for an unknown arm, and as `AdaptPruner`."
     if arm not in ARMS:
         raise ValueError(f"arm = {arm!r}: choose from {', '.join(ARMS)}")
+    decoder = sum(p.numel() for layer in decoder_layers(model) for p in layer.parameters())
+    target = adapters.count_parameters(model)[1] - int(cfg.remove * decoder)
     settings = {"steps": cfg.steps, "seed": seed} | ARMS[arm](seed)
-    AdaptPruner(model, _target(model, cfg.remove), amplitude=1 / settings["steps"], **settings).run(
+    AdaptPruner(model, target, amplitude=1 / settings["steps"], **settings).run(
         calibration_draws(bed.train.calibration, cfg.samples, seed))
 
 
 def _pruned(model: nn.Module, bed: Bed) -> list[dict[str, Any]]:
     "A row per test window, and a row per layer."
     size = adapters.count_parameters(model)[1]
-    shapes = layer_shapes(model)
+    shapes = zip(layer_shapes(model), layer_shapes(bed.model), strict=True)
     return [{"nats": x, "params": size} for x in _losses(model, bed.test)] + [
-        {"item": i, "layer": i, **x._asdict()} for i, x in enumerate(shapes)]
+        {"item": i, "layer": i, "kept": 100 * x.neurons / whole.neurons, **x._asdict()}
+        for i, (x, whole) in enumerate(shapes)]
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #2e12ea01
+# %% ../../nbs/experiments/adapt_pruner.ipynb #17d91e95
 PRUNE_CASES = [
     Versus("pruning by measured layers beats the same from every layer at equal size", "adaptive",
            "uniform", "nats", "+1 to +7 points of accuracy over LLM-Pruner, FLAP and SliceGPT",
@@ -182,45 +181,31 @@ PRUNE_CASES = [
 
 def _plot_prune(table: pd.DataFrame, cases: Sequence[Versus]) -> Any:
     "Left: what is left of each layer. Right: paired differences."
-    import matplotlib.pyplot as plt
-
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=(1.3, 1),
                                       layout="constrained")
-    widths = table.pivot_table(index="layer", columns="method", values="neurons")
-    styles = {"adaptive": ("blue", "-"), "uniform": ("orange", "--"), "ends spared": ("green", ":")}
-    for method, (color, dash) in styles.items():
-        if method in widths:
-            left.stairs(100 * widths[method] / widths["dense"], np.arange(len(widths) + 1) - 0.5,
-                        baseline=None, label=method, color=plots.COLORS[color], ls=dash, lw=1.8)
-    left.set(xlabel="decoder layer", ylabel="MLP neurons kept (%)", ylim=(None, 103),
-             title="Where a fifth of the decoder goes")
-    left.legend(loc="center", bbox_to_anchor=(0.5, 0.62))
+    shown = table[table["method"].isin(["adaptive", "uniform", "ends spared"])]
+    plots.curves(shown.dropna(subset="layer"), "layer", "kept", "method", ax=left,
+                 title="Where a fifth of the decoder goes")
+    left.set(xlabel="decoder layer", ylabel="MLP neurons kept (%)")
     gaps = {f"over {c.rival}": differences(table, c.rival, c.method, "nats", "item")
             for c in cases if c.method == "adaptive"}
-    plots.differences(gaps, unit="nats per token", fmt="+.2f", ax=right)
-    right.set_title("Adaptive: its gain at equal size")
+    plots.differences(gaps, unit="nats per token", fmt="+.2f", ax=right,
+                      title="Adaptive: its gain at equal size")
     return fig
 
 
 def _prune(cfg: Config, run: Run, report: Report) -> None:
     "A language model, pruned without training."
     plots.use_style()
-    made: list[Bed] = []
-
-    def bed(seed: int) -> Bed:
-        made[:] = made or [prune_bed(cfg, seed)]
-        return made[0]
-
-    methods = {"dense": Method(lambda model, bed, seed: None)} | {
-        arm: Method(partial(prune_arm, arm=arm, cfg=cfg)) for arm in cfg.arms}
-    table = sweep(run, "prune", methods, bed, cfg.seeds[:1], _pruned)
-    report.table("prune", table)
+    methods = {arm: Method(partial(prune_arm, arm=arm, cfg=cfg)) for arm in cfg.arms}
+    table = report.table("prune", sweep(
+        run, "prune", methods, partial(prune_bed, cfg), cfg.seeds[:1], _pruned))
     cases = [c for c in PRUNE_CASES if {c.method, c.rival} <= set(cfg.arms)]
     versus(report, table, cases, unit="nats per token", by="item", lower=True)
     report.figure("main", _plot_prune(table, cases), "Left: MLP neurons that each layer keeps. "
                   "Right: paired differences of the loss at equal size, with 95 % intervals.")
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #d6c9f4ae
+# %% ../../nbs/experiments/adapt_pruner.ipynb #383d1faf
 _ROLES = {"human": "user", "gpt": "assistant", "prompter": "user"}
 _QUESTION = ("question", "instruction", "prompt", "query")
 _ANSWER = ("response", "output", "answer", "completion")
@@ -250,55 +235,38 @@ def to_messages(
     return [*start, {"role": "user", "content": asked}, {"role": "assistant", "content": said}]
 
 
-class _Conversations:
-    "Rows of several instruction sets in a random order, turned into messages when they are read."
+def _conversations(sources: Sequence[str], limit: int | None, seed: int) -> Sequence[Any]:
+    "Rows of several instruction sets in a random order."
+    rows = ConcatDataset([data.load(s if "#" in s else f"{s}#train") for s in sources])
+    return Subset(rows, np.random.default_rng(seed).permutation(len(rows))[:limit].tolist())
 
-    def __init__(self, sources: Sequence[str], limit: int | None, seed: int):
-        self.sets = [data.load(s if "#" in s else f"{s}#train") for s in sources]
-        self.edges = np.cumsum([0, *map(len, self.sets)])
-        self.order = np.random.default_rng(seed).permutation(self.edges[-1])[:limit]
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        n = int(self.order[i])
-        k = int(np.searchsorted(self.edges, n, side="right")) - 1
-        return {"messages": to_messages(self.sets[k][n - int(self.edges[k])])}
-
-# %% ../../nbs/experiments/adapt_pruner.ipynb #bea18f44
-_DEEP = {"layers": 4, "epochs": 2}  # the recipe: deep enough to have something to adapt
-
-
-def _ids_batch(samples: Sequence[Tensor]) -> dict[str, Tensor]:
-    "Windows of a text: every token is learnt."
-    ids = torch.stack(list(samples))
-    return {"input_ids": ids, "labels": ids}
-
-
+# %% ../../nbs/experiments/adapt_pruner.ipynb #cb3bc5e0
 def accel_bed(
     cfg: Config,  # which model and data
     seed: int,  # of the order of the training data
 ) -> Bed:  # train is `Texts`; choose and test are windows [n, L]
     "A recipe's small model with its own text, or a model and instruction sets to load."
     if cfg.accel_model in recipes.RECIPES:
-        known, held = (p.tensors[0] for p in recipes.recipe_data(cfg.accel_model, **_DEEP))
-        model = recipes.pretrained_small(cfg.accel_model, **_DEEP)
+        recipe = {"layers": 4, "epochs": 2}  # deep enough to have something to adapt
+        known, held = (p.tensors[0] for p in recipes.recipe_data(cfg.accel_model, **recipe))
+        model = recipes.pretrained_small(cfg.accel_model, **recipe)
         order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
         rows = list(known[order[: cfg.n_train], : cfg.max_length])
         return Bed(model.to(modules.resolve_device(cfg.device)),
-                   Texts(known[:, : cfg.length], rows, _ids_batch), held[1::4], held[::4],
-                   tokenizer=recipes.byte_tokenizer())
+                   Texts(known[:, : cfg.length], rows, lambda some: dict.fromkeys(
+                       ("input_ids", "labels"), torch.stack(list(some)))),  # every token is learnt
+                   held[1::4], held[::4], tokenizer=recipes.byte_tokenizer())
     if not cfg.data:
         raise ValueError(f"accel_model = {cfg.accel_model!r} needs instruction sets: set data")
     # float32: a small learning rate is lost in the rounding of bfloat16 weights
     loaded = models.load(cfg.accel_model, device=cfg.device, dtype=torch.float32)
     pool, choose, test = _windows(cfg, loaded.processor)
-    collate = text.causal_lm_collate(loaded.processor, max_length=cfg.max_length)
-    rows = _Conversations(cfg.data, cfg.n_train, seed)
-    return Bed(loaded.model, Texts(pool, rows, collate), choose, test, tokenizer=loaded.processor)
+    pad = text.causal_lm_collate(loaded.processor, max_length=cfg.max_length)
+    rows = Texts(pool, _conversations(cfg.data, cfg.n_train, seed),
+                 lambda some: pad([{"messages": to_messages(row)} for row in some]))
+    return Bed(loaded.model, rows, choose, test, tokenizer=loaded.processor)
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #38532011
+# %% ../../nbs/experiments/adapt_pruner.ipynb #8fbd3024
 def train_stage(
     model: nn.Module,  # trained in place
     stage: Stage,  # which share of the data
@@ -315,7 +283,7 @@ def train_stage(
     begin, end = edges[stage.number - 1 : stage.number + 1]
     if begin < end:
         cfg.training.fit(
-            model, torch.utils.data.Subset(rows, range(begin, end)), steps=steps[stage.number - 1],
+            model, Subset(rows, range(begin, end)), steps=steps[stage.number - 1],
             batch_size=min(size, end - begin), seed=stage.number, device=cfg.device,
             schedule=partial(WSDSchedule, total_steps=sum(steps),
                              base_step=sum(steps[: stage.number - 1])),
@@ -341,8 +309,8 @@ def accel_arm(
     set_seed(seed)
     whole, dealt = adapters.count_parameters(model)[1], stage_data_shares(stages)
     target = int(cfg.target if cfg.target > 1 else cfg.target * whole)
-    home = run.path("models", f"{name.replace(' ', '_')}-{seed}-{lr:g}")
-    home = home if cfg.checkpoints else None
+    folder = f"{name.replace(' ', '_')}-{seed}-{lr:g}"
+    home = run.path("models", folder) if cfg.checkpoints else None
     kept = sorted(home.glob("stage-*")) if home else []
     done = int(kept[-1].name[6:]) if kept else 0
     if done:
@@ -380,7 +348,7 @@ def _shrunk(model: nn.Module, bed: Bed, cfg: Config) -> dict[str, float]:
         found["mmlu"] = 100 * evaluate.multiple_choice(model, bed.tokenizer, asked).value
     return found
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #05ddc7e9
+# %% ../../nbs/experiments/adapt_pruner.ipynb #b51dc58c
 def _accel(cfg: Config, run: Run, report: Report) -> None:
     "Equal data, steps, curve and final size; training before, between and after the cuts."
     most, arm = max(cfg.stages), partial(accel_arm, cfg=cfg, run=run)
@@ -388,9 +356,9 @@ def _accel(cfg: Config, run: Run, report: Report) -> None:
     arms = {name: partial(arm, name=name, stages=m) for m, name in names.items()}
     methods = {"before": Method(lambda model, bed, seed: None)}
     methods |= {name: Method(work, grid(lr=cfg.lrs)) for name, work in arms.items()}
-    table = sweep(run, "accel", methods, partial(accel_bed, cfg), cfg.seeds,
-                  partial(_shrunk, cfg=cfg), choose=lambda m, b: -np.mean(_losses(m, b.choose)))
-    report.table("accel", table)
+    table = report.table("accel", sweep(
+        run, "accel", methods, partial(accel_bed, cfg), cfg.seeds, partial(_shrunk, cfg=cfg),
+        choose=lambda m, b: -np.mean(_losses(m, b.choose))))
     if {1, most} <= set(cfg.stages) and most > 1:
         versus(report, table, [Versus(
             "pruning and training in turn beats one-shot prune-then-train at equal budget",
