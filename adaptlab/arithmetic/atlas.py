@@ -143,7 +143,7 @@ class TaskVector(UserDict):
             raise ValueError("a task vector of norm 0 has no direction, so there is no angle")
         return self.dot(other) / length
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #f8ac385b
+# %% ../../nbs/arithmetic/03_atlas.ipynb #1f3d741a
 class _Product(torch.autograd.Function):
     "coef [..., n] times rows [..., n, L], in coef's precision; wide rows are not kept."
 
@@ -155,7 +155,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        return (rows.to(g.dtype) @ g[..., None])[..., 0], None
+        rows, g = rows.to(g.dtype), g[..., None]
+        if not g.is_cuda:
+            return (rows @ g)[..., 0], None
+        pieces = math.gcd(g.shape[-2], 256)  # few long rows keep few of a GPU's cores busy
+        rows = rows.unflatten(-1, (pieces, -1)).transpose(-3, -2)
+        return (rows @ g.unflatten(-2, (pieces, -1))).sum(-3)[..., 0], None
 
 
 def compose(

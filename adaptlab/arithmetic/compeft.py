@@ -41,7 +41,7 @@ def _stored(scale: float) -> float:
     half = float(np.float16(scale)) if abs(scale) < 65504 else math.inf
     return half if scale == 0 or 2.0**-14 <= abs(half) < math.inf else float(np.float32(scale))
 
-# %% ../../nbs/arithmetic/04_compeft.ipynb #c2d632fa
+# %% ../../nbs/arithmetic/04_compeft.ipynb #b55b8b83
 @dataclass(frozen=True, eq=False)
 class TernaryVector:
     "Signs at some places of a flat vector, and their size. ValueError if these do not fit."
@@ -85,8 +85,8 @@ class TernaryVector:
         "A sparse change per tensor, as `weights.pack` writes it."
         ends = np.cumsum([0, *(math.prod(e.shape) for e in self.entries)])
         cuts = torch.searchsorted(self.indices, torch.from_numpy(ends).to(self.indices)).tolist()
-        return {e.name: SparseDelta(self.indices[i:j] - int(start), self.signs[i:j], e.shape,
-                                    self.scale)
+        signs = self.signs
+        return {e.name: SparseDelta(self.indices[i:j] - int(start), signs[i:j], e.shape, self.scale)
                 for e, start, i, j in zip(self.entries, ends, cuts, cuts[1:], strict=False)}
 
 # %% ../../nbs/arithmetic/04_compeft.ipynb #638b037b
@@ -178,7 +178,7 @@ def _check_density(density: float, size: int) -> int:
                          f"{1 / size:.3g}")
     return keep
 
-# %% ../../nbs/arithmetic/04_compeft.ipynb #818021b2
+# %% ../../nbs/arithmetic/04_compeft.ipynb #10b4052b
 @torch.no_grad()
 def top_entries(
     tau: Task,  # the task vector: one tensor, or a state (tensors in the order of their names)
@@ -193,10 +193,11 @@ def top_entries(
     upper, total, square = 0, 0.0, 0.0
     for x in _pieces(state, entries):
         upper = upper + torch.bincount(_bits(x) >> 16, minlength=1 << 15)
-        total += float(x.sum(dtype=torch.float64))
-        square += float((wide := x.double()) @ wide)
+        total = total + x.sum(dtype=torch.float64)
+        square = square + (wide := x.double()) @ wide
     if upper[0x7F80:].any():
         raise ValueError("the task vector holds NaN or infinity: look at the fine-tuned weights")
+    total, square = float(total), float(square)  # a GPU is waited for once, not for each piece
     bucket, above = _at(upper, min(keep + inclusive, size))
     lower = 0
     for x in _pieces(state, entries):

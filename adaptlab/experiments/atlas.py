@@ -360,7 +360,7 @@ def _test_time(cfg: Config, run: Run, report: Report) -> None:
                                   "accuracy", "66.9 vs 62.9", "table 3",
                                   "five choices of images do not tell")], unit="points")
 
-# %% ../../nbs/experiments/atlas.ipynb #09b0c905
+# %% ../../nbs/experiments/atlas.ipynb #f9932da9
 CLIP_TASKS = {  # task -> data set, prompt, name in the experts' hub ids
     "cars": ("tanganke/stanford_cars", "a photo of a {}.", "stanford-cars"),
     "dtd": ("tanganke/dtd", "a photo of a {} texture.", "dtd"),
@@ -378,13 +378,12 @@ def _others(model: nn.Module, bed: Bed, seed: int, *, lr: float, granularity: st
     "Learn coefficients for the vectors of all tasks but this one."
     from transformers import CLIPVisionModel
 
-    vectors, encoder = [], model.body.encoder
+    found, base = [], {k: v.cpu() for k, v in model.body.encoder.state_dict().items()}
     for task in (t for t in cfg.tasks if t != bed.name):
         expert = CLIPVisionModel.from_pretrained(cfg.experts.format(CLIP_TASKS[task][2]))
-        expert = getattr(expert, "vision_model", expert).to(modules.device_of(model))
-        vectors.append(TaskVector.of({f"body.encoder.{k}": change for k, change in TaskVector(
-            encoder, expert).items()}, task))
-    made = AnisotropicComposer(model, vectors, granularity)
+        change = TaskVector(base, getattr(expert, "vision_model", expert))
+        found.append(TaskVector.of({f"body.encoder.{k}": v for k, v in change.items()}, task))
+    made = AnisotropicComposer(model, found, granularity)
     learn_composition(made, bed.train, lr=lr, epochs=cfg.passes, seed=seed,
                       batch_size=cfg.training.batch_size, precision=cfg.training.precision)
     return made
