@@ -399,7 +399,7 @@ def _language(cfg: Config, run: Run, report: Report) -> None:
 
 experiment = tracks(truncation=_truncation, vision=_vision, language=_language)
 
-# %% ../../nbs/experiments/corda.ipynb #611e18e1
+# %% ../../nbs/experiments/corda.ipynb #10f025e7
 FULL = Config(
     tracks=("truncation", "language"), seeds=(0,),
     model="meta-llama/Llama-2-7b-hf", dtype="bfloat16",
@@ -411,7 +411,7 @@ FULL = Config(
     prompt=ALPACA.format(instruction="{query}"), answer="{response}",
     knowledge="google-research-datasets/nq_open#train", knowledge_column="question",
     rank=128, targets=r"model\.layers\.\d+\..+_proj",
-    language=Training(epochs=1, batch_size=128, accumulate=128, lr=2e-5, schedule="cosine",
+    language=Training(epochs=1, batch_size=128, accumulate=16, lr=2e-5, schedule="cosine",
                       warmup=0.03, precision="bf16"),
     questions=("gsm8k", "nq_open"),
 )

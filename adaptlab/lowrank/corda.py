@@ -82,35 +82,37 @@ def _orientation(C: Tensor | Covariance | None, method: Method, damp: float) -> 
         return (C.abs_total / C.tokens) ** 0.5 + 1e-6
     return damped(C, damp)[0 if method == "corda" else 1]
 
-# %% ../../nbs/lowrank/04_corda.ipynb #66b867fc
-def _square(W: Tensor) -> tuple[Tensor, Tensor]:
-    "Q and R of a tall matrix, by Cholesky twice: made of products, which is what a GPU is fast at."
-    eye = torch.eye(W.shape[1]).to(W)
-    Q, R = W, eye
-    for far in (math.inf, 0.1):  # from the identity: the second time Q is nearly orthonormal
-        gram = Q.T @ Q
-        L, failed = torch.linalg.cholesky_ex(gram)
-        if failed or (gram - eye).norm() > far:  # some columns hardly differ
-            return torch.linalg.qr(W)
-        Q, R = torch.linalg.solve_triangular(L.T, Q, upper=True, left=False), L.T @ R
-    return Q, R
+# %% ../../nbs/lowrank/04_corda.ipynb #310d3fa1
+def _square(W: Tensor) -> tuple[Tensor | None, Tensor]:
+    "Q, R of a tall matrix; None for a Q that W R^-1 tells well: Cholesky is faster than QR."
+    L, failed = torch.linalg.cholesky_ex(W.T @ W)
+    sizes = L.diagonal()
+    return torch.linalg.qr(W) if failed or sizes.min() < 1e-4 * sizes.max() else (None, L.T)
 
 
-def _components(W: Tensor, M: Tensor | None, smallest: int = 0) -> tuple[Tensor, Tensor]:
-    "U [out, R] and S [R] of W M; the `smallest` last ones must be told from the others, too."
+def _components(
+    W: Tensor, M: Tensor | None, chosen: slice = slice(None), smallest: int = 0
+) -> tuple[Tensor, Tensor]:
+    "U[:, chosen] and S [R] of W M; the `smallest` last ones must be told from the others, too."
     if M is not None and len(M) != W.shape[1]:
         raise ValueError(f"the covariance has {len(M)} channels, the layer {W.shape[1]} inputs")
-    Q, W = _square(W) if W.shape[0] > W.shape[1] else (None, W)
-    X = W if M is None else W * M.to(W) if M.dim() == 1 else W @ M.to(W)
+    tall = W.shape[0] > W.shape[1]
+    Q, R = _square(W) if tall else (None, W)
+    X = R if M is None else R * M.to(W) if M.dim() == 1 else R @ M.to(W)
     squares, U = torch.linalg.eigh(X @ X.T)
     clear = 1e-12 if squares.dtype == torch.float64 else 1e-4
     if smallest and squares[smallest - 1] <= clear * squares[-1]:
         U, S, _ = torch.linalg.svd(X, full_matrices=False)
     else:
         U, S = U.flip(1), squares.clamp_min(0).sqrt().flip(0)
-    return (U if Q is None else Q @ U), S
+    U = U[:, chosen]
+    if not tall or Q is not None:
+        return (Q @ U if tall else U), S
+    U = W @ torch.linalg.solve_triangular(R, U, upper=True)
+    root = torch.linalg.cholesky(U.T @ U)  # nearly the identity
+    return torch.linalg.solve_triangular(root.T, U, upper=True, left=False), S
 
-# %% ../../nbs/lowrank/04_corda.ipynb #95361b3c
+# %% ../../nbs/lowrank/04_corda.ipynb #2148532b
 def context_svd(
     W: Tensor,  # weight, [out, in]
     C: Tensor | Covariance | None,  # covariance of the layer's inputs; None only for "svd"
@@ -133,10 +135,10 @@ def truncate(
     "W without its smallest components (`full_decompose` of the authors' code; Fig. 2)."
     if not 0 <= k <= min(W.shape):
         raise ValueError(f"k={k}: keep between 0 and min(out, in)={min(W.shape)} components")
-    U = _components(_wide(W), _orientation(C, method, damp))[0][:, :k]
+    U = _components(_wide(W), _orientation(C, method, damp), slice(k))[0]
     return (U @ (U.T @ _wide(W))).to(W.dtype)
 
-# %% ../../nbs/lowrank/04_corda.ipynb #370475d3
+# %% ../../nbs/lowrank/04_corda.ipynb #bf9b52fa
 Mode = Literal["ipm", "kpm"]
 
 
@@ -164,9 +166,9 @@ def starting_factors(
     if not (scaling > 0 and math.isfinite(scaling)):
         raise ValueError(f"scaling={scaling}: it must be positive and finite")
     M = _orientation(C, "svd" if C is None else "corda", damp)
-    U, S = _components(W, M, smallest=rank if mode == "kpm" else 0)
-    chosen = slice(0, rank) if mode == "ipm" else slice(len(S) - rank, None)
-    U, root = U[:, chosen], (S[chosen].clamp_min(1e-8 * S[0]) / scaling).sqrt()
+    chosen = slice(rank) if mode == "ipm" else slice(min(W.shape) - rank, None)
+    U, S = _components(W, M, chosen, smallest=rank if mode == "kpm" else 0)
+    root = (S[chosen].clamp_min(1e-8 * S[0]) / scaling).sqrt()
     return U.T @ W / (scaling * root[:, None]), U * root
 
 # %% ../../nbs/lowrank/04_corda.ipynb #24ca969c
