@@ -5,7 +5,7 @@ from clock import in_turn, row
 
 from adaptlab import models
 from adaptlab.editing.mend import MEND, edit_losses, sequence_nll
-from adaptlab.experiments.mend import Tail
+from adaptlab.bench.facts import Tail
 from adaptlab.text import causal_lm_collate
 
 COUNTRIES = ("France", "Spain", "Japan", "Poland", "Brazil", "Egypt", "Greece", "Norway")

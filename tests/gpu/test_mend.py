@@ -7,7 +7,7 @@ import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from adaptlab import evaluate, recipes
-from adaptlab.bench import cost
+from adaptlab.bench import cost, facts
 from adaptlab.bench.runs import launch
 from adaptlab.editing.mend import (
     MEND,
@@ -97,7 +97,7 @@ def test_small_experiment(tmp_path, monkeypatch):
     "SMALL with a stand-in that states every fact: nothing is downloaded."
     model = llama("smollm2", layers=4, dtype=torch.float32)
     monkeypatch.setattr(lab.models, "load", lambda *a, **k: (model, recipes.byte_tokenizer()))
-    monkeypatch.setattr(lab, "_stated", lambda tail, rows, collate: rows)
+    monkeypatch.setattr(facts, "stated", lambda tail, rows, collate: rows)
     cfg = lab.SMALL.replace(
         device=DEVICE, n_train=8, n_choose=2, n_test=4, look_every=1, ft_lrs=(1e-3,), ft_steps=2,
         step_sizes=(4e-4,), at_once=(2,), rank=8,
@@ -128,7 +128,7 @@ def test_full_experiment(tmp_path, monkeypatch):
               for x in edits]
     monkeypatch.setattr(lab.models, "load", lambda *a, **k: (gpt_neo(4, False),
                                                              recipes.byte_tokenizer()))
-    monkeypatch.setitem(lab.TASKS, "continuations", lambda *a: {
+    monkeypatch.setattr(lab, "_task", lambda *a: {
         "train": edits[:8], "held_out": edits[8:10], "choose": probes[8:10], "test": probes[10:]})
     cfg = lab.FULL.replace(device=DEVICE, rank=8, at_once=(2,), look_every=1, ft_steps=2,
                            training={"steps": 2, "accumulate": 2, "batch_size": 4})
@@ -152,7 +152,7 @@ def test_full_shape():
     cfg = cfg.replace(rank=8) if DRY else cfg
     model = gpt_neo(32 if not DRY else 4, not DRY).requires_grad_(False)
     bed = lab.EditBed(model, rows, rows, rows, lend=True, cfg=cfg, held_out=rows,
-                      tail=lab.Tail(model, cfg.stack, cfg.blocks, cfg.cached),
+                      tail=facts.Tail(model, cfg.stack, cfg.blocks, cfg.cached),
                       collate=causal_lm_collate(recipes.byte_tokenizer(), add_eos=False))
     with torch.device(DEVICE):  # the networks are made where they are needed
         editor = bed.editor()

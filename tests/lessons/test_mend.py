@@ -29,6 +29,8 @@ from transformers import (
 )
 
 from adaptlab import catalog, recipes
+from adaptlab.bench import facts
+from adaptlab.bench.facts import Tail
 from adaptlab.bench.runs import launch, start_run
 from adaptlab.editing import mend
 from adaptlab.editing.mend import (
@@ -46,7 +48,7 @@ from adaptlab.editing.mend import (
     sequence_nll,
 )
 from adaptlab.experiments import mend as lab
-from adaptlab.experiments.mend import FULL, SMALL, Tail
+from adaptlab.experiments.mend import FULL, SMALL
 
 
 def gpt2():
@@ -476,7 +478,7 @@ def llama_bed(**changes):
     model = recipes.tiny_llama(hidden_size=16, layers=3, heads=2, kv_heads=1).eval()
     model.requires_grad_(False)
     cfg = SMALL.replace(**{"rank": 2, "chunk": 2, "ft_steps": 30, **changes})
-    items = [{**{part: [(f"{part} {i}: ", "x")] for part in lab.SUCCESS},
+    items = [{**{part: [(f"{part} {i}: ", "x")] for part in facts.SUCCESS},
               "neighbours": [(f"other {i} {k}", "y") for k in range(3)],
               "subject": [(f"sub {i}", "z")], "text": ["so it is"]} for i in range(3)]
     lessons = [{"edit": (f"a{i}", "x"), "rephrase": (f"b{i}", "x"), "locality": (f"c{i}", "y")}
@@ -508,14 +510,14 @@ def test_fine_tuning_is_adam_on_the_weights_and_leaves_none():
     assert not any(p.requires_grad for p in bed.model.parameters())
 
 
-def test_joint_edits_and_a_part_of_the_step():
+def test_joint_edits():
     bed = llama_bed()
     editor = bed.editor(norm=False, edit_lr=1.0).eval()
-    groups = list(lab._by_editor(bed, editor, joint=2, share=0.5)(bed.test))
+    groups = list(lab._by_editor(bed, editor, joint=2)(bed.test))
     assert [items for _, items in groups] == [bed.test[:2], bed.test[2:]]
     whole = editor.edit(bed.pairs([item["edit"][0] for item in bed.test[:2]]))
     for name in editor.layers:
-        torch.testing.assert_close(groups[0][0].delta(name), 0.5 * whole.delta(name))
+        torch.testing.assert_close(groups[0][0].delta(name), whole.delta(name))
 
 
 def test_measurements_agree_with_weights_written_out():
@@ -531,7 +533,7 @@ def test_measurements_agree_with_weights_written_out():
             return model(input_ids=ids).logits[0, -2].argmax() == ids[0, -1], \
                 model(input_ids=ids).logits[0, -2].argmax()
 
-        for part in lab.SUCCESS:
+        for part in facts.SUCCESS:
             assert row[part] == 100 * float(says(whole, item[part][0])[0])
         kept = [says(whole, p)[1] == says(bed.model, p)[1] for p in item["neighbours"]]
         assert row["neighbours"] == pytest.approx(100 * float(torch.stack(kept).float().mean()))
@@ -744,7 +746,7 @@ def folder(tmp_path_factory):
 
 
 TINY = {"n_train": 8, "n_choose": 2, "n_test": 2, "prompt_tokens": 12,
-        "text_words": 4, "rank": 4, "look_every": 2, "checkpoint_every": 2, "ft_steps": 2,
+        "text_words": 4, "rank": 4, "look_every": 2, "ft_steps": 2,
         "at_once": (2,), "device": "cpu"}
 
 
@@ -771,8 +773,7 @@ def test_full_scale_path_with_a_tiny_model(folder, tmp_path, monkeypatch):
     assert table[["edit", "rephrase", "text", "ES"]].notna().all(axis=None)
     assert "main" in report.figures and len(report.claims) >= 5
     assert len(trained) == 3
-    many = report.tables["at once"].groupby(["edits", "share"]).size()
-    assert set(many.index) == {(1, 0.25), (2, 1.0), (2, 0.25)} and (many == 2).all()
+    assert report.tables["at once"].groupby("edits").size().to_dict() == {2: 2}
     # a run that was stopped repeats nothing that was done
     trained.clear(), measured.clear()
     (run.folder / "stages" / "edits-FT-0.json").unlink()
@@ -823,11 +824,11 @@ def test_full_scale_path_with_two_processes(folder, tmp_path):
 def test_full_builds_its_data(recorded, monkeypatch):
     assert recorded is not None
     cfg = FULL.replace(n_train=6, n_choose=2, n_test=2, text_words=20)
-    monkeypatch.setattr(lab.models, "load", lambda *a, **k: (None, recipes.byte_tokenizer()))
-    monkeypatch.setattr(lab.evaluate, "generate",
+    monkeypatch.setattr(facts.models, "load", lambda *a, **k: (None, recipes.byte_tokenizer()))
+    monkeypatch.setattr(facts.evaluate, "generate",
                         lambda model, tokenizer, prompts, **k: [" target"] * len(prompts))
-    task = lab._continuations(cfg, None, None)
-    assert recorded.asked == [FULL.source, FULL.locality]
+    task = lab._task(cfg, None, None)
+    assert recorded.asked == [FULL.locality, FULL.source]
     assert {k: len(v) for k, v in task.items()} == {
         "train": 6, "held_out": 2, "choose": 2, "test": 2}
     assert schemas.rows(FULL.source) > 70_000 and schemas.rows(FULL.locality) == 10_000
@@ -841,17 +842,6 @@ def test_one_seed_and_several(folder, tmp_path):
     assert set(report.tables["edits"]["seed"]) == {0, 1}
     stages = {p.stem for p in report.folder.parent.joinpath("stages").iterdir()}
     assert {"edits-MEND-0", "edits-MEND-1", "edits-FT-0", "edits-FT-1", "editor-MEND-1"} <= stages
-
-
-def test_items_of_the_language_task():
-    rng = np.random.default_rng(0)
-    rows = [{"country": c, "language": lang, "capital": c.upper(), "continent": "x"}
-            for c, lang in zip("abcdefgh", "pqrspqrs", strict=True)]
-    item = lab._lesson(rows[0], rows[1], rng, ["p", "q", "r"])
-    assert item["edit"][1] == item["rephrase"][1] != " p"
-    probe = lab._probe(rows[0], rows[1:5], rng, ["p", "q", "r"])
-    assert len(probe["neighbours"]) == 3 and probe["edit"][0][0] != probe["unseen"][0][0]
-    assert probe["edit"][0][1] != " p"
 
 
 def test_module_is_the_one_of_the_catalogue():
