@@ -15,9 +15,12 @@ from adaptlab.lowrank.corda import (
     CorDAConfig,
     Covariance,
     collect_covariance,
+    context_svd,
+    corda_to_lora,
     damped,
     get_corda_model,
     starting_factors,
+    truncate,
 )
 from gpu.card import DEVICE, DRY, full, in_turn, llama, once, row, token_ids
 
@@ -53,6 +56,8 @@ def test_start_train_merge(dtype, mode):
         adam.step()
     with torch.no_grad():
         tuned = model(input_ids=ids).logits.float()
+        for name, (A, B) in corda_to_lora(model).items():
+            assert A.device == B.device and A.shape[0] == B.shape[1] == 8, name
         merged = merge(model)(input_ids=ids).logits.float()
     assert (merged - tuned).norm() <= (1e-3 if dtype == torch.float32 else 5e-2) * tuned.norm()
 
@@ -98,6 +103,19 @@ def test_decompositions_are_those_of_the_svd():
         assert (B0 @ A0 - exact).norm() <= 1e-6 * exact.norm()
     row(f"rank 128 of {n} x {n}", once(lambda: starting_factors(W, C, rank)), reference=slow,
         against="SVD in float64", bound=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["corda", "svd", "asvd", "whiten"])
+def test_splits_are_those_of_the_cpu(dtype, method):
+    W, C = case(48, 32, 500)
+    W, on_cpu = W.to(dtype), Covariance(C.total.cpu(), C.abs_total.cpu(), C.tokens, C.samples)
+    U, S, Vhat = context_svd(W, C, method=method)
+    assert (U @ S.diag() @ Vhat - W).norm() <= 1e-6 * W.norm()
+    torch.testing.assert_close(S.cpu(), context_svd(W.cpu(), on_cpu, method=method)[1])
+    cut = truncate(W, C, 8, method)
+    torch.testing.assert_close(cut.cpu(), truncate(W.cpu(), on_cpu, 8, method), rtol=2e-2,
+                               atol=1e-4)
 
 
 def test_decompositions_of_an_8b_model_take_half_a_minute():

@@ -17,9 +17,11 @@ from adaptlab.inference.ttm import (
     few_shot_split,
     fine_tune,
     freeze_backbone,
+    from_pretrained,
     pretrain,
     pretraining_windows,
     reconfigure,
+    save_pretrained,
 )
 from gpu.card import DEVICE, DRY, clock, in_turn, machine, row
 
@@ -50,6 +52,13 @@ def test_agrees_with_float64(dtype, tolerance):
         assert torch.isfinite(out.loss) and out.prediction_outputs.dtype == kind
         found.append(out.prediction_outputs.detach().cpu().double())
     assert (found[1] - found[0]).norm() <= tolerance * found[0].norm()
+
+
+def test_saved_on_the_card_and_loaded(tmp_path):
+    model = TTMForPrediction(TTMConfig(**SIZES)).to(DEVICE).eval()
+    again = from_pretrained(save_pretrained(model, tmp_path / "model")).to(DEVICE)
+    x = torch.randn(2, 128, 1, device=DEVICE)
+    assert torch.equal(again(x).prediction_outputs, model(x).prediction_outputs)
 
 
 def test_windows_stay_on_the_card():
