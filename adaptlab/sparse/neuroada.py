@@ -75,7 +75,7 @@ def select_topk(
         parts = (p.abs() if score == "abs" else -p.abs() for p in parts)
     return torch.cat([_topk_rows(p, k) for p in parts])
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #77dd61fa
+# %% ../../nbs/sparse/03_neuroada.ipynb #73f2dbb1
 def _entries(indices: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     "Neuron and column of every bypass, [entries], neurons ascending."
     n, k = indices.shape
@@ -96,7 +96,7 @@ def _columns(x: Tensor) -> Tensor:
     x = x.float() if x.device.type == "cpu" and x.element_size() < 4 else x
     return x.t().contiguous()
 
-
+# %% ../../nbs/sparse/03_neuroada.ipynb #afd70597
 def _in_pieces(grad: Tensor, x: Tensor, theta: Tensor, indices: Tensor,
                rows: Tensor | None) -> Tensor:
     "The same without bags, some neurons at a time: columns of x for few bypasses, g^T x for many."

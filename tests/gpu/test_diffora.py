@@ -65,11 +65,11 @@ def deberta():
 
 def test_steps_of_full():
     "A step of the weights against LoRA's, and a step of the search: gates, then weights."
-    n = FULL.batch_size if not DRY else 2
-    ids = token_ids(n, FULL.max_length)
-    texts = {"input_ids": ids, "labels": torch.arange(n, device=DEVICE) % 2}
+    def batch_of(n):
+        ids = token_ids(n if not DRY else 2, FULL.max_length)
+        return {"input_ids": ids, "labels": torch.arange(len(ids), device=DEVICE) % 2}
 
-    def prepared(model):
+    def prepared(model, texts):
         theta = adapters.trainable_parameters(model)
         adam = torch.optim.AdamW(theta, lr=0.0)
 
@@ -85,15 +85,18 @@ def test_steps_of_full():
 
     def search_step():
         dam.searched = False
-        search(ours, dam, [texts], [texts], steps=1, warmup=0, lr=1e-9, gate_lr=1e-9)
+        search(ours, dam, [few], [few], steps=1, warmup=0, lr=1e-9, gate_lr=1e-9)
 
-    what = f"{n} x {FULL.max_length} tokens"
-    full(f"DeBERTa-v3-base, {what}, weights", ours, texts, prepared(ours), rounds=3)
+    texts, few = batch_of(FULL.batch_size), batch_of(FULL.batch_size // 4)
+    full(f"DeBERTa-v3-base, {len(texts['labels'])} x {FULL.max_length}, weights", ours, texts,
+         prepared(ours, texts), rounds=2)
     lora = deberta()
     names = [n for names in module_grid(lora).values() for n in names]
     adapters.attach(lora, partial(adapters.LoraAdapter, rank=FULL.r, alpha=FULL.r), names,
                     also_train=HEAD)
-    weights, rival, whole = in_turn(prepared(ours), prepared(lora), search_step, rounds=3, warm=1)
+    weights, rival, whole = in_turn(prepared(ours, few), prepared(lora, few), search_step, rounds=3,
+                                    warm=1)
+    what = f"{len(few['labels'])} x {FULL.max_length} tokens"
     row(f"{what}, a step of the weights", weights, reference=rival, against=f"LoRA, r = {FULL.r}")
     row(f"{what}, a step of the search", whole, reference=weights, against="of the weights")
 

@@ -114,5 +114,5 @@ def test_step_of_full():
 
 def test_small_experiment(tmp_path):
     cfg = SMALL.replace(seeds=(0,), few=1, device=DEVICE, images=(64, 32), rounds=2,
-                        training=Training(steps=2, batch_size=16))
+                        shape=(64, 2, 2), training=Training(steps=2, batch_size=16))
     assert launch("pyra", cfg, root=tmp_path).claims
