@@ -4,35 +4,33 @@
 
 # %% auto #0
 __all__ = ['SCENES', 'SCENE_WORK', 'PREPARE', 'RATES', 'SMALL', 'CASES', 'NYU', 'NYU_WORK', 'experiment', 'FULL', 'SmallHVT',
-           'crops', 'placed', 'small_hvt', 'Task', 'scenes', 'Work', 'Config', 'scene_bed']
+           'crops', 'placed', 'small_hvt', 'scenes', 'Config', 'scene_bed']
 
-# %% ../../nbs/experiments/polyhistor.ipynb #5cde572b
-import contextlib
+# %% ../../nbs/experiments/polyhistor.ipynb #323b9718
 import copy
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import adapters, data, modules, recipes, stats
-from ..bench import plots
+from .. import adapters, data, recipes, stats
+from ..bench import dense, plots
 from ..bench.compare import Method, Versus, differences, grid, sweep, versus
 from ..bench.report import Report
 from ..bench.runs import BaseConfig, Run, bounded, tracks
 from ..bench.testbeds import Bed
 from adaptlab.modular.polyhistor import (
-    MLPDecoder, MultiTaskLoss, PolyhistorConfig, PolyhistorModel, delta_m, normals_loss,
-    regression_loss, segmentation_loss,
+    MLPDecoder, PolyhistorConfig, PolyhistorModel, delta_m, normals_loss, regression_loss,
+    segmentation_loss,
 )
 from ..train import Training, set_seed
 
-# %% ../../nbs/experiments/polyhistor.ipynb #f48482b6
+# %% ../../nbs/experiments/polyhistor.ipynb #228f8b54
 class _Block(nn.Module):
     "Attention and MLP of a transformer, norms first."
 
@@ -51,16 +49,12 @@ class _Block(nn.Module):
 class SmallHVT(nn.Module):
     "A hierarchical vision transformer for images [B, 1, 32, 32]."
 
-    def __init__(
-        self,
-        widths: tuple[int, ...] = (16, 32, 64),  # channels of the stages
-        depth: int = 1,  # blocks in each
-    ):
+    def __init__(self):
         super().__init__()
+        widths = 16, 32, 64
         self.patch = nn.Conv2d(1, widths[0], 4, stride=4)
         self.position = nn.Parameter(0.02 * torch.randn(widths[0], 8, 8))
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(_Block(d) for _ in range(depth))) for d in widths)
+        self.stages = nn.ModuleList(nn.Sequential(_Block(d)) for d in widths)
         self.merges = nn.ModuleList(
             nn.Conv2d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False))
         self.norms = nn.ModuleList(nn.LayerNorm(d) for d in widths)
@@ -113,21 +107,11 @@ def small_hvt() -> SmallHVT:  # in eval mode
     return recipes.cached(recipe, SmallHVT, lambda model: training.fit(
         model, known, loss, device="cpu", progress=False))
 
-# %% ../../nbs/experiments/polyhistor.ipynb #75437510
-class Task(NamedTuple):
-    "A dense task."
-
-    loss: Callable  # (output, labels) -> scalar
-    out: int  # channels of the output
-    weight: float  # of the loss
-    measure: str  # "miou", "rmse" or "angle"
-    classes: int = 0  # that count in the mIoU
-
-
+# %% ../../nbs/experiments/polyhistor.ipynb #b308b527
 SCENES = {
-    "digits": Task(segmentation_loss, 11, 1.0, "miou", 10),
-    "normals": Task(normals_loss, 3, 4.0, "angle"),
-    "height": Task(regression_loss, 1, 4.0, "rmse"),
+    "digits": dense.Task(segmentation_loss, 11, 1.0, "miou", 10),
+    "normals": dense.Task(normals_loss, 3, 4.0, "angle"),
+    "height": dense.Task(regression_loss, 1, 4.0, "rmse"),
 }
 
 
@@ -149,78 +133,16 @@ def scenes(
             "normals": F.normalize(F.avg_pool2d(normal, 4), dim=1),
             "height": F.max_pool2d(land, 4)}
 
-# %% ../../nbs/experiments/polyhistor.ipynb #590140ec
-def _sums(task: Task, y: Tensor, labels: Tensor) -> Tensor:
-    "What can be added over batches: per class (hits, union), or (sum of errors, number)."
-    if task.measure == "miou":
-        known = (labels >= 0) & (labels != 255)
-        found, kinds = y.argmax(1)[known], torch.arange(task.classes, device=y.device)[:, None]
-        a, b = found == kinds, labels[known] == kinds
-        return torch.stack([(a & b).sum(1), (a | b).sum(1)]).double()
-    if task.measure == "angle":
-        known = labels.norm(dim=1) > 0.5
-        cosine = F.cosine_similarity(y, labels, dim=1)[known]
-        return torch.stack([cosine.clamp(-1, 1).arccos().rad2deg().sum(), known.sum()]).double()
-    known = labels.isfinite()
-    return torch.stack([(y - labels)[known].square().sum(), known.sum()]).double()
 
+SCENE_WORK = dense.Work(SCENES, lambda batch: (batch["x"], batch))
 
-def _figure(task: Task, sums: Tensor) -> float:
-    "The measure, from the sums of all batches; mIoU in percent, over classes that occur."
-    if task.measure == "miou":
-        hits, union = sums[:, sums[1] > 0]
-        return float(100 * (hits / union).mean())
-    mean = sums[0] / sums[1]
-    return float(mean.sqrt() if task.measure == "rmse" else mean)
-
-
-class Work(NamedTuple):
-    "What is learned from a kind of rows, and how they are read."
-
-    tasks: Mapping[str, Task]  # by name
-    read: Callable  # batch -> (images, labels by task)
-
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        "The weighted loss of all tasks."
-        x, labels = self.read(batch)
-        whole = MultiTaskLoss({n: t.loss for n, t in self.tasks.items()},
-                              {n: t.weight for n, t in self.tasks.items()})
-        return whole(model(x.to(modules.device_of(model))), labels)
-
-    @torch.no_grad()
-    def figures(self, model: nn.Module, part: Any, size: int = 100) -> dict[str, float]:
-        "The measure of each task."
-        sums = dict.fromkeys(self.tasks, 0.0)
-        with modules.modes_kept(model):
-            model.eval()
-            for batch in _batches(part, size):
-                x, labels = self.read(batch)
-                for n, y in model(x.to(modules.device_of(model))).items():
-                    there = labels[n].to(y.device)
-                    y = y.float() if y.shape[-2:] == there.shape[-2:] else F.interpolate(
-                        y.float(), there.shape[-2:], mode="bilinear", align_corners=False)
-                    sums[n] = sums[n] + _sums(self.tasks[n], y, there)
-        return {n: _figure(self.tasks[n], s) for n, s in sums.items()}
-
-
-def _batches(part: Any, size: int) -> Iterator[dict[str, Tensor]]:
-    "A dictionary of tensors, or a data set, piece by piece."
-    if isinstance(part, Mapping):
-        for at in range(0, len(next(iter(part.values()))), size):
-            yield {name: t[at : at + size] for name, t in part.items()}
-    else:
-        yield from part.with_format("torch").iter(size)
-
-
-SCENE_WORK = Work(SCENES, lambda batch: (batch["x"], batch))
-
-# %% ../../nbs/experiments/polyhistor.ipynb #6738b57c
-def _with_decoders(backbone: nn.Module, work: Work, decoder: Callable) -> PolyhistorModel:
+# %% ../../nbs/experiments/polyhistor.ipynb #d2b095b3
+def _with_decoders(backbone: nn.Module, work: dense.Work, decoder: Callable) -> PolyhistorModel:
     "Where every method begins; decoder(out, unit=) makes one."
     return PolyhistorModel(backbone, PolyhistorConfig(tasks=tuple(work.tasks), mode="decoders"), {
         name: decoder(t.out, unit=t.measure == "angle") for name, t in work.tasks.items()})
 
-# %% ../../nbs/experiments/polyhistor.ipynb #06225025
+# %% ../../nbs/experiments/polyhistor.ipynb #c3a05726
 class _Separate(nn.Module):
     "One model for each task."
 
@@ -232,35 +154,7 @@ class _Separate(nn.Module):
         "Each task from its own model."
         return {name: model(x)[name] for name, model in self.models.items()}
 
-
-class _TaskLora(nn.Module):
-    "LoRA of its own for each task on some linear layers, all tasks in one pass."
-
-    def __init__(self, model: PolyhistorModel, rank: int, targets: tuple[str, ...]):
-        super().__init__()
-        self.model, self.T = model, len(model.config.tasks)
-        self.names = [n for n, _ in model.backbone.named_modules()
-                      if any(adapters.ends_with(n, t) for t in targets)]
-        sides = [adapters.layer_features(model.backbone.get_submodule(n)) for n in self.names]
-        self.A = nn.ParameterList(torch.randn(self.T, i, rank) / i**0.5 for i, _ in sides)
-        self.B = nn.ParameterList(torch.zeros(self.T, rank, o) for _, o in sides)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        "Images once for each task, every copy with the task's own change."
-        def after(A: Tensor, B: Tensor, layer: nn.Module, args: tuple, y: Tensor) -> Tensor:
-            h = args[0].reshape(self.T, -1, args[0].shape[-1])
-            return y + (h @ A @ B).reshape(y.shape)
-
-        with contextlib.ExitStack() as stack:
-            for name, A, B in zip(self.names, self.A, self.B, strict=True):
-                layer = self.model.backbone.get_submodule(name)
-                stack.callback(layer.register_forward_hook(partial(after, A, B)).remove)
-            maps = self.model.backbone(x.repeat(self.T, *[1] * (x.ndim - 1)))
-        maps = [f.chunk(self.T) for f in getattr(maps, "feature_maps", maps)]
-        return {name: decoder([f[i] for f in maps])
-                for i, (name, decoder) in enumerate(self.model.decoders.items())}
-
-# %% ../../nbs/experiments/polyhistor.ipynb #134f7ad4
+# %% ../../nbs/experiments/polyhistor.ipynb #ad1ba793
 def _mode(model: PolyhistorModel, cfg: Any, mode: str) -> PolyhistorModel:
     "The backbone and the decoders of the bed, with the adapters of a mode."
     config = PolyhistorConfig(tasks=model.config.tasks, mode=mode, reduction=cfg.reduction,
@@ -285,13 +179,25 @@ def _single(model: PolyhistorModel, cfg: Any) -> _Separate:
     return _Separate(made)
 
 
+def _lora(model: PolyhistorModel, cfg: Any) -> _Separate:
+    "LoRA of rank 1 for each task; A begins with variance 1 / inputs."
+    made = _single(model, cfg)
+    make = partial(adapters.LoraAdapter, rank=1, alpha=1)
+    with torch.random.fork_rng(devices=[]):  # what they begin with is drawn below
+        found = [adapters.adapters(adapters.attach(one.backbone, make, cfg.lora_targets)).values()
+                 for one in made.models.values()]
+    for layers in zip(*found, strict=True):
+        A = torch.randn(len(layers), 1, layers[0].in_features) / layers[0].in_features**0.5
+        for layer, start in zip(layers, A, strict=True):
+            layer.A.data.copy_(start)
+    return made
+
+
 PREPARE = {  # method -> how it begins
     **{name: partial(_mode, mode=name) for name in (
         "decoders", "adapter", "hyperformer", "polyhistor", "lite", "templates")},
     "full, single": _single, "shared adapter": partial(_mode, mode="shared"),
-    "LoRA r=1": lambda model, cfg: _TaskLora(model, 1, cfg.lora_targets),
-    "lite, S=I": _identity,
-    "lite, slow": partial(_mode, mode="lite"),
+    "LoRA r=1": _lora, "lite, S=I": _identity, "lite, slow": partial(_mode, mode="lite"),
 }
 
 # %% ../../nbs/experiments/polyhistor.ipynb #e941ac4b
@@ -323,7 +229,7 @@ class Config(BaseConfig):
 
 SMALL = Config()
 
-# %% ../../nbs/experiments/polyhistor.ipynb #6cebf922
+# %% ../../nbs/experiments/polyhistor.ipynb #ae089fd4
 def scene_bed(
     seed: int,  # of scenes and decoders
     sizes: tuple[int, int, int] = (600, 200, 300),  # to train on, to choose on, to test on
@@ -338,7 +244,7 @@ def scene_bed(
 
 
 def _adapt(model: PolyhistorModel, bed: Bed, seed: int, lr: float, *, prepare: Callable,
-           work: Work, cfg: Any, name: str, run: Run) -> nn.Module:
+           work: dense.Work, cfg: Any, name: str, run: Run) -> nn.Module:
     "Prepare, then train: the decoders at the rate of `training`, the rest at `lr`."
     set_seed(seed)
     made, t, more = prepare(model, cfg), cfg.training, {}
@@ -359,20 +265,12 @@ def _trained(model: nn.Module) -> int:
     return sum(p.numel() for name, p in model.named_parameters()
                if p.requires_grad and "decoders." not in name)
 
-# %% ../../nbs/experiments/polyhistor.ipynb #4f3ae500
-def _score(found: Mapping[str, float], work: Work) -> float:
-    "Mean logarithm of the figures, errors with a minus: differences are relative gains."
-    logs = [math.log(max(found[n], 1e-9)) * (1 if t.measure == "miou" else -1)
-            for n, t in work.tasks.items()]
-    return sum(logs) / len(logs)
-
-
-def _with_gains(table: pd.DataFrame, work: Work) -> pd.DataFrame:
+# %% ../../nbs/experiments/polyhistor.ipynb #497447a1
+def _with_gains(table: pd.DataFrame, work: dense.Work) -> pd.DataFrame:
     "One column more, `delta_m`: the gain over single-task full fine-tuning of the same seed."
-    lower = [n for n, t in work.tasks.items() if t.measure != "miou"]
     base = table[table["method"] == "full, single"].set_index("seed")
     gains = [delta_m({n: row[n] for n in work.tasks},
-                     {n: base.loc[row["seed"], n] for n in work.tasks}, lower)
+                     {n: base.loc[row["seed"], n] for n in work.tasks}, work.lower)
              for _, row in table.iterrows()]
     return table.assign(delta_m=gains)
 
@@ -385,27 +283,23 @@ def _kept(table: pd.DataFrame, method: str, share: float) -> stats.Estimate:
 
 
 _PARTS = "what each task loses stands below; why is not tested"
+_against = partial(Versus, method="lite", column="delta_m", why=_PARTS)
 CASES = [
-    Versus("adapting helps: Lite beats decoders alone", "lite", "decoders", "delta_m", "", "",
-           _PARTS),
-    Versus("Lite beats plain adapters for each task", "lite",
-           "adapter", "delta_m", "Polyhistor +2.34, adapter -2.71", "a later paper; not Lite",
-           _PARTS),
-    Versus("Lite beats LoRA of rank 1 for each task", "lite", "LoRA r=1",
-           "delta_m", "", "not at such sizes in the paper",
-           _PARTS),
-    Versus("Lite beats one adapter that all tasks share", "lite", "shared adapter", "delta_m", "",
-           "", _PARTS),
-    Versus("learned scaling kernels beat the identity", "lite", "lite, S=I", "delta_m", "",
-           "section 4.2", "one template for all groups may be enough here (a guess)"),
-    Versus("generated templates beat free ones with scaling kernels", "lite", "templates",
-           "delta_m", "", "section 4.1", _PARTS),
+    _against("adapting helps: Lite beats decoders alone", rival="decoders"),
+    _against("Lite beats plain adapters for each task", rival="adapter",
+             paper="Polyhistor +2.34, adapter -2.71", source="a later paper; not Lite"),
+    _against("Lite beats LoRA of rank 1 for each task", rival="LoRA r=1",
+             source="not at such sizes in the paper"),
+    _against("Lite beats one adapter that all tasks share", rival="shared adapter"),
+    _against("learned scaling kernels beat the identity", rival="lite, S=I", source="section 4.2",
+             why="one template for all groups may be enough here (a guess)"),
+    _against("generated templates beat free ones with scaling kernels", rival="templates",
+             source="section 4.1"),
     Versus("Lite at a third of its rate beats Lite", "lite, slow", "lite", "delta_m", "",
            "not compared in the paper; added after the results",
            "the runs differ widely from seed to seed"),
-    Versus("Lite beats full fine-tuning of a model for each task", "lite", "full, single",
-           "delta_m", "Polyhistor +2.34", "a later paper; not Lite",
-           _PARTS),
+    _against("Lite beats full fine-tuning of a model for each task", rival="full, single",
+             paper="Polyhistor +2.34", source="a later paper; not Lite"),
 ]
 
 
@@ -422,34 +316,29 @@ def _claims(report: Report, table: pd.DataFrame, numbers: Mapping[str, float]) -
     known = set(table["method"])
     versus(report, table, [c for c in CASES if {c.method, c.rival} <= known], unit="points")
 
-# %% ../../nbs/experiments/polyhistor.ipynb #d807e51c
+# %% ../../nbs/experiments/polyhistor.ipynb #1e3a4d90
 def _plot(table: pd.DataFrame) -> Any:
     "Left: gain against trained numbers. Right: differences in pairs."
-    import matplotlib.pyplot as plt
-
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.6), layout="constrained")
-    points = table.groupby("method", sort=False)[["delta_m", "trained"]].mean().reset_index()
-    base = float(points.set_index("method").loc["decoders", "delta_m"])
-    points = points[points["method"] != "decoders"]
+    means = table.groupby("method", sort=False)[["delta_m", "trained"]].mean()
+    points = means.drop(index="decoders").reset_index()
     points["what"] = ["generated" if m.startswith(("hyper", "poly", "lite")) else "free numbers"
                       for m in points["method"]]
-    left.set_xscale("log")
-    plots.tradeoff(points, "trained", "delta_m", "method", hue="what", ax=left)
+    rivals = ("decoders", "hyperformer", "adapter", "LoRA r=1", "shared adapter", "templates",
+              "lite, S=I", "lite, slow")
+    fig = plots.worth(
+        points, "trained", "delta_m", {f"Lite over {r}": differences(table, "lite", r, "delta_m")
+                                       for r in rivals if r in means.index},
+        xlim=(points["trained"].min() / 3, 3 * points["trained"].max()), hue="what",
+        xlabel="trained numbers without decoders (log scale)", ylabel="$\\Delta_m$ (%)",
+        unit="points of $\\Delta_m$")
+    left, base = fig.axes[0], means.loc["decoders", "delta_m"]
     left.axhline(base, color="grey", ls=":")
     left.annotate("decoders", (1, base), xycoords=left.get_yaxis_transform(), va="bottom",
                   ha="right", color="grey")
-    left.set(xlabel="trained numbers without decoders (log scale)", ylabel="$\\Delta_m$ (%)")
-    left.set_title("What trained numbers bring")
-    rivals = ("decoders", "hyperformer", "adapter", "LoRA r=1", "shared adapter",
-              "templates", "lite, S=I", "lite, slow")
-    plots.differences({f"Lite over {r}": differences(table, "lite", r, "delta_m")
-                       for r in rivals if r in set(table["method"])},
-                      unit="points of $\\Delta_m$", fmt="+.1f", ax=right)
-    right.set_title("Lite against the others, seed by seed")
     return fig
 
 
-def _measured(cfg: Config, run: Run, report: Report, name: str, work: Work,
+def _measured(cfg: Config, run: Run, report: Report, name: str, work: dense.Work,
               bed: Callable[[int], Bed]) -> None:
     "All methods on one kind of data; table, claims, figure."
     plots.use_style()
@@ -462,7 +351,7 @@ def _measured(cfg: Config, run: Run, report: Report, name: str, work: Work,
                for method, rates in lrs.items()}
     table = sweep(run, name, methods, bed, cfg.seeds,
                   lambda m, bed: work.figures(m, bed.test) | {"trained": _trained(m)},
-                  choose=lambda m, bed: _score(work.figures(m, bed.choose), work))
+                  choose=lambda m, bed: work.score(work.figures(m, bed.choose)))
     table = report.table(name, _with_gains(table, work))
     _claims(report, table, table.groupby("method")["trained"].mean())
     report.figure("main", _plot(table), "Left: mean gain over single-task full fine-tuning "
@@ -473,40 +362,26 @@ def _scenes(cfg: Config, run: Run, report: Report) -> None:
     "Scenes of digits."
     _measured(cfg, run, report, "scenes", SCENE_WORK, partial(scene_bed, sizes=cfg.sizes))
 
-# %% ../../nbs/experiments/polyhistor.ipynb #a60b56d5
+# %% ../../nbs/experiments/polyhistor.ipynb #7f46930f
 NYU = {
-    "segmentation": Task(segmentation_loss, 13, 1.0, "miou", 13),
-    "depth": Task(regression_loss, 1, 1.0, "rmse"),
-    "normal": Task(normals_loss, 3, 5.0, "angle"),
+    "segmentation": dense.Task(segmentation_loss, 13, 1.0, "miou", 13),
+    "depth": dense.Task(regression_loss, 1, 1.0, "rmse"),
+    "normal": dense.Task(normals_loss, 3, 5.0, "angle"),
 }
 
 
-def _read_nyu(batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    "Images as ImageNet's models take them; NaN where the depth is not known."
-    mean, std = (torch.tensor(v)[:, None, None] for v in (
-        (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    x, depth = batch["image"].float(), batch["depth"].float()
-    labels = {"segmentation": batch["segmentation"].long(), "normal": batch["normal"].float(),
-              "depth": depth.where(depth > 0, float("nan"))}
-    return (x - mean.to(x)) / std.to(x), labels
-
-
-NYU_WORK = Work(NYU, _read_nyu)
+NYU_WORK = dense.Work(NYU, dense.read_rooms)
 
 
 def _nyu_bed(seed: int, cfg: Config) -> Bed:
     "Rooms, and a Swin with fresh decoders."
     from transformers import SwinBackbone
 
-    columns = ["image", *NYU]
-    train, test = (data.load(f"tanganke/nyuv2#{p}", columns=columns) for p in ("train", "val"))
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
     backbone = SwinBackbone.from_pretrained(cfg.model, out_indices=(1, 2, 3, 4))
     set_seed(seed)
     model = _with_decoders(backbone, NYU_WORK,
                           partial(MLPDecoder, backbone.channels, hidden=cfg.hidden))
-    return Bed(model, train.select(order[cfg.held :]), train.select(order[: cfg.held]), test,
-               name="nyuv2")
+    return Bed(model, *dense.rooms(seed, cfg.held), name="nyuv2")
 
 
 def _nyu(cfg: Config, run: Run, report: Report) -> None:
