@@ -6,7 +6,7 @@
 __all__ = ['SMALL', 'DIGIT_SHIFTS', 'RECIPES', 'FILES', 'MOVED', 'NARROW', 'FEW', 'CASES', 'LAWS', 'STARS', 'experiment', 'FULL',
            'Config', 'draw_recipes', 'train_member', 'make_bed', 'measure']
 
-# %% ../../nbs/experiments/model_soups.ipynb #2f84ebb9
+# %% ../../nbs/experiments/model_soups.ipynb #4df95706
 import copy
 import math
 from collections.abc import Callable, Sequence
@@ -22,17 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checkpoints, evaluate, models, modules, processes, shifts, stats
+from .. import checkpoints, modules, processes, shifts, stats
 from ..arithmetic import model_soups as method
-from ..bench import plots, testbeds
+from ..bench import pictures, plots, testbeds
 from ..bench.compare import Method, Versus, differences, sweep, versus
-from ..bench.pictures import ClipClassifier, Pictures, start_head
 from ..bench.report import Report
 from ..bench.runs import BaseConfig, Run, bounded, tracks
 from ..bench.testbeds import Bed
 from ..train import Training
 
-# %% ../../nbs/experiments/model_soups.ipynb #8fdb1824
+# %% ../../nbs/experiments/model_soups.ipynb #47f4b8b5
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     "Settings of the experiment on model soups."
@@ -59,7 +58,6 @@ class Config(BaseConfig):
     augment_ops: tuple[int, int] = bounded((0, 0), low=0)  # image operations per image
     augment_strength: tuple[int, int] = bounded((1, 20), low=0, high=30)  # their magnitude
     learned: Training = Training(epochs=40, batch_size=250, lr=0.05)  # of the learned soup
-    stack_device: str = "auto"  # where the learned soup keeps all models: "auto", "cpu"
     probe_l2: float = bounded(1e-3, low=0)  # penalty of the linear probe that starts a new head
     pairs: int = bounded(15, low=0)  # pairs of members per seed, for the two laws
     factor: float = bounded(30.0, above=1)  # limits: times the rates
@@ -92,7 +90,7 @@ def draw_recipes(
                  rng.integers(cfg.augment_strength[0], cfg.augment_strength[1] + 1)),
              "seed": 1000 * seed + i} for i in range(cfg.members)]
 
-# %% ../../nbs/experiments/model_soups.ipynb #27303216
+# %% ../../nbs/experiments/model_soups.ipynb #0aec7607
 def _loss(model: nn.Module, batch: tuple[Tensor, Tensor], *, recipe: dict) -> Tensor:
     "The loss of one member."
     (x, y), smooth = batch, recipe["smoothing"]
@@ -117,7 +115,7 @@ def train_member(
                 torch.manual_seed(recipe["seed"])
                 model.apply(lambda m: getattr(m, "reset_parameters", lambda: None)())
         samples = bed.train
-        if isinstance(samples, Pictures):
+        if isinstance(samples, pictures.Pictures):
             samples = samples.augmented(recipe["augment_ops"], recipe["augment_strength"])
         drawn = {k: recipe[k] for k in ("lr", "weight_decay", "epochs", "seed")}
         cfg.training.fit(model, samples, partial(_loss, recipe=recipe), device=cfg.device,
@@ -138,62 +136,21 @@ def _digits(cfg: Config, seed: int) -> Bed:
     bed.model.to(modules.resolve_device(cfg.device))
     return bed
 
-# %% ../../nbs/experiments/model_soups.ipynb #afdb2d13
-def _images(cfg: Config, seed: int) -> Bed:
-    "A folder of image folders and a CLIP model, its head started by a linear probe."
-    from transformers import CLIPImageProcessor
-
-    root, clip = Path(cfg.data), models.load(cfg.model, cfg.device, "float32").model
-    if not hasattr(clip, "visual_projection"):
-        raise ValueError(f"{cfg.model} is {type(clip).__name__}: give a CLIP model")
-    edge = clip.vision_model.config.image_size
-    see = CLIPImageProcessor(size={"shortest_edge": edge}, crop_size=edge)
-    pool = Pictures(root / "train", see, cfg.workers)
-    order = np.random.default_rng(seed).permutation(len(pool))
-    cut = len(pool) - max(1, round(cfg.held_out * len(pool)))
-    parts = [Pictures(root / "train", see, cfg.workers, rows=pool.rows.select(rows))
-             for rows in (order[:cut], order[cut:])]
-    moved = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in ("train", "val"))
-    test = {n: Pictures(root / f, see, cfg.workers, pool.names)
-            for n, f in [("task", "val"), *zip(moved, moved, strict=True)]}
-    model = ClipClassifier(clip, len(pool.names)).to(modules.device_of(clip)).eval()
-    start_head(model, _outputs(cfg, model.body, parts[0]), parts[0].labels, cfg.probe_l2)
-    return Bed(model, *parts, test, name="images")
-
-
+# %% ../../nbs/experiments/model_soups.ipynb #d974878c
 def make_bed(
     cfg: Config,  # the settings
     seed: int,  # of everything random
 ) -> Bed:  # the task
     "The task of a seed."
-    return {"digits": _digits, "images": _images}[cfg.task](cfg, seed)
+    if cfg.task == "digits":
+        return _digits(cfg, seed)
+    return pictures.folders(seed, cfg.data, cfg.model, cfg.held_out, l2=cfg.probe_l2,
+                            workers=cfg.workers, batch_size=cfg.eval_batch, device=cfg.device)
 
-# %% ../../nbs/experiments/model_soups.ipynb #de60622a
-def _labels(samples: Any) -> Tensor:
-    "Labels of (x, y) or of Pictures, int64 [N]."
-    return samples.labels if isinstance(samples, Pictures) else samples[1]
-
-
-def _outputs(cfg: Config, model: nn.Module, samples: Any) -> Tensor:
-    "A model's outputs for a whole set, [N, C] on the CPU."
-    found = []
-    for rows in processes.share(torch.arange(len(_labels(samples))).split(cfg.eval_batch)):
-        x = samples.pixels(rows) if isinstance(samples, Pictures) else samples[0][rows]
-        found.append(evaluate.predict(model, x, cfg.eval_batch))
-    return torch.cat(processes.gather(found))
-
-
-def _hits(cfg: Config, model: nn.Module, samples: Any) -> Tensor:
-    "100 where an answer is right, [N]; a class that means several takes the best of them."
-    logits = _outputs(cfg, model, samples)
-    if isinstance(samples, Pictures):
-        logits = torch.stack([logits[:, g].amax(1) for g in samples.groups], dim=1)
-    return 100.0 * (logits.argmax(1) == _labels(samples))
-
-
+# %% ../../nbs/experiments/model_soups.ipynb #2d126629
 def _choose(model: nn.Module, *, cfg: Config, bed: Bed) -> float:
     "Accuracy on the samples for choosing, in percent: the only score that recipes see."
-    return float(_hits(cfg, model, bed.choose).mean())
+    return float(pictures.hits(model, bed.choose, cfg.eval_batch).mean())
 
 
 def measure(
@@ -207,7 +164,7 @@ def measure(
         lent = method.lent(bed.model, one) if isinstance(one, Path) else nullcontext(one)
         with lent as model:
             for name, samples in bed.test.items():
-                right[name].append(_hits(cfg, model, samples))
+                right[name].append(pictures.hits(model, samples, cfg.eval_batch))
     task, *moved = (torch.stack(rows).mean(0) for rows in right.values())
     moved = moved or [task]
     if len(cfg.seeds) > 1:
@@ -217,7 +174,7 @@ def measure(
     return ([{"task": r, "shift": math.nan} for r in task.tolist()]
             + [{"task": math.nan, "shift": r} for r in every])
 
-# %% ../../nbs/experiments/model_soups.ipynb #db7e2f43
+# %% ../../nbs/experiments/model_soups.ipynb #e3e2a007
 def _candidates(cfg: Config, run: Run, bed: Bed, seed: int,
                 case: str = "soups") -> tuple[list[Path], list[float]]:
     "Files of the candidates of a sweep, and their scores for choosing."
@@ -240,11 +197,11 @@ def _candidates(cfg: Config, run: Run, bed: Bed, seed: int,
     return paths, score
 
 
-def _learned(cfg: Config, bed: Bed, paths: list, model: nn.Module, per: str) -> dict[str, Tensor]:
+def _learned(cfg: Config, bed: Bed, paths: list, scores: list, model: nn.Module,
+             per: str) -> dict[str, Tensor]:
     "The learned soup's weights."
-    place = None if cfg.stack_device == "auto" else cfg.stack_device
-    pot = method.LearnedSoup(model, paths, per, place)
-    batch = min(cfg.learned.batch_size, len(_labels(bed.choose)))
+    pot = method.LearnedSoup(model, paths, per)
+    batch = min(cfg.learned.batch_size, len(pictures.labels(bed.choose)))
     cfg.learned.fit(pot, bed.choose, modules.cross_entropy, device=pot.raw.device, seed=0,
                     progress=False, batch_size=batch)
     return pot.to_state_dict()
@@ -256,10 +213,8 @@ RECIPES: dict[str, Callable] = {  # (cfg, bed, candidates, scores, model) -> a s
     "uniform soup": lambda cfg, bed, paths, scores, model: method.uniform_soup(paths),
     "greedy soup": lambda cfg, bed, paths, scores, model: method.greedy_soup(
         paths, partial(_choose, cfg=cfg, bed=bed), model, scores=scores).state_dict,
-    "learned soup": lambda cfg, bed, paths, scores, model: _learned(
-        cfg, bed, paths, model, "tensor"),
-    "learned, one row": lambda cfg, bed, paths, scores, model: _learned(
-        cfg, bed, paths, model, "model"),
+    "learned soup": partial(_learned, per="tensor"),
+    "learned, one row": partial(_learned, per="model"),
 }
 
 
@@ -291,7 +246,7 @@ def _compared(cfg: Config, run: Run, names: Sequence[str], seeds: Sequence[int],
 
     return sweep(run, case, methods, bed, seeds, partial(measure, cfg=cfg))
 
-# %% ../../nbs/experiments/model_soups.ipynb #f9fa44e7
+# %% ../../nbs/experiments/model_soups.ipynb #3473f223
 FILES, MOVED = "the code's result files, ImageNet", "the code's result files, mean of 5 shifts"
 NARROW = "what a label decides is decided alike by all members"
 FEW = "500 images are few to learn coefficients from"
@@ -322,7 +277,7 @@ def _pairs(cfg: Config, run: Run, seed: int) -> pd.DataFrame:
     bed, rows = make_bed(cfg, seed), []
     paths, _ = _candidates(cfg, run, bed, seed)
     score, start = partial(_choose, cfg=cfg, bed=bed), checkpoints.load_state(bed.model)
-    batches = ([bed.choose] if not isinstance(bed.choose, Pictures)
+    batches = ([bed.choose] if not isinstance(bed.choose, pictures.Pictures)
                else torch.utils.data.DataLoader(bed.choose, batch_size=cfg.eval_batch))
     moved = paths[cfg.include_start :]  # the start itself lies in no direction
     every = [(i, j) for i in range(len(moved)) for j in range(i)]

@@ -36,7 +36,24 @@ def _check_init(init: Any) -> None:
     if isinstance(init, bool) or not isinstance(init, (int, float)) or not 0 < init < math.inf:
         raise ValueError(f"gamma_init = {init!r}: a scale starts at a finite number > 0, usually 1")
 
-# %% ../../nbs/sparse/05_difffit.ipynb #6b7a89c2
+# %% ../../nbs/sparse/05_difffit.ipynb #4558cb3d
+class _Scaled(torch.autograd.Function):
+    "scale * y for y in half precision: in float32, rounded once, in one pass over y each way."
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(y, scale)
+        return torch.mul(y, scale, out=torch.empty_like(y))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (y, scale), (below, own) = ctx.saved_tensors, ctx.needs_input_grad
+        found = torch.mul(grad, scale, out=torch.empty_like(y)) if below else None
+        rows = tuple(range(y.ndim - 1))
+        return found, torch.addcmul(scale.new_zeros(1), grad, y).sum(rows) if own else None
+
+# %% ../../nbs/sparse/05_difffit.ipynb #661848aa
 class ScaledBranch(adapters.Adapter):
     """gamma * (what a layer or a branch returns + an own bias).
 
@@ -88,7 +105,10 @@ class ScaledBranch(adapters.Adapter):
         if isinstance(base_output, tuple):
             return (self(x, base_output[0]), *base_output[1:])
         y = base_output if self.bias is None else base_output + self.bias
-        y = y * self.scale() if self.factors else y
+        if self.factors:
+            scale = self.scale()
+            narrow = y.element_size() < scale.element_size()
+            y = _Scaled.apply(y, scale) if narrow else y * scale
         return y.to(base_output.dtype)
 
     def delta_weight(self) -> Tensor:

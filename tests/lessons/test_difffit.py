@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -216,6 +217,25 @@ def test_half_precision_keeps_small_steps_and_conv1d_folds():
     assert abs(float(grown) - 1.02) < 2e-3
     with pytest.warns(UserWarning, match="half precision"):
         DiffFit.wrap(alive().bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_pass_in_half_precision_gives_what_autograd_gives(dtype):
+    layer = nn.Linear(8, 6).to(dtype)
+    own, x, G = ScaledBranch(layer), torch.randn(2, 5, 8, dtype=dtype), torch.randn(2, 5, 6)
+    with torch.no_grad():
+        own.gamma.add_(0.1 * torch.randn_like(own.gamma))
+    y = layer(x).detach().requires_grad_()
+    G = G.to(dtype)
+    plain = (y * own.scale()).to(dtype)
+    expected = torch.autograd.grad(plain, (y, own.gamma), G)
+    for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            made = own(x, y)
+        assert made.dtype == dtype and torch.equal(made, plain)
+        for a, b in zip(torch.autograd.grad(made, (y, own.gamma), G), expected, strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b)
 
 
 def test_training_moves_only_what_it_should(tmp_path):
