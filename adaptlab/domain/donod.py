@@ -51,11 +51,11 @@ def _packed(hidden: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tenso
     h = hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
     return h.masked_fill((y == ignored)[..., None], 0), y
 
-# %% ../../nbs/domain/01_donod.ipynb #7454e203
+# %% ../../nbs/domain/01_donod.ipynb #a5b533c0
 def _gram(error: Tensor) -> Tensor:
     "E E', [B, T, T]. Few short answers: in pieces of the long sums, or most of a GPU has no work."
     tiles = math.ceil(error.shape[1] / 128) ** 2  # of 128 x 128 sums: one for each processor
-    width = max(512, error.shape[-1] * tiles // 128)  # of a piece
+    width = 64 * max(8, math.ceil(error.shape[-1] * tiles / 8192))  # of a piece; rows stay aligned
     whole = error.shape[-1] // width * width
     if whole <= width or len(error) * tiles > 64:
         return error @ error.mT

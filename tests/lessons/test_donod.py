@@ -131,6 +131,17 @@ def own_losses(model, batch):
                         for i in range(n)]).double()
 
 
+def test_long_sums_in_pieces():
+    "A large vocabulary and few short answers: the products of errors are added up in pieces."
+    rng = torch.Generator().manual_seed(0)
+    h, w = (torch.randn(*s, generator=rng, dtype=torch.float64) for s in ((2, 3, 8), (1700, 8)))
+    y = torch.randint(0, 1700, (2, 3), generator=rng)
+    whole = don_nod_from_hidden(h, y, w, 0.1)  # three pieces of 512 columns, and the rest
+    close(don_nod_from_hidden(h, y, w, 0.1, max_elements=6 * 500), whole, 1e-9, 1e-15)
+    many = don_nod_from_hidden(h.repeat(40, 1, 1), y.repeat(40, 1), w, 0.1)  # at once
+    close([x[:2] for x in many], whole, 1e-9, 1e-15)
+
+
 @pytest.mark.parametrize("closed_form", [True, False])
 @pytest.mark.parametrize("name", ["BertForTokenClassification", "BertForMaskedLM",
                                   "BertForSequenceClassification"])
