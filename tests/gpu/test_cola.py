@@ -76,7 +76,7 @@ def test_full_searches(three_b):
 def test_side_by_side_against_one_by_one(three_b):
     "Layers side by side must pay; a shared prefix alone need not: it spares calls, not launches."
     ids, depth = token_ids(2 if DRY else 8, 64), len(three_b.model.layers)
-    jobs = [(i, p) for i in range(len(ids)) for p in random_edit_paths(depth, 5, seed=i)]
+    jobs = [(i, p) for i in range(len(ids)) for p in random_edit_paths(depth, 3, seed=i)]
 
     def alone():
         found = []
@@ -92,6 +92,6 @@ def test_side_by_side_against_one_by_one(three_b):
     def together():
         return [z.sum().item() for z in PathBatch(three_b, ids, [2] * len(ids)).each(jobs)]
 
-    a, s, t = in_turn(alone, shared, together, rounds=2, warm=1)
+    a, s, t = in_turn(alone, shared, together, rounds=2, warm=0)
     row(f"{len(jobs)} paths of 3B, side by side", t, reference=a, against="one by one", bound=0.5)
     row(f"{len(jobs)} paths of 3B, shared prefixes alone", s, reference=a, against="one by one")

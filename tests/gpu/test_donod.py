@@ -44,7 +44,8 @@ def test_closed_form_agrees_with_float64(dtype, most):
 @pytest.mark.parametrize("options", [{}, {"closed_form": False}, {"mode": "trajectory"},
                                      {"layer": "layers.0.mlp.down_proj"}])
 def test_every_path(dtype, options):
-    model = llama("smollm2", layers=1, dtype=dtype)
+    torch.manual_seed(0)
+    model = recipes.tiny_llama(vocab_size=500, layers=1).to(DEVICE, dtype)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     found = don_nod_scores(model, [batch_of(3, 16, 6)], **options)
     assert found.don.shape == (3,) and found.don.device.type == "cpu"
@@ -63,7 +64,7 @@ def test_scoring_against_the_forward_pass():
         for one in batches:
             modules.call(model, one)
 
-    ours, plain = in_turn(lambda: don_nod_scores(model, batches), forward, rounds=5, warm=1)
+    ours, plain = in_turn(lambda: don_nod_scores(model, batches), forward, rounds=3, warm=1)
     _, gib = clock(lambda: don_nod_scores(model, batches[:2]), rounds=1, warm=0)
     row("64 samples of 122 tokens scored, 1B", ours, gib, reference=plain,
         against="the forward pass", bound=2.0)
@@ -78,7 +79,9 @@ def questions(tmp_path):
 
 
 def stand_in(layers, *_, **__):
-    return llama("smollm2", layers, torch.float32), recipes.byte_tokenizer()
+    torch.manual_seed(0)
+    model = recipes.tiny_llama(vocab_size=300, layers=layers).to(DEVICE)
+    return model, recipes.byte_tokenizer()
 
 
 def test_small_experiment(tmp_path, monkeypatch):
