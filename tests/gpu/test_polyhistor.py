@@ -64,8 +64,9 @@ def stepper(model, batch, precision, clip=None, **options):
     return step
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mode", ["lite", "polyhistor", "hyperformer", "templates", "shared"])
+@pytest.mark.parametrize("mode, precision", [
+    ("lite", torch.float32), ("lite", torch.bfloat16), ("polyhistor", torch.bfloat16),
+    ("hyperformer", torch.float32), ("templates", torch.bfloat16), ("shared", torch.float32)])
 def test_trains_three_tasks_on_a_swin(mode, precision):
     model, batch = swin(mode, small=True, reduction=8, embed_dim=8, rank=2), rooms(2, (64, 96))
     step = stepper(model, batch, precision, lr=1e-3)
@@ -75,7 +76,8 @@ def test_trains_three_tasks_on_a_swin(mode, precision):
     model.eval()
     plain = swin("adapter", small=True, reduction=8).eval()
     plain.decoders.load_state_dict(model.decoders.state_dict())
-    with torch.no_grad():
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with torch.no_grad(), exact:  # short normals are made long: their rounding, too
         found = model(batch["image"])
         with model.cached():
             torch.testing.assert_close(model(batch["image"]), found, rtol=1e-3, atol=1e-3)
