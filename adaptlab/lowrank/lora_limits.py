@@ -139,7 +139,7 @@ def lora_gradient_exact(
     return LoRAGradients(*_chain(X, back, A, B, alpha, beta, rope, adapt),
                          {"loss": float(0.5 * c.square().sum((-1, -2)).mean()), "radius": radius})
 
-# %% ../../nbs/lowrank/01_lora_limits.ipynb #a71581e9
+# %% ../../nbs/lowrank/01_lora_limits.ipynb #4ad9ac69
 def feature_count(
     d: int,  # width of the head
     degree: int,  # g
@@ -157,8 +157,9 @@ def _recipe(d: int, t: int, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     found = [(place[a[:-1]], a[-1], a.count(a[-1]) ** -0.5)
              for a in itertools.combinations_with_replacement(range(d), t)]
     *places, roots = map(list, zip(*found, strict=True))
-    return *torch.tensor(places, device=device), torch.tensor(roots, dtype=torch.float64,
-                                                              device=device)
+    with torch.inference_mode(False):  # kept for calls that want gradients, too
+        return (*torch.tensor(places, device=device),
+                torch.tensor(roots, dtype=torch.float64, device=device))
 
 
 def taylor_features(
@@ -321,7 +322,7 @@ def _backward(Q: Tensor, K: Tensor, H: Tensor, residual: Callable[[slice, Tensor
         dK[..., s, :] = (H[..., s, :].unsqueeze(-2) @ cq.unflatten(-1, (e, d))).squeeze(-2) - rq
     return {"Q": dQ, "K": dK, "V": dH}, c
 
-# %% ../../nbs/lowrank/01_lora_limits.ipynb #e2ad0b06
+# %% ../../nbs/lowrank/01_lora_limits.ipynb #47aee378
 def _prepare(Q: Tensor, K: Tensor, degree: int | None, tol: float, center_keys: bool, causal: bool,
              max_features: int, mask: Any, chunk: int | None = None
              ) -> tuple[Tensor, _Way, float]:
@@ -337,10 +338,8 @@ def _prepare(Q: Tensor, K: Tensor, degree: int | None, tol: float, center_keys: 
     degree = required_degree(radius, tol) if degree is None else degree
     _check_degree(degree, Q.shape[-1], max_features)
     size = feature_count(Q.shape[-1], degree) * Q[..., 0, 0].numel()  # of a row's features
-    if causal:
-        rows = 512 if Q.is_cuda else 128
-    else:  # a GPU waits for launches, a CPU for memory outside its cache
-        rows = chunk or (max(4096, 2**24 // size) if Q.is_cuda else 4096)
+    many = max(4096, 2**24 // size) if Q.is_cuda else 4096  # a GPU waits for launches
+    rows = (512 if Q.is_cuda else 128) if causal else chunk or many
     return K, _Way(degree, causal, rows), radius
 
 # %% ../../nbs/lowrank/01_lora_limits.ipynb #ddeb1b44

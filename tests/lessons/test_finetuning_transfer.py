@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import two_processes
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -639,6 +640,31 @@ def test_the_claims_barrier_and_matrix(short):
     assert table.loc[("M1", "M2"), "barrier"] == table.loc[("M2", "M1"), "barrier"]
     made = summed(bed.model[0].state_dict(), tuned[0], bed.model[2].state_dict())
     assert table.loc[("M1", "M3"), "accuracy"] == told.score(made, bed.test, short)
+
+
+TRAIN = """
+from adaptlab import processes
+from adaptlab.arithmetic.finetuning_transfer import apply_diff, diff_vector, put_in
+from adaptlab.experiments import finetuning_transfer as told
+from adaptlab.train import Training
+
+cfg = told.SMALL.replace(steps=(5, 10), width=16, device="cpu",
+                         training=Training(steps=3, batch_size=20))
+bed = told.task(0, cfg)
+old, new = (dict(m.state_dict()) for m in list(bed.model)[:2])
+carried = apply_diff(new, diff_vector(old, told.finetune(old, bed, cfg, 0, 1e-2)))
+made = told.finetune(carried, bed, cfg, 0, 1e-2)
+if processes.is_main():
+    for name, weights in (("new", new), ("carried", carried), ("made", made)):
+        logits = put_in(told.network(16), weights).eval()(bed.test[0][:2])
+        print(name, *logits.flatten().tolist())
+"""
+
+
+def test_two_processes_tune_and_carry_as_one(tmp_path, capsys):
+    found = two_processes.assert_alike(TRAIN, tmp_path, capsys)
+    assert (found["carried"] - found["new"]).abs().max() > 1e-2
+    assert (found["made"] - found["carried"]).abs().max() > 1e-2
 
 
 def test_answers_are_read():

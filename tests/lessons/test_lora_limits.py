@@ -6,6 +6,7 @@ import math
 import pandas as pd
 import pytest
 import torch
+import two_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptlab import recipes
@@ -388,3 +389,41 @@ def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch):
     assert timed and {c.verdict for c in timed} == {"not decided at this scale"}
     assert json.loads((report.folder / "report.json").read_text())["paper"] == "lora_limits"
     assert isinstance(report.tables["heads"], pd.DataFrame)
+
+
+TRAIN = """
+from functools import partial
+
+import torch
+from torch import nn
+
+from adaptlab import adapters, modules, processes
+from adaptlab.lowrank.lora_limits import LowRankSoftmaxAttention
+from adaptlab.train import Training
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(4, 4) for _ in range(4))
+        self.attend = LowRankSoftmaxAttention(degree=4, causal=True)
+
+    def forward(self, x):
+        return self.out(self.attend(self.q(x), self.k(x), self.v(x)).mean(1))
+
+
+torch.manual_seed(0)
+model, x = Reader(), torch.randn(32, 20, 4)
+before = model(x[:2])
+adapters.attach(model, partial(adapters.LoraAdapter, rank=2, alpha=4), ["q", "k", "v"])
+Training(steps=4, batch_size=8, lr=5e-2).fit(
+    model, (x, torch.arange(32) % 4), modules.cross_entropy, device="cpu", progress=False)
+if processes.is_main():
+    print("before", *before.flatten().tolist())
+    print("after", *model.eval()(x[:2]).flatten().tolist())
+"""
+
+
+def test_two_processes_train_through_the_fast_attention_as_one(tmp_path, capsys):
+    found = two_processes.assert_alike(TRAIN, tmp_path, capsys)
+    assert (found["after"] - found["before"]).abs().max() > 1e-3
