@@ -68,8 +68,9 @@ def normal_float_codebook(
     values = torch.erfinv(2 * p - 1)
     return (values / values[-1]).float()
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #f7b3ff99
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #51c14709
 GROUP = {2: 4, 3: 4, 4: 2, 8: 1}  # codes that are looked up at once
+_WIDE = {1: torch.float32, 2: torch.float64, 4: torch.complex128}  # as many float32, as one number
 
 
 def pack_codes(
@@ -90,11 +91,12 @@ def pack_codes(
 
 @lru_cache(maxsize=64)
 def _table(bits: int, normal: bool, device: torch.device) -> Tensor:
-    "[groups of codes, their values]: NormalFloat, or the codes themselves."
+    "Values of each group of codes, side by side in one wide number: NormalFloat, or the codes."
     per = GROUP[bits]
     groups = torch.arange(2 ** (bits * per))[:, None] >> bits * torch.arange(per)
     codes = groups & (2**bits - 1)
-    return (normal_float_codebook(bits)[codes] if normal else codes.float()).to(device)
+    values = normal_float_codebook(bits)[codes] if normal else codes.float()
+    return values.view(_WIDE[per]).flatten().to(device)
 
 
 def unpack_codes(
@@ -107,7 +109,7 @@ def unpack_codes(
     if bits == 3:
         a, b, high = words.view(-1, 3).T
         words = torch.stack([a | (high & 15) << 8, b | high >> 4 << 8], 1).flatten()
-    return F.embedding(words, _table(bits, normal, packed.device)).flatten()
+    return _table(bits, normal, packed.device).index_select(0, words).view(torch.float32)
 
 # %% ../../nbs/lowrank/05_lq_lora.ipynb #969395db
 def _scales(codes: Tensor, states: Tensor, offset: Tensor, config: QuantConfig) -> Tensor:
