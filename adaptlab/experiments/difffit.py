@@ -37,13 +37,15 @@ def make_dit(
     "A diffusion transformer with the usual positions."
     return DiT(POSITIONS, *shape, **sizes)
 
-# %% ../../nbs/experiments/difffit.ipynb #ffa42bf8
-@lru_cache
+# %% ../../nbs/experiments/difffit.ipynb #265d8cde
+_mnist = lru_cache(lambda: data.as_tensors(data.load("mnist5k")))
+
+
 def pictures(
     size: int = 8,  # side
 ) -> tuple[Tensor, Tensor]:  # float32 [5000, 1, size, size] in -1 ... 1; int64 [5000]
     "The bundled MNIST images, padded to 32 x 32 and averaged, in a fixed random order."
-    x, y = data.as_tensors(data.load("mnist5k"))
+    x, y = _mnist()
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     return F.avg_pool2d(F.pad(x, (2, 2, 2, 2)), 32 // size)[order] * 2 - 1, y[order]
 

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import tiny_models
 import torch
+import two_processes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -316,6 +317,33 @@ def test_trainer_adds_the_term_once_per_step(tmp_path):
         train(-1, 1)
     with pytest.raises(AttributeError, match="DeftTrainers"):
         _ = deft.DeftTrainers
+
+
+TRAIN = """
+import torch
+
+from adaptlab import adapters, processes, recipes
+from adaptlab.sparse.deft import ActivationRecorder, deft_loss
+from adaptlab.train import Training, set_seed
+
+x, y = torch.randn(32, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 10
+for weight in (0.0, 3.0):
+    set_seed(0)
+    model = recipes.TinyViT(act="relu")
+    adapters.attach(model, lambda m: adapters.LoraAdapter(m, rank=2), ["q_proj", "fc1"])
+    Training(steps=4, batch_size=8, lr=1e-2).fit(
+        model, (x, y), deft_loss(weight=weight, eps=1e-2), device="cpu", progress=False)
+    if processes.is_main():
+        with ActivationRecorder(model, eps=1e-2) as recorder:
+            print(f"logits-{weight:g}", *model.eval()(x[:1]).flatten().tolist())
+            print(f"density-{weight:g}", recorder.loss().item())
+"""
+
+
+def test_two_processes_train_alike(tmp_path, capsys):
+    "The mean over each half of a batch is the mean over it, and its gradient is, too."
+    found = two_processes.assert_alike(TRAIN, tmp_path, capsys)
+    assert found["density-3"] < found["density-0"] - 1e-3
 
 
 def test_gates_merge_and_skip():
