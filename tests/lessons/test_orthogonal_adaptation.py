@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from gpu.unet import UNet
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -16,6 +17,7 @@ from adaptlab.arithmetic.orthogonal_adaptation import (
     ConceptTokens, OrthogonalAdapterConfig, OrthogonalLinear, SharedBasis, add_orthogonal_adapter,
     attach_concepts, concept_of, crosstalk, from_peft, functional_crosstalk, load_concept,
     merge_concepts, save_concept, to_peft, unmerge_concepts)
+from adaptlab.bench import cost
 from adaptlab.bench.runs import launch, start_run
 from adaptlab.experiments import orthogonal_adaptation as told
 from adaptlab.experiments.orthogonal_adaptation import FULL, SMALL, SUBJECTS, experiment
@@ -374,12 +376,14 @@ def test_full_names_what_the_hub_has(recorded):
 
 
 def test_what_full_needs_was_counted():
-    "The numbers of *Full scale*, on the configuration of the U-Net."
-    diffusers = pytest.importorskip("diffusers")
+    "The numbers of *Full scale*, on a U-Net of the shape of Stable Diffusion 1.5."
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
-    linear = [m for m in unet.modules() if isinstance(m, nn.Linear)]
+        unet = UNet()
+        given = {"sample": torch.empty(2, 4, 64, 64), "timestep": torch.empty(2),
+                 "context": torch.empty(2, 77, 768)}
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+    assert cost.forward_flops(unet, given, 2) == pytest.approx(0.80e12, rel=0.01)
+    linear = [m for m in unet.modules() if isinstance(m, nn.Linear)]
     assert len(linear) == 184 and sum(m.out_features for m in linear) * FULL.rank == 4_697_600
 
 
