@@ -937,7 +937,7 @@ def _move(model: nn.Module, device: torch.device) -> None:
     if places != {device}:  # a quantised model is where it must be, and refuses to be moved
         model.to(device)
 
-# %% ../nbs/core/09_train.ipynb #f6626bd2
+# %% ../nbs/core/09_train.ipynb #354cd5fb
 class _Loop:
     "One run of `fit`, split into small steps."
 
@@ -953,9 +953,13 @@ class _Loop:
             rates = json.dumps(self.scheduler.state_dict(), default=lambda x: type(x).__name__)
             self.settings["rates"] = _digest(rates)
         inner = _LossModule(model, loss_fn)
-        self.module, prepared = accelerator.prepare(inner, optimizer)
+        sharded = accelerator.distributed_type.value == "FSDP"
+        if sharded and any(hasattr(p, "full_tensor") for p in model.parameters()):
+            accelerator.state.fsdp_plugin.auto_wrap_policy = None  # an earlier `fit` has wrapped it
+        # a sharded model gathers its weights when it is called itself: after `fit`, too
+        self.module, prepared = accelerator.prepare(model if sharded else inner, optimizer)
         # hooks of a module's call cost more than a small model's step: not where there are none
-        self.forward = inner.forward if self.module is inner and self.world == 1 and (
+        self.forward = inner.forward if sharded or self.module is inner and self.world == 1 and (
             accelerator.distributed_type.value == "NO") else self.module
         self.params = [p for g in prepared.param_groups for p in g["params"] if p.requires_grad]
         # accelerate's wrappers cost more than a small model's step: use them where they matter

@@ -768,6 +768,25 @@ def test_fsdp_1_is_refused(monkeypatch):
     train._check_fsdp()
 
 
+def test_fsdp_2_by_configuration(tmp_path):
+    "Two processes that shard agree with one that does not, in all that an adapter goes through."
+    import fsdp_job
+
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", fsdp_job.__file__, str(folder), "cpu", "sharded", "no"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sharded, whole = json.loads((folder / "found.json").read_text()), fsdp_job.run(
+        tmp_path, "cpu", "no")
+    assert whole["kinds"] == ["Parameter"] and sharded["kinds"] == ["DTensor"]
+    for name in ("losses", "trained on", "norms", "resumed"):
+        assert sharded[name] == pytest.approx(whole[name], rel=1e-5)
+    assert sharded["resumed"] == sharded["losses"]
+    assert max(sharded["merged"], sharded["loaded"]) < 1e-5
+
+
 def test_fsdp_2_does_not_round_the_loss(tmp_path):
     from accelerate import FullyShardedDataParallelPlugin
     from torch.distributed.device_mesh import DeviceMesh
