@@ -144,7 +144,7 @@ def needs(
     rows = [row for row in rows if row[1] or row[0] == "time"]  # what is not there has no line
     return pd.DataFrame(rows, columns=["what", "amount", "unit", "from"])
 
-# %% ../../nbs/bench/05_cost.ipynb #76844980
+# %% ../../nbs/bench/05_cost.ipynb #90b3ec89
 def on_card(
     paper: str,  # slug of a lesson
 ) -> pd.DataFrame:  # what, and what of it was counted or measured; the card is the first heading
@@ -160,4 +160,5 @@ def on_card(
              "counted_seconds": "seconds, counted", "gib": "GiB", "counted_gib": "GiB, counted",
              "ratio": "ratio", "against": "to", "bound": "bound"}
     shown = found[list(names)].rename(columns=names).dropna(axis=1, how="all")
+    shown = shown.astype(object).where(shown.notna(), "")  # a blank where nothing was measured
     return shown.set_index(shown.columns[0])

@@ -70,3 +70,20 @@ def test_needs_follow_the_counts():
     counted = cost.needs(net, trained=1, activations=3 * 2**30).set_index("what")
     assert counted.loc["activations of a step", ["amount", "unit"]].tolist() == [3, "GiB"]
     assert "not counted" not in counted.loc["memory, together", "from"]
+
+
+def test_what_a_card_said():
+    "Each row belongs to a lesson or to the core; a paper without one says how to get some."
+    import pandas as pd
+
+    from adaptlab import catalog
+
+    rows = pd.read_csv(cost.resources.files("adaptlab.bench") / "card.csv")
+    assert set(rows["paper"]) <= {p.slug for p in catalog.papers()} | {"core"}
+    measured = rows[["seconds", "gib"]].notna().any(axis=1)
+    assert measured.all() and rows[["card", "torch"]].notna().all(axis=None)
+    for paper in set(rows["paper"]):
+        found = cost.on_card(paper)
+        assert len(found) == (rows["paper"] == paper).sum() and rows["card"][0] in found.index.name
+    with pytest.raises(ValueError, match="make test-gpu"):
+        cost.on_card("no_such_paper")
