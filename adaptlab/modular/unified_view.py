@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import adapters, modules
 
-# %% ../../nbs/modular/01_unified_view.ipynb #18c2c380
+# %% ../../nbs/modular/01_unified_view.ipynb #f66eeded
 Function = Literal["relu_bottleneck", "linear", "softmax_prefix", "relu_prefix"]
 Insertion = Literal["parallel", "sequential"]
 Target = Literal["ffn", "attn", "attn_head", "block", "q", "k", "v", "up", "down"]
@@ -50,10 +50,10 @@ class DeltaConfig:
     position: Literal["pre_out", "post_out"] = "pre_out"  # parallel at "attn": before W_o or after
 
     def __post_init__(self):
-        for name, words in _words(type(self)).items():
-            if getattr(self, name) not in words:
+        for name, kind in _hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} = {getattr(self, name)!r}: give one of "
-                                 f"{', '.join(words)}")
+                                 f"{', '.join(get_args(kind))}")
         prefix, sequential = self.function.endswith("prefix"), self.insertion == "sequential"
         for name, low in (("dim", int(not prefix)), ("mlp_dim", 1)):
             value = getattr(self, name)
@@ -83,13 +83,7 @@ class DeltaConfig:
 
 _FFN = ("up", "down")
 _LAYERS = ("q", "k", "v", *_FFN)
-
-
-@cache
-def _words(kind: type) -> dict[str, tuple[str, ...]]:
-    "Name of a field -> the words that it may hold. (Slow to find out: once, not per block.)"
-    return {name: get_args(hint) for name, hint in get_type_hints(kind).items()
-            if get_origin(hint) is Literal}
+_hints = cache(get_type_hints)  # slow, and asked for once per block
 
 # %% ../../nbs/modular/01_unified_view.ipynb #f3edbf98
 Deltas = tuple[DeltaConfig, ...]

@@ -18,7 +18,7 @@ from adaptlab.modular.polyhistor import (
     export_adapters,
     load_adapters,
 )
-from gpu.card import DEVICE, DRY, full, in_turn, row
+from gpu.card import DEVICE, DRY, clock, full, in_turn, row
 
 TASKS = tuple(NYU_WORK.tasks)
 
@@ -124,6 +124,8 @@ def test_full_step(mode, name):
                    weight_decay=t.weight_decay, fused=True)
     full(f"Swin-T, {name}, 8 rooms, 3 tasks", model, batch["image"], step,
          autocast=torch.bfloat16)
+    alone = stepper(model, rooms(1, batch["image"].shape[-2:]), torch.bfloat16, t.clip, lr=t.lr)
+    row(f"the same, {name}, 1 room", *clock(alone, rounds=5, warm=2))  # is the card kept busy?
 
 
 def test_small_experiment(tmp_path, monkeypatch):
