@@ -7,7 +7,7 @@ __all__ = ['Block', 'RULES', 'LowRank', 'inner', 'TaskVector', 'compose', 'Aniso
            'learn_addition', 'learn_negation', 'entropy_loss', 'ufm_loss', 'learn_test_time', 'block_gradients',
            'Selection', 'select_task_vectors', 'disentanglement_error', 'ComposedLora', 'attach_composition']
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #c038d628
+# %% ../../nbs/arithmetic/03_atlas.ipynb #7ded2e26
 import copy
 import math
 import re
@@ -25,7 +25,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, default_collate
 
-from .. import adapters, checkpoints, evaluate, modules, train, weights
+from .. import adapters, checkpoints, evaluate, modules, processes, train, weights
 
 # %% ../../nbs/arithmetic/03_atlas.ipynb #f71f7650
 class LowRank(NamedTuple):
@@ -511,7 +511,7 @@ def ufm_loss(
     other = -(soft * logs).sum(-1) * (soft.amax(-1) > threshold)
     return torch.where(trusted, hard, other).mean()
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #a211cd53
+# %% ../../nbs/arithmetic/03_atlas.ipynb #0ec8082a
 def learn_test_time(
     composer: AnisotropicComposer,  # returns logits
     images: Tensor,  # [N, ...] without labels
@@ -538,13 +538,14 @@ def learn_test_time(
         if step % passes == 0:
             known = _trusted(evaluate.predict(composer, images), most)
         limit = low + (high - low) * step / max(1, passes * epochs - 1)
-        pick = torch.randint(len(known[0]), (few,), generator=g)
+        pick = torch.randint(len(known[0]), (few,), generator=g)  # all processes', then mine
+        pick = pick[processes.rank() :: processes.world_size()]
         rows = torch.cat([known[0][pick], batch.cpu()]).to(images.device)
         labels = torch.cat([known[1][pick], torch.zeros_like(batch.cpu())])
         x, where = images[rows], modules.device_of(composer)
         both = modules.logits_of(modules.call(model, torch.cat([weak(x), strong(x)])))
         step += 1
-        trusted = torch.arange(len(rows), device=where) < few
+        trusted = torch.arange(len(rows), device=where) < len(pick)
         return ufm_loss(*both.chunk(2), labels.to(where), trusted, limit, exponent)
 
     return learn_composition(composer, torch.arange(len(images)), loss, lr=lr, epochs=epochs,

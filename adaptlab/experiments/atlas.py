@@ -160,7 +160,7 @@ def _methods(cfg: Config, arms: bool) -> dict[str, Method]:
     return {name: rivals.trained(how, cfg.training, lrs, device=cfg.device)
             for name, (how, lrs) in prepare.items()}
 
-# %% ../../nbs/experiments/atlas.ipynb #3cd37db3
+# %% ../../nbs/experiments/atlas.ipynb #408eda10
 CASES = (  # fewest or most shots, what is said, of whom, over whom, paper, source
     (min, "aTLAS beats the base", "aTLAS", "base", "66.2 vs 60.4", "table 9"),
     (max, "per block beats per vector", "aTLAS", "one number per vector", "", "not in the paper"),
@@ -186,9 +186,7 @@ def _shots(cfg: Config, run: Run, report: Report, targets: tuple[str, ...], meth
            bed: Callable, score: Callable) -> None:
     "Every method for each target and number of shots, with claims and figure."
     def look(model, bed):
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return {"accuracy": score(model, bed.test), "few": score(model, bed.train),
-                "trained": trained}
+        return {"accuracy": score(model, bed.test), "few": score(model, bed.train)}
 
     beds = [({"target": t, "shots": k}, methods(k), partial(bed, name=t, shots=k))
             for t in targets for k in cfg.shots]
@@ -200,9 +198,8 @@ def _shots(cfg: Config, run: Run, report: Report, targets: tuple[str, ...], meth
             versus(report, here, [Versus(f"{shots} shot{'s' * (shots > 1)}: {said}", *pair,
                                          "accuracy", paper, source, "the two are close")],
                    unit="points")
-    report.figure("main", _plot(table, report), "Left: accuracy on what no expert has seen, "
-                  "against labelled images per class (mean and range over choices of images). "
-                  "Right: what choices are worth, in pairs.")
+    report.figure("main", _plot(table, report), "Left: accuracy on what no expert has seen (mean "
+                  "and range over choices of images). Right: what choices are worth, in pairs.")
 
 
 def _fewshot(cfg: Config, run: Run, report: Report) -> None:
@@ -217,8 +214,8 @@ def _plot(table: pd.DataFrame, report: Report) -> Any:
 
     plots.use_style()
     fig, (left, right) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
-    main = ("aTLAS", "one number per vector", "full fine-tuning", "base")
-    known = table[table["method"].isin(main)]
+    known = table[table["method"].isin(
+        ("aTLAS", "one number per vector", "full fine-tuning", "base"))]
     means = known.groupby(["method", "shots", "seed"], sort=False)["accuracy"].mean().reset_index()
     plots.curves(means, "shots", "accuracy", "method", interval="range", ax=left)
     shots = sorted(set(table["shots"]))
@@ -312,7 +309,7 @@ def _addition(cfg: Config, run: Run, report: Report) -> None:
         paper="4.28 vs 6.67", source="figure 4", why="its coefficients are larger; at one mean "
         "size it interferes less, see the text")], unit="points of error", lower=True)
 
-# %% ../../nbs/experiments/atlas.ipynb #94dc291a
+# %% ../../nbs/experiments/atlas.ipynb #e78d16c0
 def _spared(model: nn.Module, parts: list) -> float:
     "Minus the target's accuracy; far less where the control has suffered."
     target, control = (accuracy(model, part) for part in parts)
@@ -323,13 +320,13 @@ def _negation(cfg: Config, run: Run, report: Report) -> None:
     "Task negation."
     ours = partial(_learned, own=True, how=lambda made, parts, **more: learn_negation(
         made, *parts, epochs=cfg.passes, **more))
-    sizes = [*torch.linspace(-3.0, -0.15, 20).tolist(), 0.0]
 
     def look(model, bed):
         return {k: accuracy(model, p) for k, p in zip(("target", "control"), bed.test, strict=True)}
 
     table = _many(cfg, run, report, "negation", {
-        "one number": Method(partial(_searched, own=True, sizes=sizes, score=_spared)),
+        "one number": Method(partial(
+            _searched, own=True, score=_spared, sizes=torch.linspace(-3.0, 0.0, 21).tolist())),
         "aTLAS": Method(ours, grid(lr=cfg.slow_lrs)),
         "one number, learned": Method(partial(ours, granularity="isotropic"),
                                       grid(lr=cfg.slow_lrs))},

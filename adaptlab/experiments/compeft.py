@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SMALL', 'SCALES', 'experiment', 'FULL', 'Config', 'ExpertBed', 'trained_expert', 'put', 'ways']
 
-# %% ../../nbs/experiments/compeft.ipynb #aa43b92e
+# %% ../../nbs/experiments/compeft.ipynb #ae770df3
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import evaluate, models, stats
-from ..adapters import adapters as adapters_in
+from ..adapter_files import from_peft
 from adaptlab.arithmetic.compeft import (
-    ALPHAS, DENSITIES, ComPEFTCompressor, TernaryVector, peft_state, save_compressed, task_of,
-    ternarize, top_entries)
+    ALPHAS, DENSITIES, ComPEFTCompressor, TernaryVector, save_compressed, task_of, ternarize,
+    top_entries)
 from ..bench import plots, rivals, suites
 from ..bench.compare import Method, Versus, sweep, versus
 from ..bench.report import Report
@@ -30,7 +30,7 @@ from ..bench.testbeds import Bed, accuracy, digits
 from ..checkpoints import load_state, save_state
 from ..train import Training
 
-# %% ../../nbs/experiments/compeft.ipynb #8262c1a8
+# %% ../../nbs/experiments/compeft.ipynb #a22b9313
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     "Settings of the ComPEFT experiment."
@@ -39,7 +39,6 @@ class Config(BaseConfig):
     tracks: tuple[str, ...] = ("residuals", "factors")  # which parts to run
     density: float = bounded(0.2, above=0, high=1)  # k of all claims
     curve: tuple[float, ...] = bounded((0.02, 0.05, 0.1, 0.5), above=0, high=1)  # other k, plotted
-    turn: float = bounded(60.0, low=-360, high=360)  # degrees by which the digits are turned
     images: tuple[int, int] = bounded((1000, 500), low=1)  # to tune on, to choose on
     training: Training = Training(  # of the finished expert
         steps=400, batch_size=50, lr=3e-3, schedule="cosine")
@@ -61,7 +60,7 @@ class Config(BaseConfig):
 
 SMALL = Config()
 
-# %% ../../nbs/experiments/compeft.ipynb #9098f7d1
+# %% ../../nbs/experiments/compeft.ipynb #8f32c840
 @dataclass
 class ExpertBed(Bed):
     "A bed with an expert that was trained on it."
@@ -99,7 +98,8 @@ def trained_expert(
         with bed.fresh() as model:
             method.adapt(model, bed, seed, **method.grid[0])
             save_state(_trainable(model), file)
-    expert, full = load_state(file), not adapters_in(raw)
+    expert = load_state(file)
+    full = not any(".adaptlab." in n for n in expert)
     for name in [] if full else [n for n in expert if ".adaptlab." not in n]:  # a head
         raw.get_parameter(name).requires_grad_(False).copy_(expert.pop(name))
         del start[name]
@@ -120,7 +120,7 @@ def put(
             base = 0 if bed.reference == "auto" else bed.start[name]
             model.get_parameter(name).copy_(base + part.view_as(bed.expert[name]))
 
-# %% ../../nbs/experiments/compeft.ipynb #34254b86
+# %% ../../nbs/experiments/compeft.ipynb #51c9c3de
 SCALES = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4)  # multiples of the kept values
 
 
@@ -143,17 +143,15 @@ def _best(model: nn.Module, bed: ExpertBed, flat: Tensor, sizes: Sequence[float]
         put(model, bed, size * flat + rest)
         return bed.score(model, bed.choose)
 
-    best = max(sizes, key=score)
+    best = max(sizes, key=score) if len(sizes) > 1 else sizes[0]
     put(model, bed, best * flat + rest)
     return best
 
 
 def _values(model: nn.Module, bed: ExpertBed, seed: int, k: float = 1.0,
-            sizes: tuple = (1,), rule: bool = False) -> nn.Module:
+            sizes: tuple = (1,)) -> nn.Module:
     "The largest entries with their values (k = 1: the expert as trained, or re-scaled)."
     top = top_entries(bed.flat, k)
-    if rule:  # as far along the vector as it goes itself
-        sizes = ((top.norm / float(top.values.norm())) ** 2,)
     size = _best(model, bed, top.sparse().to_dense(), sizes)
     if k == 1:
         return _note(model, size, bits=16 * top.size)
@@ -199,13 +197,15 @@ def _change(bed: ExpertBed, state: dict[str, Tensor]) -> Tensor:
 
 def _look(model: nn.Module, bed: ExpertBed) -> dict[str, float]:
     "Accuracy, cosine with the expert, and what was sent: bytes, times fewer than 16-bit numbers."
-    note = getattr(model, "note", {"bytes": 0, "size": 0.0})
-    now = {n: model.get_parameter(n).detach().cpu() for n in bed.expert}
-    same = torch.cosine_similarity(_change(bed, now), _change(bed, bed.expert), dim=0)
-    return {"accuracy": bed.score(model, bed.test), "cosine": float(same), **note,
-            "times": 2 * len(bed.flat) / max(1, note["bytes"])}
+    found = {"accuracy": bed.score(model, bed.test)} | getattr(
+        model, "note", {"bytes": 0, "size": 0.0})
+    if bed.start:  # of a large model the change as one vector would be too long
+        now = {n: model.get_parameter(n).detach().cpu() for n in bed.expert}
+        found["cosine"] = float(torch.cosine_similarity(
+            _change(bed, now), _change(bed, bed.expert), dim=0))
+    return found | {"times": 2 * len(bed.flat) / max(1, found["bytes"])}
 
-# %% ../../nbs/experiments/compeft.ipynb #0c4a75b3
+# %% ../../nbs/experiments/compeft.ipynb #69fd78fd
 def ways(
     cfg: Config,  # density of the claims, and of the curves
 ) -> dict[str, Method]:  # everything that is compared on full residuals
@@ -219,7 +219,6 @@ def ways(
         "whole way": Method(partial(_signs, k=k, rule="whole_way")),
         "STC": Method(partial(_signs, k=k, rule="mean")),
         "pruned, tuned": Method(partial(_values, k=k, sizes=SCALES)),
-        "pruned, whole way": Method(partial(_values, k=k, rule=True)),
         "random places": Method(partial(_signs, k=k, rule="random")),
         "all signs": Method(partial(_signs, k=1.0, rule="all")),
     }
@@ -249,7 +248,7 @@ def _claims(cfg: Config, kind: str) -> list[Versus]:
         *first,
         _case("a tuned size beats pruning only, at the same places", own, f"pruned {k}"),
         _case("values beat signs, if both are re-scaled", "pruned, tuned", own,
-             why="not explained; by the rule without data it is the same"),
+             why="not explained"),
         _case("a tuned size beats the mean of the kept entries (STC)", own, "STC"),
         _case("a tuned size beats the rule that needs no data", own, "whole way",
              source="the rule is ours", why="the rule takes nearly the size that is found"),
@@ -279,13 +278,13 @@ def _plot(cfg: Config, tables: dict[str, pd.DataFrame]) -> Any:
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return fig
 
-# %% ../../nbs/experiments/compeft.ipynb #498446f5
+# %% ../../nbs/experiments/compeft.ipynb #69544314
 def _expert(seed: int, cfg: Config, run: Run, kind: str) -> ExpertBed:
     "Full fine-tuning of a small network, or LoRA on a small transformer."
     lora = kind == "factors"
-    bed = digits(seed, "vit-mnist" if lora else "mlp-mnist", cfg.turn, cfg.images)
-    layers = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
-    prepare = rivals.lora(8, layers) if lora else rivals.full()
+    bed = digits(seed, "vit-mnist" if lora else "mlp-mnist", sizes=cfg.images)
+    prepare = rivals.lora(8, ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
+                          ) if lora else rivals.full()
     training = cfg.lora_training if lora else cfg.training
     lr = training.lr * (cfg.short if kind == "short" else 1)
     method = rivals.trained(prepare, training, (lr,), device=cfg.device)
@@ -298,8 +297,8 @@ def _residuals(cfg: Config, run: Run, report: Report) -> None:
     plots.use_style()
     tables = {}
     for kind in ("finished", "short"):
-        make = partial(_expert, cfg=cfg, run=run, kind=kind)
-        tables[kind] = report.table(kind, sweep(run, kind, ways(cfg), make, cfg.seeds, _look))
+        tables[kind] = report.table(kind, sweep(run, kind, ways(cfg), partial(
+            _expert, cfg=cfg, run=run, kind=kind), cfg.seeds, _look))
         versus(report, tables[kind], _claims(cfg, kind), unit="points")
     times = tables["finished"].query(f"method == 'ComPEFT {cfg.density:g}'")["times"]
     report.claim("the file is at least 8 times smaller than 16-bit numbers", above=8,
@@ -310,7 +309,7 @@ def _residuals(cfg: Config, run: Run, report: Report) -> None:
     report.figure("main", _plot(cfg, tables), "At equal bytes, signs in one tuned size keep far "
                   "more than values at the size they had. Black: other choices, at a fifth.")
 
-# %% ../../nbs/experiments/compeft.ipynb #d4ed28d7
+# %% ../../nbs/experiments/compeft.ipynb #f0a1a3b7
 def _one_factor(model: nn.Module, bed: ExpertBed, seed: int, k: float, name: str) -> nn.Module:
     "Cut the factors of one name, leave the others as trained."
     flat = bed.flat
@@ -324,33 +323,26 @@ def _one_factor(model: nn.Module, bed: ExpertBed, seed: int, k: float, name: str
 
 def _factors(cfg: Config, run: Run, report: Report) -> None:
     "LoRA on a transformer."
-    k, seeds = cfg.density, cfg.seeds[: cfg.lora_seeds]
-    methods = {name: way for name, way in ways(cfg).items() if name in (
+    k = cfg.density
+    methods = {name: ways(cfg)[name] for name in (
         "base", "expert", "re-scaled", "whole way", f"ComPEFT {k:g}")}
     methods |= {f"only {name} cut": Method(partial(_one_factor, k=k, name=name)) for name in "AB"}
-    methods["A from its start"] = Method(lambda model, bed, seed: _compeft(
-        model, replace(bed, reference=bed.start), seed, (k,)))
-    methods["ComPEFT 0.5"] = Method(partial(_compeft, densities=(0.5,)))
-    methods["whole way 0.5"] = Method(partial(_signs, k=0.5, rule="whole_way"))
     table = report.table("factors", sweep(run, "factors", methods, partial(
-        _expert, cfg=cfg, run=run, kind="factors"), seeds, _look))
-    own = f"ComPEFT {k:g}"
+        _expert, cfg=cfg, run=run, kind="factors"), cfg.seeds[: cfg.lora_seeds], _look))
     versus(report, table, [
-        _case("LoRA: compressed to a fifth of its signs, the adapter beats itself", own, "expert",
-             paper="+4.16 points (MMLU, 65B)", source="abstract", why="both factors are cut"),
-        _case("LoRA: cutting B alone loses less than cutting both factors", "only B cut", own),
-        _case("LoRA: counting A from its start beats counting it from 0", "A from its start", own,
-             source="the official code counts from 0"),
-    ], unit="points")
+        _case("LoRA: compressed to a fifth of its signs, the adapter beats itself",
+              f"ComPEFT {k:g}", "expert", paper="+4.16 points (MMLU, 65B)", source="abstract",
+              why="both factors are cut"),
+        _case("LoRA: cutting B alone loses less than cutting both factors", "only B cut",
+              f"ComPEFT {k:g}")], unit="points")
 
-# %% ../../nbs/experiments/compeft.ipynb #777a202d
+# %% ../../nbs/experiments/compeft.ipynb #30fec7ca
 def _glue_expert(seed: int, task: str, kind: str, cfg: Config, run: Run) -> ExpertBed:
     "An expert of one task. A head beside LoRA is sent as it is."
     bed = suites.glue(seed, task, cfg.model, cfg.max_length, cfg.device)
     prepare = rivals.full() if kind == "full" else rivals.lora(
         8, ("query", "value"), alpha=16, also=("classifier",))
-    lr = cfg.glue_training.lr if kind == "full" else cfg.glue_lora_lr
-    name = f"{task}-{kind}-{seed}"
+    lr, name = (cfg.glue_lora_lr, cfg.glue_training.lr)[kind == "full"], f"{task}-{kind}-{seed}"
     method = rivals.trained(prepare, cfg.glue_training, (lr,), loss=suites.model_loss,
                             device=cfg.device, run=run, name=name)
     made = trained_expert(bed, method, prepare, seed, run.path("experts", f"{name}.safetensors"))
@@ -358,63 +350,45 @@ def _glue_expert(seed: int, task: str, kind: str, cfg: Config, run: Run) -> Expe
     return made
 
 
+def _sent_ways(cfg: Config) -> dict[str, Method]:
+    "How a large expert is sent."
+    return {"expert": Method(_values), "re-scaled": Method(partial(_values, sizes=SCALES)),
+            "ComPEFT": Method(partial(_compeft, densities=cfg.densities))}
+
+
 def _glue(cfg: Config, run: Run, report: Report) -> None:
     "GLUE: every task, by full fine-tuning and by LoRA."
-    methods = {
-        "expert": Method(_values), "re-scaled": Method(partial(_values, sizes=SCALES)),
-        "ComPEFT": Method(partial(_compeft, densities=cfg.densities)),
-        "pruned": Method(partial(_values, k=cfg.density))}
+    methods = _sent_ways(cfg) | {"pruned": Method(partial(_values, k=cfg.density))}
     for kind in ("full", "lora"):
-        parts = []
-        for task in cfg.glue:
-            bed = partial(_glue_expert, task=task, kind=kind, cfg=cfg, run=run)
-            parts.append(sweep(run, f"{task}-{kind}", methods, bed, cfg.seeds, _look).assign(
-                task=task))
-        table = report.table(f"glue_{kind}", pd.concat(parts, ignore_index=True))
+        table = report.table(f"glue_{kind}", pd.concat([sweep(
+            run, f"{task}-{kind}", methods, partial(_glue_expert, task=task, kind=kind, cfg=cfg,
+                                                    run=run), cfg.seeds, _look).assign(task=task)
+            for task in cfg.glue], ignore_index=True))
         versus(report, table, [
             _case(f"GLUE, {kind}: the compressed expert beats itself", "ComPEFT", "expert",
                   paper="kept or better", source="abstract"),
             _case(f"GLUE, {kind}: it beats the uncompressed one re-scaled", "ComPEFT", "re-scaled",
                   source="not compared in the paper")], unit="points")
 
-# %% ../../nbs/experiments/compeft.ipynb #2d443bc1
-def _sent(cfg: Config, adapter: str) -> list[dict[str, Any]]:
-    "One published adapter: as it is, re-scaled, compressed."
-    from peft import PeftModel, set_peft_model_state_dict
+# %% ../../nbs/experiments/compeft.ipynb #a4dfa8c1
+def _published_expert(seed: int, adapter: str, cfg: Config) -> ExpertBed:
+    "LLaMA with an adapter that others have trained; questions to choose with, and to test."
+    from huggingface_hub import snapshot_download
 
     base, tokenizer = models.load(cfg.base, device=cfg.device)
-    model = PeftModel.from_pretrained(base, adapter).eval()
-    as_sent = {n: t.clone() for n, t in peft_state(model).items()}
-    packer = ComPEFTCompressor()
-
-    def right(part: str) -> float:
-        return 100 * evaluate.multiple_choice(model, tokenizer, suites.mmlu(cfg.mmlu, part)).value
-
-    def load(size: float) -> float:
-        set_peft_model_state_dict(model, {n: size * t for n, t in as_sent.items()})
-        return right("validation")
-
-    rows = [{"method": "expert", "size": 1.0, "times": 1.0, "accuracy": right("test")}]
-    best = max(SCALES, key=load)
-    load(best)
-    rows.append({"method": "re-scaled", "size": best, "times": 1.0, "accuracy": right("test")})
-    load(1)
-    packer.fit_alpha(model, lambda m: right("validation"), ALPHAS, cfg.densities)
-    packer.apply_(model)
-    with tempfile.TemporaryDirectory() as folder:
-        size = save_compressed(Path(folder, "x"), packer.vectors).stat().st_size
-    times = 2 * packer.vectors[0].size / size
-    return [*rows, {"method": "ComPEFT", "size": packer.alpha, "times": times,
-                    "accuracy": right("test")}]
+    model = from_peft(base, adapter if Path(adapter).is_dir() else snapshot_download(adapter))
+    return ExpertBed(
+        model.eval(), None, "validation", "test", expert=_trainable(model),
+        score=lambda model, part: 100 * evaluate.multiple_choice(
+            model, tokenizer, suites.mmlu(cfg.mmlu, part)).value)
 
 
 def _published(cfg: Config, run: Run, report: Report) -> None:
     "Adapters of LLaMA on MMLU."
-    rows = []
-    for adapter in cfg.adapters:
-        found = run.stage(f"published-{Path(adapter).name}", partial(_sent, cfg, adapter))
-        rows += [{"item": adapter} | row for row in found]
-    table = report.table("published", pd.DataFrame(rows))
+    table = report.table("published", pd.concat([sweep(
+        run, f"published-{Path(adapter).name}", _sent_ways(cfg),
+        partial(_published_expert, adapter=adapter, cfg=cfg), cfg.seeds[:1], _look)
+        .assign(item=adapter) for adapter in cfg.adapters], ignore_index=True))
     versus(report, table, [
         _case("published adapters: compressed, they beat themselves on MMLU", "ComPEFT", "expert",
               paper="+0.54 (7B) to +4.16 points (65B)", source="MMLU table"),
@@ -425,6 +399,5 @@ def _published(cfg: Config, run: Run, report: Report) -> None:
 experiment = tracks(residuals=_residuals, factors=_factors, glue=_glue, published=_published)
 FULL = Config(
     tracks=("glue", "published"), seeds=(0, 1, 2),
-    glue=("mrpc", "rte", "sst2", "qnli", "qqp", "mnli"),
-    adapters=tuple(f"timdettmers/qlora-{x}-7b"
-                   for x in ("alpaca", "chip2", "longform", "flan", "hh-rlhf")))
+    glue=("mrpc", "rte", "sst2", "qnli", "qqp", "mnli"), adapters=tuple(
+        f"timdettmers/qlora-{x}-7b" for x in ("alpaca", "chip2", "longform", "flan", "hh-rlhf")))

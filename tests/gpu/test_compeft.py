@@ -130,7 +130,7 @@ def test_full_shape():
 
 
 def test_small_experiment(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "digits", partial(digits, epochs=1))
+    monkeypatch.setattr(experiment, "digits", partial(digits, epochs=1, n_train=4800))
     monkeypatch.setattr(experiment, "SCALES", (1, 2))
     monkeypatch.setattr(experiment, "ALPHAS", (1, 2))
     few = Training(steps=3, batch_size=16, lr=1e-2)

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import two_processes
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -658,3 +659,39 @@ def test_full_scale_path_with_tiny_models(tmp_path, tiny, recorded, monkeypatch)
     assert sorted(table["target"].unique()) == sorted(CLIP_TASKS) and len(table) == 3 * 8
     assert {s.partition("@")[0] for s, *_ in CLIP_TASKS.values()} <= {
         a.partition("#")[0].partition("@")[0] for a in map(str, recorded.asked)}
+
+
+# two processes
+
+TRAIN = """
+import torch
+
+from adaptlab import processes, recipes
+from adaptlab.arithmetic.atlas import (
+    AnisotropicComposer, TaskVector, learn_addition, learn_composition, learn_negation,
+    learn_test_time)
+
+torch.manual_seed(0)
+model = recipes.MLP((8, 16, 4)).eval()
+x, y = torch.randn(32, 8), torch.arange(32) % 4
+parts = (x, y), (x.flip(1), y.flip(0))
+vectors = [TaskVector.of({k: 0.4 * torch.randn_like(p) for k, p in model.named_parameters()})
+           for _ in range(2)]
+few = {"epochs": 2, "batch_size": 16, "lr": 0.05}
+LEARN = {
+    "few": lambda made: learn_composition(made, (x, y), **few),
+    "addition": lambda made: learn_addition(made, parts, **few),
+    "negation": lambda made: learn_negation(made, *parts, control_ratio=0.01, **few | {"lr": 0.3}),
+    "alone": lambda made: learn_test_time(made, x, lambda z: 0.8 * z, **few)}
+for name, learn in LEARN.items():
+    made = AnisotropicComposer(model, vectors[: 1 + (name != "negation")])
+    learn(made)
+    if processes.is_main():
+        print(name, *made.coef.detach().flatten().tolist())
+"""
+
+
+def test_two_processes_learn_alike(tmp_path, capsys):
+    "Negation keeps whole passes, the test-time loss deals its trusted images out."
+    found = two_processes.assert_alike(TRAIN, tmp_path, capsys)
+    assert len(found) == 4 and all(v.any() for v in found.values())

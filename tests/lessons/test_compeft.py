@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+import two_processes
 from peft import IA3Config, LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
@@ -393,3 +394,32 @@ def test_full_scale_path_with_tiny_models(tmp_path, tiny, recorded, monkeypatch)
     published = report.tables["published"]
     assert len(published) == 6 and (published.query("method == 'ComPEFT'")["times"] > 8).all()
     assert "cais/mmlu@all#test" in set(map(str, recorded.asked))
+
+
+# two processes
+
+TRAIN = """
+import torch
+
+from adaptlab import modules, processes, recipes
+from adaptlab.arithmetic.compeft import ComPEFTCompressor
+from adaptlab.train import Training
+
+torch.manual_seed(0)
+model, x, y = recipes.MLP((8, 16, 4)), torch.randn(32, 8), torch.arange(32) % 4
+start = {n: p.detach().clone() for n, p in model.named_parameters()}
+Training(steps=4, batch_size=8, lr=0.5).fit(
+    model, (x, y), modules.cross_entropy, optimizer=torch.optim.SGD, device="cpu", progress=False)
+packer = ComPEFTCompressor(0.2, reference=start)
+tried = packer.fit_alpha(model, lambda m: -modules.cross_entropy(m, (x, y)).item(), (1, 2, 4))
+packer.apply_(model)
+if processes.is_main():
+    print("tried", *(t["score"] for t in tried))
+    print("places", *packer.vectors[0].indices.tolist())
+    print("logits", *model.eval()(x[:4]).flatten().tolist())
+"""
+
+
+def test_two_processes_make_and_compress_one_expert(tmp_path, capsys):
+    found = two_processes.assert_alike(TRAIN, tmp_path, capsys)
+    assert len(found) == 3
