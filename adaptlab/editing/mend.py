@@ -143,7 +143,7 @@ class RunningMoments(nn.Module):
         sd = (self.m2 / (self.count - 1)).sqrt()
         return (x - self.mean.to(x)) / (sd.to(x) + 1e-7)
 
-# %% ../../nbs/editing/01_mend.ipynb #7eaf14dd
+# %% ../../nbs/editing/01_mend.ipynb #62cf3f47
 class _LowRankLayer(nn.Module):
     "One layer, `relu(s * (U V z + b) + o)`; scale s and offset o belong to one edited layer each."
 
@@ -160,7 +160,8 @@ class _LowRankLayer(nn.Module):
 
     def forward(self, z: Tensor, layer: int) -> Tensor:
         inner = F.linear(F.linear(z, self.V), self.U, self.bias)
-        out = torch.addcmul(self.offset[layer], inner, self.scale[layer]).clamp(min=0)
+        out = torch.addcmul(self.offset[layer], inner, self.scale[layer])
+        out = out.clamp(min=0)  # its derivative at 0 is 1: with relu's, U would stay at its start
         return z + out if self.identity else out
 
 # %% ../../nbs/editing/01_mend.ipynb #ef6d8921
