@@ -68,9 +68,8 @@ def normal_float_codebook(
     values = torch.erfinv(2 * p - 1)
     return (values / values[-1]).float()
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #51c14709
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #97e21337
 GROUP = {2: 4, 3: 4, 4: 2, 8: 1}  # codes that are looked up at once
-_WIDE = {1: torch.float32, 2: torch.float64, 4: torch.complex128}  # as many float32, as one number
 
 
 def pack_codes(
@@ -93,10 +92,10 @@ def pack_codes(
 def _table(bits: int, normal: bool, device: torch.device) -> Tensor:
     "Values of each group of codes, side by side in one wide number: NormalFloat, or the codes."
     per = GROUP[bits]
-    groups = torch.arange(2 ** (bits * per))[:, None] >> bits * torch.arange(per)
-    codes = groups & (2**bits - 1)
+    codes = torch.arange(2 ** (bits * per))[:, None] >> bits * torch.arange(per) & (2**bits - 1)
     values = normal_float_codebook(bits)[codes] if normal else codes.float()
-    return values.view(_WIDE[per]).flatten().to(device)
+    wide = {1: torch.float32, 2: torch.float64, 4: torch.complex128}[per]
+    return values.view(wide).flatten().to(device)
 
 
 def unpack_codes(
