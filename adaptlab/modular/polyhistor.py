@@ -234,7 +234,7 @@ def _shapes(widths: Sequence[int], config: PolyhistorConfig) -> list[tuple[int, 
         raise ValueError(f"reduction = {rho} does not divide the width {odd[0]}: give a divisor")
     return [(d, d // rho) for d in widths]
 
-# %% ../../nbs/modular/02_polyhistor.ipynb #93f05a50
+# %% ../../nbs/modular/02_polyhistor.ipynb #211f37e4
 class TaskAdapters(nn.Module):
     "The adapters of all tasks and layers, from wherever `mode` says. ValueError for odd widths."
 
@@ -269,8 +269,9 @@ class TaskAdapters(nn.Module):
     ) -> list[Branch]:  # one per layer
         "Generate (or look up) the adapters of some tasks."
         if self.hyper is not None:
-            with torch.autocast(tasks.device.type, enabled=False):  # generated in full precision
-                pairs = self.hyper.generate(tasks)
+            kind = tasks.device.type
+            with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
+                pairs = self.hyper.generate(tasks)  # in full precision
         else:
             rows = tasks.new_zeros(1) if self.common else tasks
             pairs = [(D[rows], U[rows]) for D, U in zip(self.down, self.up, strict=True)]
