@@ -9,7 +9,7 @@ from adaptlab.bench import cost, suites
 from adaptlab.bench.runs import launch
 from adaptlab.experiments.hydra import FULL, SMALL
 from adaptlab.lowrank.hydra import HydraConfig, branch_report, inject_hydra, parameter_count
-from gpu.card import DEVICE, DRY, clock, in_turn, llama, row, token_ids
+from gpu.card import DEVICE, DRY, clock, in_turn, llama, machine, row, token_ids
 
 
 def step_of(model, batch, rate=1e-4):
@@ -78,7 +78,7 @@ def test_full_shape():
         hydra, flops=cost.forward_flops(hydra, few, 2), trained=rows,
         trainable=sum(p.numel() for p in adapters.trainable_parameters(hydra)),
         activations=cost.activation_bytes(hydra, few) * rows / 2,
-        machine=cost.Machine("float32", 60, 80)).set_index("what")
+        machine=machine(half=False)).set_index("what")
     amount, unit = counted.loc["memory, together", ["amount", "unit"]]
     row(f"FULL: a step, {rows} x {FULL.max_length} tokens", *found,
         counted=(3600 * counted.loc["time", "amount"],

@@ -24,7 +24,7 @@ from adaptlab.testtime.lame import (
     nearest_neighbors,
     rbf_affinity,
 )
-from gpu.card import DEVICE, DRY, clock, in_turn, row
+from gpu.card import DEVICE, DRY, clock, in_turn, machine, row
 
 
 def batch(n=256, dim=64, classes=10):
@@ -119,6 +119,7 @@ def test_small(tmp_path):
     assert set(report.figures) == {"main"}
 
 
+@torch.enable_grad()
 def counted(adapted, x, learns, looks):
     "Seconds and GiB of a batch, from the model's shape alone; only Tent keeps activations."
     model = copy.deepcopy(getattr(adapted, "model", adapted)).to("meta").eval()
@@ -129,8 +130,10 @@ def counted(adapted, x, learns, looks):
         model, flops=cost.forward_flops(model, x, 1), trained=learns, looked_at=looks,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad) * learns,
         activations=cost.activation_bytes(model, x) if learns else None,
-        machine=cost.Machine("float32", 60, 80)).set_index("what")["amount"]
-    return 3600 * found["time"], found["memory, together"] if learns else None
+        machine=machine(half=False)).set_index("what")
+    amount, unit = found.loc["memory, together", ["amount", "unit"]]
+    gib = amount / 1024 if unit == "MiB" else amount
+    return 3600 * found.loc["time", "amount"], gib if learns else None
 
 
 def test_full_shape(tmp_path):

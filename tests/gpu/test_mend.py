@@ -18,7 +18,7 @@ from adaptlab.editing.mend import (
 )
 from adaptlab.experiments import mend as lab
 from adaptlab.text import causal_lm_collate
-from gpu.card import DEVICE, DRY, clock, llama, row, token_ids
+from gpu.card import DEVICE, DRY, clock, llama, machine, row, token_ids
 
 
 def batch(rows=2, length=12, seed=0):
@@ -78,7 +78,8 @@ def test_edits_of_8b():
     "Two blocks of the shape of Llama-3-8B in bf16, against the model's forward pass."
     model = llama("llama3-8b", layers=2)
     with torch.device(DEVICE):
-        editor, data = MEND(model, "mlp:-1:", rank=64, edit_lr=1e-4), batch(10, 24)
+        editor = MEND(model, "mlp:-1:", rank=64, edit_lr=1e-4)
+    data = batch(10, 24)
     editor.fit_normalization([data])
     editor.eval()
     one = {k: v[:1] for k, v in data.items()}
@@ -156,7 +157,7 @@ def test_full_shape():
                       collate=causal_lm_collate(recipes.byte_tokenizer(), add_eos=False))
     with torch.device(DEVICE):  # the networks are made where they are needed
         editor = bed.editor()
-    settings, single = cfg.training, cost.Machine("float32", 60, 80)
+    settings, rate = cfg.training, machine(half=False).flops
     trainer = MENDTrainer(editor, rows, cfg.c_edit, settings.lr, cfg.lr_lr, settings.accumulate)
     adam = torch.optim.Adam(editor.parameters(), lr=settings.lr)
 
@@ -175,7 +176,7 @@ def test_full_shape():
     kept = cost.activation_bytes(Loss(trainer), bed.batch(rows[:1]))
     flops = len(rows) * evaluate.count_flops(lambda: learn(rows[0]))
     row("FULL: GPT-Neo 2.7B, a step of the editor", *found,
-        counted=(flops / single.flops, (4 * size + 16 * own + kept) / 2**30))
+        counted=(flops / rate, (4 * size + 16 * own + kept) / 2**30))
     adam.zero_grad()
     editor.eval()
 
@@ -184,4 +185,4 @@ def test_full_shape():
 
     flops = evaluate.count_flops(edit)
     row("FULL: GPT-Neo 2.7B, an edit", *clock(edit, rounds=5, warm=1),
-        counted=(flops / single.flops, None))
+        counted=(flops / rate, None))
