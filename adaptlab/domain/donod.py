@@ -123,7 +123,7 @@ def _check_shapes(hidden: Tensor, labels: Tensor, weight: Tensor, lr: float) -> 
         raise ValueError(f"hidden {tuple(hidden.shape)}, labels {tuple(labels.shape)} and weight "
                          f"{tuple(weight.shape)} do not fit: [B, T, d], [B, T], [V, d] are needed")
 
-# %% ../../nbs/domain/01_donod.ipynb #bb889a18
+# %% ../../nbs/domain/01_donod.ipynb #05704c78
 def _closed(hidden: Tensor, labels: Tensor, weight: Tensor, lr: float, bias: Tensor | None,
             norm: Tensor | None, ignored: int = -100, max_elements: int = 2**27) -> Scores:
     "The scores, not looked at yet, so that nothing waits for a GPU."
@@ -143,7 +143,7 @@ def _closed(hidden: Tensor, labels: Tensor, weight: Tensor, lr: float, bias: Ten
                               lr)
     return Scores(don, nod, n, loss / n)
 
-
+# %% ../../nbs/domain/01_donod.ipynb #9d781c34
 @torch.no_grad()
 def don_nod_from_hidden(
     hidden: Tensor,  # [B, T, d] inputs of the output layer (or [B, d]: one prediction per sample)

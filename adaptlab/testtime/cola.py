@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Path', 'Mode', 'skip_block', 'repeat_block', 'legal_edits', 'ucb_score', 'SearchResult', 'ChainOfLayersSearch',
            'search_many', 'random_edit_paths', 'random_edit_search', 'teacher_forced_match', 'PathBatch', 'run_path',
-           'DepthStatistics', 'depth_statistics', 'LayerStack', 'find_layers', 'layer_path']
+           'DepthStatistics', 'depth_statistics']
 
-# %% ../../nbs/testtime/04_cola.ipynb #a491b84a
+# %% ../../nbs/testtime/04_cola.ipynb #cf9f45b9
 import copy
 import inspect
 import math
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from ..decoders import LayerStack, check_path, find_layers, layer_path, layers_swapped
 from ..modules import call, device_of, logits_of
 
-_all_ = ["LayerStack", "find_layers", "layer_path"]
 Path = tuple[int, ...]
 Mode = Literal["skip", "repeat", "both"]
 
