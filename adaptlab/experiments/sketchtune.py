@@ -298,14 +298,14 @@ def _language(cfg: Config, run: Run, report: Report) -> None:
 
 experiment = tracks(layers=_layers, digits=_digits, language=_language)
 
-# %% ../../nbs/experiments/sketchtune.ipynb #e271de5d
+# %% ../../nbs/experiments/sketchtune.ipynb #175614f4
 FULL = Config(
     tracks=("language",), seeds=(42,), model="huggyllama/llama-7b", dtype="bfloat16",
     source="LLM-Adapters/ft-training_set/math_10k.json", prompt=ALPACA, answer="{output}",
     n_choose=120, n_test=120, max_length=512,
     calibration="Salesforce/wikitext@wikitext-2-raw-v1", sequences=(128, 2048),
     groups=(1, 2, 4, 8), lora_rank=32, sketch_lrs=(8e-5,), lora_lrs=(3e-4,),
-    language=Training(epochs=5, batch_size=16, accumulate=16, schedule="linear", warmup=100,
+    language=Training(epochs=5, batch_size=16, accumulate=2, schedule="linear", warmup=100,
                       clip=1.0),
     tasks=tuple(f"LLM-Adapters/dataset/{name}/test.json" for name in (
         "MultiArith", "gsm8k", "AddSub", "AQuA", "SingleEq", "SVAMP", "mawps")),

@@ -91,7 +91,7 @@ class MergePlan(NamedTuple):
             out.scatter_(1, (2 * rows)[..., None].expand_as(tokens), tokens)
         return out
 
-# %% ../../nbs/modular/03_pyra.ipynb #85d12bc5
+# %% ../../nbs/modular/03_pyra.ipynb #09e64158
 def bipartite_soft_matching(
     metric: Tensor,  # [B, N, d] what is compared; here the keys, averaged over heads
     r: int,  # tokens to remove
@@ -113,18 +113,18 @@ def bipartite_soft_matching(
                       "away in one block", stacklevel=2)
         r = most
     with torch.no_grad(), torch.autocast(metric.device.type, enabled=False):
-        m = F.normalize(metric.detach().float(), dim=-1)
-        scores = m[:, ::2] @ m[:, 1::2].transpose(1, 2)
+        m = F.normalize(metric.float(), dim=-1)
+        scores = torch.bmm(m[:, ::2], m[:, 1::2].mT)
         if class_token:
-            scores[:, 0] = -torch.inf
+            scores[:, 0].fill_(-torch.inf)
         if distill_token and scores.shape[2]:
-            scores[:, :, 0] = -torch.inf
+            scores[:, :, 0].fill_(-torch.inf)
         if r == 0:
             every = torch.arange(scores.shape[1], device=m.device).expand(len(m), -1)
             return MergePlan(every[:, :0], every[:, :0], every, metric.shape[1], distill_token)
         best, partner = scores.max(-1)
-        order = best.argsort(dim=-1, descending=True, stable=True)
-        src, unm = order[:, :r], order[:, r:]
+        order = best.sort(dim=-1, descending=True, stable=True).indices
+        src, unm = order.split([r, order.shape[1] - r], 1)
         unm = unm.sort(-1).values if class_token else unm
         return MergePlan(src, partner.gather(1, src), unm, metric.shape[1], distill_token)
 
@@ -314,7 +314,7 @@ def _norms(block: nn.Module) -> tuple[nn.Module, nn.Module]:
 def _mlp(block: nn.Module, x: Tensor) -> Tensor:
     return block.mlp(x) if hasattr(block, "mlp") else block.fc2(block.act(block.fc1(x)))
 
-# %% ../../nbs/modular/03_pyra.ipynb #ba3b4fcf
+# %% ../../nbs/modular/03_pyra.ipynb #0bc12f86
 class MergingBlock:
     "What a transformer block becomes; mixed in before its own class."
 
@@ -343,7 +343,8 @@ class MergingBlock:
         y, keys = _attention(self, norm1(x), bias)
         x = _add(self, 1, x, y)
         if self.r:
-            plan = bipartite_soft_matching(keys.mean(1), self.r, flow.class_token,
+            metric = keys.mean(1, dtype=torch.promote_types(keys.dtype, torch.float32))
+            plan = bipartite_soft_matching(metric, self.r, flow.class_token,
                                            flow.distill_token)
             x, flow.size = _wavg(plan, x, flow.size, getattr(self, "pyra", None))
             if flow.trace:

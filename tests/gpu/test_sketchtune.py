@@ -104,7 +104,7 @@ def test_trains_swaps_and_merges(dtype):
 
 
 def test_step_of_full():
-    "A micro-batch of FULL: one sequence, as its step is accumulated from 16."
+    "A micro-batch of FULL: its step is accumulated, each part decodes every weight anew."
     groups, rows = max(FULL.groups), FULL.language.batch_size // FULL.language.accumulate
     model, ids = llama("llama2-7b", layers=8), token_ids(rows, FULL.max_length)
     for name, layer in adapters.match_layers(model, LLAMA).items():

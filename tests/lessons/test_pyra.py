@@ -577,3 +577,15 @@ def test_full_scale_path_with_tiny_models(tmp_path, recorded):
                                      "PYRA high"}
     assert {PHOTOS[t][0] for t in PHOTOS} <= set(map(str, recorded.asked))
     assert len(report.tables["speed"]) == 3
+
+
+def test_it_compiles_without_a_break():
+    torch.manual_seed(0)
+    model = apply_token_merging(recipes.TinyViT().eval(), (8, 4, 2))
+    for m in model.modules():
+        if isinstance(m, PYRAModulator):
+            torch.nn.init.normal_(m.W_D)
+    x = torch.randn(2, 1, 28, 28)
+    with torch.no_grad():
+        found = torch.compile(model, backend="eager", fullgraph=True)(x)
+        torch.testing.assert_close(found, model(x))
