@@ -1,12 +1,9 @@
 """TTM on a GPU: the same numbers, training no slower than its bare step, SMALL, FULL's shape."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 
-from adaptlab.bench import cost
 from adaptlab.bench.runs import launch
 from adaptlab.experiments import ttm as lab
 from adaptlab.experiments.ttm import FULL, SMALL
@@ -23,9 +20,8 @@ from adaptlab.inference.ttm import (
     reconfigure,
     save_pretrained,
 )
-from gpu.card import DEVICE, DRY, clock, in_turn, machine, row
+from gpu.card import DEVICE, DRY, full, in_turn, row
 
-FLOAT32 = 67  # TFLOP/s of an H100 or H200 in float32, outside the tensor cores
 MIXED = dict(num_input_channels=3, decoder_mode="mix_channel", prediction_channel_indices=(0, 1),
              exogenous_channel_indices=(2,), enable_forecast_channel_mixing=True,
              resolution_prefix_tuning=True)
@@ -110,7 +106,7 @@ def test_small(tmp_path):
 
 
 def test_full_shape():
-    "A step of FULL's pre-training in float32, which has a fifteenth of the peak in bf16."
+    "A step of FULL's pre-training, in float32."
     size, how = 16 if DRY else FULL.pretraining.batch_size, FULL.pretraining
     model = TTMForPrediction(lab.architecture(FULL)).to(DEVICE).train()
     batch = waves(FULL.context_length, FULL.prediction_length).fetch_batch(
@@ -125,11 +121,4 @@ def test_full_shape():
         adam.step()
 
     assert how.precision == "no"
-    found = clock(step, rounds=5)
-    counted = cost.needs(
-        model, flops=cost.forward_flops(model, batch, 1), trained=1,
-        machine=dataclasses.replace(machine(), tflops=FLOAT32),
-        activations=cost.activation_bytes(model, batch)).set_index("what")
-    amount, unit = counted.loc["memory, together", ["amount", "unit"]]
-    row(f"FULL: a step of pre-training, {size:,} windows", *found, counted=(
-        3600 * counted.loc["time", "amount"], amount / 1024 if unit == "MiB" else amount))
+    full(f"a step of pre-training, {size:,} windows", model, batch, step)
