@@ -174,7 +174,7 @@ def _claims(report: Report, relu: pd.DataFrame, gelu: pd.DataFrame) -> None:
                  measured=reduction(gelu, "LoRA + 1", "LoRA"), above=1, unit="% fewer",
                  paper=paper, source=where, why="no input of its GELUs comes near -5.5")
 
-# %% ../../nbs/experiments/deft.ipynb #a8a2df82
+# %% ../../nbs/experiments/deft.ipynb #6d72152f
 def _plot(cfg: Config, relu: pd.DataFrame, gelu: pd.DataFrame) -> Any:
     "Left: accuracy against density. Right: how many fewer neurons are active."
     import matplotlib.pyplot as plt
@@ -196,7 +196,7 @@ def _plot(cfg: Config, relu: pd.DataFrame, gelu: pd.DataFrame) -> Any:
               label="full fine-tuning, λ = 0 and 1")
     left.set(xlabel="active neurons (%)", ylabel="accuracy on turned digits (%)")
     left.set_title("Quality against density")
-    left.legend(loc="lower right")
+    left.legend(loc="center right")
     rows = {f"LoRA, λ = {w:g}": reduction(relu, f"LoRA + {w:g}", "LoRA") for w in cfg.weights}
     rows["full fine-tuning, λ = 1"] = reduction(relu, "full + 1", "full")
     rows["LoRA, mean size instead"] = reduction(relu, "LoRA + size", "LoRA")
