@@ -54,10 +54,10 @@ def test_writes_as_without_caches(dtype):
 
 
 def test_full_tokens():
-    "Eight tokens of Llama-2 13B with a 7B base and expert, a quarter of the layers of each."
+    "Four tokens of Llama-2 13B with a 7B base and expert, a quarter of the layers of each."
     large = llama("llama2-13b", layers=10)
     small, expert = (llama("llama2-7b", layers=8, seed=seed) for seed in (1, 2))
-    ids, size = token_ids(1, 64), {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    ids, size = token_ids(1, 64), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     weights = sum(p.nbytes for m in (large, small, expert) for p in m.parameters())
 
     def write(choose):
@@ -68,10 +68,10 @@ def test_full_tokens():
         *(partial(write, way) for way in ways), lambda: large.generate(ids, **size), rounds=3,
         warm=1)
     held = clock(partial(write, dynamic_alpha), rounds=1, warm=0)[1]
-    row("FULL: 8 tokens, 1/4 of 13B and twice 7B", grid, held, reference=alone,
-        against="13B alone", counted=(8 * weights / BANDWIDTH, weights / 2**30))
+    row("FULL: 4 tokens, 1/4 of 13B and twice 7B", grid, held, reference=alone,
+        against="13B alone", counted=(4 * weights / BANDWIDTH, weights / 2**30))
     for name, seconds in (("grid", grid), ("bisection", bisect)):
-        row(f"8 tokens, strength by {name}", seconds, reference=static, against="proxy tuning",
+        row(f"4 tokens, strength by {name}", seconds, reference=static, against="proxy tuning",
             bound=1.3)
 
 

