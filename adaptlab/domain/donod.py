@@ -51,7 +51,7 @@ def _packed(hidden: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tenso
     h = hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
     return h.masked_fill((y == ignored)[..., None], 0), y
 
-# %% ../../nbs/domain/01_donod.ipynb #a5b533c0
+# %% ../../nbs/domain/01_donod.ipynb #e6c25adb
 def _gram(error: Tensor) -> Tensor:
     "E E', [B, T, T]. Few short answers: in pieces of the long sums, or most of a GPU has no work."
     tiles = math.ceil(error.shape[1] / 128) ** 2  # of 128 x 128 sums: one for each processor
@@ -63,7 +63,7 @@ def _gram(error: Tensor) -> Tensor:
     rest = error[..., whole:]
     return torch.stack([(e @ e.mT).sum(0) for e in pieces]) + rest @ rest.mT
 
-
+# %% ../../nbs/domain/01_donod.ipynb #3463abf0
 def _products(h: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, columns: int,
               ignored: int) -> tuple[Tensor, Tensor, Tensor]:
     "Sums over tokens, [B] float64: of <W, e h'>, |sum e h'|^2 and the loss; W in blocks of rows."
