@@ -82,7 +82,7 @@ class StrangerLinear(LoLDULinear):
         noise = torch.randn(W.shape, generator=g).to(W) * W.std()
         return super().basis(noise)
 
-# %% ../../nbs/experiments/loldu.ipynb #d5288e5b
+# %% ../../nbs/experiments/loldu.ipynb #fcd9884e
 QV = ("q_proj", "v_proj")
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 
@@ -112,8 +112,8 @@ PREPARE = {  # method -> how it begins, and its learning rates
 def _look(model: nn.Module, bed: Bed) -> dict[str, float]:
     "Accuracy, and what is trained."
     moved = adapters.adapters(model) or any(
-        not torch.equal(p, q) for p, q in zip(model.parameters(), bed.model.parameters(),
-                                              strict=True))
+        not torch.equal(p.cpu(), q) for p, q in zip(model.parameters(), bed.model.parameters(),
+                                                    strict=True))
     return {"accuracy": accuracy(model, bed.test),
             "trained": adapters.count_parameters(model)[0] if moved else 0}
 
