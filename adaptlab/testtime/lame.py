@@ -362,7 +362,7 @@ class LAME(nn.Module):
         found = logits_and_features(self.model, self.feature_layer, *args, **kwargs)
         return lame(*found, **self.settings).as_subclass(Probabilities)
 
-# %% ../../nbs/testtime/01_lame.ipynb #2f397aa4
+# %% ../../nbs/testtime/01_lame.ipynb #aa2498bd
 def _usable(value: Any) -> Any:
     "Tensors made in inference mode can't be part of a gradient: copies of them, nested or not."
     if torch.is_tensor(value):
@@ -371,7 +371,13 @@ def _usable(value: Any) -> Any:
         return type(value)(map(_usable, value))
     return {k: _usable(v) for k, v in value.items()} if type(value) is dict else value
 
-# %% ../../nbs/testtime/01_lame.ipynb #273b4fe7
+
+def _finite(values: list[Tensor]) -> bool:
+    "Whether all numbers are finite: a GPU is asked once, not for each layer."
+    device = values[0].device
+    return bool(torch.cat([v.flatten().float().to(device) for v in values]).isfinite().all())
+
+# %% ../../nbs/testtime/01_lame.ipynb #f7252799
 class AdaBN(nn.Module):
     "A copy of a network, normalised by test batches (Li et al. 2016). NaN teaches nothing."
 
@@ -449,7 +455,7 @@ class AdaBN(nn.Module):
             if "more than 1 value per channel" not in str(error):
                 raise
             self.restore(before)
-        if not all(v.isfinite().all() for m in self.norms for v in m.state_dict().values()):
+        if not _finite([v for m in self.norms for v in m.state_dict().values()]):
             raise ValueError("this batch leads to NaN or infinity in the normalisation layers: "
                              "nothing was learned from it; check its inputs, or lower lr")
 
