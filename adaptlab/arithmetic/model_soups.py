@@ -256,13 +256,12 @@ def _stacked(states: list, names: list[str], device: torch.device) -> Tensor:
         arithmetic.blame(states, names, names[0])
     return stack
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #a2e6a463
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #bfcf8cb7
 class LearnedSoup(nn.Module):
     """β · f(x; Σ αᵢ θᵢ), α = softmax(`raw`) row by row, `raw` = 0 and β = 1 at first (Appendix I).
 
-    Of the network a skeleton is kept, in eval mode. Float buffers (BatchNorm's) take the mean of
-    α's rows, without gradient. Raises `ValueError` for no models, models that do not match it or
-    are not finite, groups that leave some out.
+    Keeps a skeleton of the network, in eval mode. Float buffers (BatchNorm's) take the mean of α's
+    rows, without gradient. `ValueError` for no models, some that do not fit or are not finite.
     """
 
     def __init__(
