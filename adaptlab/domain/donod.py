@@ -51,18 +51,6 @@ def _packed(hidden: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tenso
     h = hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
     return h.masked_fill((y == ignored)[..., None], 0), y
 
-# %% ../../nbs/domain/01_donod.ipynb #e6c25adb
-def _gram(error: Tensor) -> Tensor:
-    "E E', [B, T, T]. Few short answers: in pieces of the long sums, or most of a GPU has no work."
-    tiles = math.ceil(error.shape[1] / 128) ** 2  # of 128 x 128 sums: one for each processor
-    width = 64 * max(8, math.ceil(error.shape[-1] * tiles / 8192))  # of a piece; rows stay aligned
-    whole = error.shape[-1] // width * width
-    if whole <= width or len(error) * tiles > 64:
-        return error @ error.mT
-    pieces = error[..., :whole].unflatten(-1, (-1, width)).transpose(1, 2)  # [B, pieces, T, width]
-    rest = error[..., whole:]
-    return torch.stack([(e @ e.mT).sum(0) for e in pieces]) + rest @ rest.mT
-
 # %% ../../nbs/domain/01_donod.ipynb #3463abf0
 def _products(h: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, columns: int,
               ignored: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +91,19 @@ def _from_products(inner: Tensor, squared: Tensor, norm: Tensor,
     after = (norm**2 + change).clamp_min(0).sqrt()
     return change / (after + norm), lr * squared.clamp_min(0).sqrt()
 
-# %% ../../nbs/domain/01_donod.ipynb #b0b7f01f
+# %% ../../nbs/domain/01_donod.ipynb #10cff19d
+def _gram(error: Tensor) -> Tensor:
+    "E E', [B, T, T]. Few short answers: in pieces of the long sums, or most of a GPU has no work."
+    tiles = math.ceil(error.shape[1] / 128) ** 2  # of 128 x 128 sums: one for each processor
+    width = 64 * max(8, math.ceil(error.shape[-1] * tiles / 8192))  # of a piece; rows stay aligned
+    whole = error.shape[-1] // width * width
+    if whole <= width or len(error) * tiles > 64:
+        return error @ error.mT
+    pieces = error[..., :whole].unflatten(-1, (-1, width)).transpose(1, 2)  # [B, pieces, T, width]
+    rest = error[..., whole:]
+    return torch.stack([(e @ e.mT).sum(0) for e in pieces]) + rest @ rest.mT
+
+
 def _norm(weight: Tensor) -> Tensor:
     "The Frobenius norm: rows in single precision, their sum in double."
     kind = torch.promote_types(weight.dtype, torch.float32)
