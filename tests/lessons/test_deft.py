@@ -1,7 +1,6 @@
 """DEFT: the smooth count and its slope, the recorder, the Trainer, gates, bad input, full scale."""
 
 import copy
-import json
 import warnings
 
 import pytest
@@ -12,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from adaptlab import adapters, modules, recipes
-from adaptlab.bench.runs import launch, start_run
+from adaptlab.bench.runs import start_run
 from adaptlab.experiments import deft as told
 from adaptlab.experiments.deft import FULL, SMALL, experiment
 from adaptlab.sparse import deft
@@ -20,6 +19,7 @@ from adaptlab.sparse.deft import (
     ActivationRecorder, MLPGate, activation_density, activation_modules, deft_loss, density_loss,
     density_report)
 from adaptlab.train import Training
+from one_seed import UNDECIDED, goes_on
 
 
 class Block(nn.Module):
@@ -395,14 +395,8 @@ def test_the_size_loss_is_a_mean_of_sizes():
 def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch):
     cfg = SMALL.replace(seeds=(0,), images=(32, 32), lrs=(1e-2,), full_lrs=(1e-3,), cuts=(0.0, 0.2),
                         training=Training(steps=1, batch_size=8))
-    monkeypatch.setattr(told, "_plot", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        launch("deft", cfg, root=tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setattr(Training, "fit", lambda *a, **k: 1 / 0)  # nothing is trained again
-    report = launch("deft", cfg, root=tmp_path, resume=True)
-    assert {c.verdict for c in report.claims} == {"not decided at this scale"}
-    assert json.loads((report.folder / "report.json").read_text())["paper"] == "deft"
+    report = goes_on(told, cfg, tmp_path, monkeypatch)
+    assert {c.verdict for c in report.claims} == UNDECIDED
 
 
 def test_full_scale_path_with_a_tiny_model(tmp_path, recorded, monkeypatch):

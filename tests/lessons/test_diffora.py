@@ -1,7 +1,6 @@
 """DiffoRA: the gates, the search, rounding, sharing, the kernel, bad input, full scale."""
 
 import copy
-import json
 import math
 from functools import partial
 
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from adaptlab import adapter_files, adapters, modules, recipes
-from adaptlab.bench.runs import launch, start_run
+from adaptlab.bench.runs import start_run
 from adaptlab.experiments import diffora as told
 from adaptlab.experiments.diffora import FULL, SMALL, experiment, plant
 from adaptlab.lowrank.diffora import (
@@ -20,6 +19,7 @@ from adaptlab.lowrank.diffora import (
     build_adapted_model, discretize, gated, halves, hyper_gradient, module_grams,
     module_grid, ntk_min_eigenvalue, relu_gram, search, super_weights, top_gates)
 from adaptlab.train import Training
+from one_seed import goes_on
 
 
 class Block(nn.Module):
@@ -470,13 +470,7 @@ TINY = {"images": (40, 40), "planted": 40, "teachers": 2, "seeds": (0,), "steps"
 
 def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch):
     cfg = SMALL.replace(**TINY)
-    monkeypatch.setattr(told, "_draw_digits", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        launch("diffora", cfg, root=tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setattr(Training, "fit", lambda *a, **k: 1 / 0)  # nothing is trained again
-    report = launch("diffora", cfg, root=tmp_path, resume=True)
-    assert json.loads((report.folder / "report.json").read_text())["paper"] == "diffora"
+    report = goes_on(told, cfg, tmp_path, monkeypatch, stop="_draw_digits")
     assert {c.verdict for c in report.claims if c.unit == "powers of ten"} == {
         "not decided at this scale"}
 

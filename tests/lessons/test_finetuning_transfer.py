@@ -32,10 +32,11 @@ from adaptlab.arithmetic.finetuning_transfer import (
     transfer_matrix,
     unmatched,
 )
-from adaptlab.bench.runs import launch, start_run
+from adaptlab.bench.runs import start_run
 from adaptlab.experiments import finetuning_transfer as told
 from adaptlab.experiments.finetuning_transfer import FULL, SMALL, experiment
 from adaptlab.train import Training
+from one_seed import goes_on
 
 E = "model.embed_tokens.weight"
 pytestmark = [pytest.mark.filterwarnings("ignore:the diff is .* as long as the old base"),
@@ -607,12 +608,7 @@ def short():
 
 def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch, short):
     short = short.replace(lrs=(5e-3,), steps=(5, 10, 15, 20, 25))  # claims are about five versions
-    monkeypatch.setattr(told, "_main_figure", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        launch("finetuning_transfer", short, root=tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setattr(Training, "fit", lambda *a, **k: 1 / 0)  # nothing is trained again
-    report = launch("finetuning_transfer", short, root=tmp_path, resume=True)
+    report = goes_on(told, short, tmp_path, monkeypatch, stop="_main_figure")
     assert {c.verdict for c in report.claims} <= {"not decided at this scale"}
     assert len(report.tables["matrix"]) == 36
 

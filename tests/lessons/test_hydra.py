@@ -1,6 +1,5 @@
 """Hydra: both heads, their merge, their budget, and the full-scale path."""
 
-import json
 import math
 from functools import partial
 
@@ -11,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from adaptlab import adapter_files, adapters
-from adaptlab.bench.runs import launch, start_run
+from adaptlab.bench.runs import start_run
 from adaptlab.experiments import hydra as told
 from adaptlab.experiments.hydra import FULL, SMALL, best_update, experiment
 from adaptlab.lowrank.hydra import (
@@ -22,6 +21,7 @@ from adaptlab.lowrank.hydra import (
     parameter_count,
 )
 from adaptlab.train import Training
+from one_seed import UNDECIDED, goes_on
 
 
 def net(bias=True):
@@ -229,14 +229,8 @@ def test_full_scale_path_with_a_tiny_model(tmp_path, recorded):
 def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch):
     cfg = SMALL.replace(seeds=(0,), images=(32, 32), lrs=(1e-2,), mixes=((4, 4), (0, 5)),
                         vision=Training(steps=2, batch_size=8))
-    monkeypatch.setattr(told, "_plot", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        launch("hydra", cfg, root=tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setattr(told, "HydraLinear", lambda *a, **k: 1 / 0)  # nothing is trained again
-    report = launch("hydra", cfg, root=tmp_path, resume=True)
-    assert {c.verdict for c in report.claims} == {"not decided at this scale"}
-    assert json.loads((report.folder / "report.json").read_text())["paper"] == "hydra"
+    report = goes_on(told, cfg, tmp_path, monkeypatch, idle=(told, "HydraLinear"))
+    assert {c.verdict for c in report.claims} == UNDECIDED
 
 
 def test_a_step_through_fit_moves_the_branches_only():

@@ -20,10 +20,11 @@ from adaptlab.arithmetic.logits_fusion import (
     score_ratio,
     static_fusion,
 )
-from adaptlab.bench.runs import launch, start_run
+from adaptlab.bench.runs import start_run
 from adaptlab.experiments import logits_fusion as told
 from adaptlab.experiments.logits_fusion import FULL, SMALL, experiment
 from adaptlab.train import Training
+from one_seed import UNDECIDED, goes_on
 
 VOCABULARY = 30
 
@@ -319,13 +320,8 @@ def test_tokenizers_and_ratios():
 
 def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch):
     cfg = SMALL.replace(seeds=(0,), names=(20, 10), training=Training(steps=1, batch_size=8))
-    monkeypatch.setattr(told, "_plot", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        launch("logits_fusion", cfg, root=tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setattr(Training, "fit", lambda *a, **k: 1 / 0)  # nothing is trained again
-    report = launch("logits_fusion", cfg, root=tmp_path, resume=True)
-    assert {c.verdict for c in report.claims} == {"not decided at this scale"}
+    report = goes_on(told, cfg, tmp_path, monkeypatch)
+    assert {c.verdict for c in report.claims} == UNDECIDED
 
 
 def test_names_are_apart():

@@ -1,7 +1,6 @@
 """LT-SFT: selection, both phases, deltas that add and revert, files, bad input, full scale."""
 
 import copy
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from adaptlab import modules, recipes, weights
-from adaptlab.bench.runs import launch, start_run
+from adaptlab.bench.runs import start_run
 from adaptlab.experiments import lt_sft as told
 from adaptlab.experiments.lt_sft import FULL, SMALL, experiment
 from adaptlab.sparse.lt_sft import (
@@ -24,6 +23,7 @@ from adaptlab.sparse.lt_sft import (
     movements, phase_steps, select, tune,
 )
 from adaptlab.train import Training
+from one_seed import UNDECIDED, goes_on
 
 torch.manual_seed(0)
 X, Y = torch.randn(64, 6), torch.randint(3, (64,), generator=torch.Generator().manual_seed(0))
@@ -461,14 +461,8 @@ def test_two_processes_train_the_same_deltas(tmp_path):
 def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch):
     cfg = SMALL.replace(images=(32, 20, 20), seeds=(0,), lrs=(1e-3,), shares=(0.01, 0.1),
                         rand=(0.1,), scales=(0.5,), training=Training(steps=2, batch_size=8))
-    monkeypatch.setattr(told, "_plot", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        launch("lt_sft", cfg, root=tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setattr(Training, "fit", lambda *a, **k: 1 / 0)  # nothing is trained again
-    report = launch("lt_sft", cfg, root=tmp_path, resume=True)
-    assert {c.verdict for c in report.claims} == {"not decided at this scale"}
-    assert json.loads((report.folder / "report.json").read_text())["paper"] == "lt_sft"
+    report = goes_on(told, cfg, tmp_path, monkeypatch)
+    assert {c.verdict for c in report.claims} == UNDECIDED
 
 
 def test_dense_is_phase_one():

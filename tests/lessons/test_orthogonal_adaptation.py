@@ -18,10 +18,11 @@ from adaptlab.arithmetic.orthogonal_adaptation import (
     attach_concepts, concept_of, crosstalk, from_peft, functional_crosstalk, load_concept,
     merge_concepts, save_concept, to_peft, unmerge_concepts)
 from adaptlab.bench import cost
-from adaptlab.bench.runs import launch, start_run
+from adaptlab.bench.runs import start_run
 from adaptlab.experiments import orthogonal_adaptation as told
 from adaptlab.experiments.orthogonal_adaptation import FULL, SMALL, SUBJECTS, experiment
 from adaptlab.train import Training
+from one_seed import UNDECIDED, goes_on
 
 
 def net(seed=0, layer=nn.Linear):
@@ -328,13 +329,8 @@ def test_words_for_each_layer():
 
 def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch):
     cfg = SMALL.replace(seeds=(0,), steps=2)
-    monkeypatch.setattr(told, "_plot", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        launch("orthogonal_adaptation", cfg, root=tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setattr(told, "train_concepts", lambda *a, **k: 1 / 0)  # nothing is trained again
-    report = launch("orthogonal_adaptation", cfg, root=tmp_path, resume=True)
-    assert {c.verdict for c in report.claims} == {"not decided at this scale"}
+    report = goes_on(told, cfg, tmp_path, monkeypatch, idle=(told, "train_concepts"))
+    assert {c.verdict for c in report.claims} == UNDECIDED
 
 
 def test_concepts_side_by_side_share_nothing():
