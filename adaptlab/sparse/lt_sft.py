@@ -62,12 +62,17 @@ def select(
             chosen[name] = found
     return chosen
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #0468094c
+# %% ../../nbs/sparse/01_lt_sft.ipynb #0e01b062
+def _at(chosen: dict[str, Tensor], name: str, p: Tensor) -> Tensor:
+    "The chosen positions, where the tensor is: training may have moved the model."
+    chosen[name] = chosen[name].to(p.device)
+    return chosen[name]
+
+# %% ../../nbs/sparse/01_lt_sft.ipynb #b819eefd
 class VectorPhase:
     """Train chosen entries as one vector. A context, and the hook between backward and step.
 
-    With several processes the hook must be called: gradients are gathered in it. `RuntimeError` at
-    the end if it was not.
+    With several processes the hook gathers gradients: `RuntimeError` if it was never called.
     """
 
     def __init__(
@@ -105,17 +110,13 @@ class VectorPhase:
                 partial(self._gather, n)) for n, p in self.params.items()]
         return self
 
-    def _at(self, name: str, p: Tensor) -> Tensor:
-        "The chosen positions, where the tensor is: training may have moved the model."
-        self.chosen[name] = self.chosen[name].to(p.device)
-        return self.chosen[name]
-
     def _gather(self, name: str, p: Tensor) -> None:
         "Move the gradient of the chosen entries into the vector's, and drop the rest."
         if p.grad is not None:
             if self.v.grad is None:
                 self.v.grad = torch.zeros_like(self.v)
-            self.v.grad[slice(*self.spans[name])] += p.grad.view(-1)[self._at(name, p)].to(self.v)
+            values = p.grad.view(-1)[_at(self.chosen, name, p)]
+            self.v.grad[slice(*self.spans[name])] += values.to(self.v)
             p.grad = None
 
     @torch.no_grad()
@@ -123,7 +124,7 @@ class VectorPhase:
         "Put the vector's values into the model's tensors."
         for name, p in self.params.items():
             values = self.v[slice(*self.spans[name])].to(p.device, p.dtype)
-            p.view(-1).index_copy_(0, self._at(name, p), values)
+            p.view(-1).index_copy_(0, _at(self.chosen, name, p), values)
 
     @torch.no_grad()
     def __call__(self, *_: Any) -> None:
