@@ -40,6 +40,22 @@ def test_glue_keeps_the_body_and_cuts_validation_in_two(roberta, recorded):
         suites.glue(0, "wnli", roberta)
 
 
+def test_padding_of_all_rows_costs_nothing(roberta):
+    "The loss is that of the padded batch; the model sees the longest text of the batch."
+    from adaptlab import models
+
+    model, seen = suites.with_head(models.load(roberta, device="cpu").model, 2, 0), []
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    ids = torch.randint(5, 200, (3, 20), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(20) < torch.tensor([7, 3, 5])[:, None]).long()
+    batch = {"input_ids": ids * mask + (1 - mask) * model.config.pad_token_id,
+             "attention_mask": mask, "labels": torch.tensor([0, 1, 1])}
+    loss = suites.model_loss(model, batch)
+    torch.testing.assert_close(loss, model(**batch).loss)
+    assert seen == [(3, 7), (3, 20)] and suites.trimmed(batch)["labels"] is batch["labels"]
+
+
 def test_every_task_of_glue_gives_a_row_per_method(roberta, recorded, tmp_path):
     run = start_run("hydra", BaseConfig(), root=tmp_path / "runs")
     table = suites.glue_sweep(run, {"before": Method(lambda model, bed, seed: None)}, suites.GLUE,
