@@ -340,6 +340,15 @@ def test_another_model_is_refused():
         packer.apply_(nn.Linear(2, 2))
 
 
+def test_signs_of_all_tensors_are_made_once():
+    v = ternarize({f"layer{i}": noise(50, i) for i in range(20)}, 0.2)
+    deltas = v.deltas()
+    assert len({d.values.untyped_storage().data_ptr() for d in deltas.values()}) == 1
+    assert torch.equal(torch.cat([d.to_dense() for d in deltas.values()]),
+                       torch.cat([v.tensors()[n] for n in deltas]))
+    assert sum(len(d.values) for d in deltas.values()) == 200
+
+
 # the experiment
 
 
