@@ -144,7 +144,15 @@ def needs(
     rows = [row for row in rows if row[1] or row[0] == "time"]  # what is not there has no line
     return pd.DataFrame(rows, columns=["what", "amount", "unit", "from"])
 
-# %% ../../nbs/bench/05_cost.ipynb #90b3ec89
+# %% ../../nbs/bench/05_cost.ipynb #912f5b6d
+def _compared(ratio: float, against: str, bound: float) -> str | None:
+    "A ratio in words; None where there is none (NaN)."
+    if pd.isna(ratio):
+        return None
+    return f"{ratio:.3g} times that of {against}" + (
+        "" if pd.isna(bound) else f" (at most {bound:g} wanted)")
+
+
 def on_card(
     paper: str,  # slug of a lesson
 ) -> pd.DataFrame:  # what, and what of it was counted or measured; the card is the first heading
@@ -158,7 +166,9 @@ def on_card(
     card, torch_version = found[["card", "torch"]].iloc[0]
     names = {"what": f"on one {card}, torch {torch_version}", "seconds": "seconds",
              "counted_seconds": "seconds, counted", "gib": "GiB", "counted_gib": "GiB, counted",
-             "ratio": "ratio", "against": "to", "bound": "bound"}
+             "compared": "compared"}
+    found = found.assign(compared=[_compared(*r) for r in zip(
+        found["ratio"], found["against"], found["bound"], strict=True)])
     shown = found[list(names)].rename(columns=names).dropna(axis=1, how="all")
     shown = shown.astype(object).where(shown.notna(), "")  # a blank where nothing was measured
     return shown.set_index(shown.columns[0])
