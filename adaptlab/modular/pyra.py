@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['PAPER', 'MergePlan', 'bipartite_soft_matching', 'merge_wavg', 'merge_source', 'PYRAModulator', 'merging_schedule',
            'parse_r', 'MergingBlock', 'vit_blocks', 'apply_token_merging', 'remove_token_merging', 'pyra_param_groups',
-           'BlockCost', 'flops', 'token_sources']
+           'BlockCost', 'flops']
 
-# %% ../../nbs/modular/03_pyra.ipynb #8f5f702d
+# %% ../../nbs/modular/03_pyra.ipynb #c418c2f3
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -19,9 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import modules
-
-# %% ../../nbs/modular/03_pyra.ipynb #242565bc
+# %% ../../nbs/modular/03_pyra.ipynb #dd555d26
 def _at(x: Tensor, rows: Tensor) -> Tensor:
     "Rows of each sample: [B, r, D]."
     return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
@@ -34,7 +31,7 @@ class MergePlan(NamedTuple):
     dst: Tensor  # [B, r] rows of the odd ones that they join
     unm: Tensor  # [B, even - r] rows of the even ones that stay
     n: int  # tokens before the merge
-    distill: bool = False  # a second special token: the first odd one, kept at position 1
+    distill: bool = False  # position 1 holds a distillation token, which stays there
 
     def split(
         self,
@@ -44,23 +41,11 @@ class MergePlan(NamedTuple):
         even, odd = x[:, ::2], x[:, 1::2]
         return _at(even, self.unm), _at(even, self.src), odd
 
-    def join(
-        self,
-        stay: Tensor,  # even tokens that stay
-        leaving: Tensor,  # even tokens that leave
-        odd: Tensor,  # all odd ones
-        mode: Literal["sum", "mean", "amax"] = "sum",  # what an odd token makes of its own
-    ) -> Tensor:  # [B, N - r, D]: the even ones that stay, then the odd ones
-        "Put the leaving tokens into their partners."
-        rows = self.dst[..., None].expand_as(leaving)
-        return self.put(stay, odd.scatter_add(1, rows, leaving) if mode == "sum"
-                        else odd.scatter_reduce(1, rows, leaving, mode))
-
     def put(
         self,
         stay: Tensor,  # even tokens that stay
         odd: Tensor,  # all odd ones
-    ) -> Tensor:  # [B, N - r, D], special tokens first
+    ) -> Tensor:  # [B, N - r, D]: those at even positions, then the odd ones
         "The tokens that are left, in order."
         if not self.distill:
             return torch.cat([stay, odd], 1)
@@ -69,10 +54,14 @@ class MergePlan(NamedTuple):
     def merge(
         self,
         x: Tensor,  # [B, N, D]
-        mode: Literal["sum", "mean", "amax"] = "sum",  # how
+        mode: Literal["sum", "mean", "amax"] = "sum",  # what an odd token makes of its own
     ) -> Tensor:  # [B, N - r, D]
         "Merged tokens; with nothing to merge, the tokens as they are."
-        return self.join(*self.split(x), mode) if self.src.shape[1] else x
+        if not self.src.shape[1]:
+            return x
+        stay, leaving, odd = self.split(x)
+        rows = self.dst[..., None].expand_as(leaving)
+        return self.put(stay, odd.scatter_reduce(1, rows, leaving, mode))
 
     def unmerge(
         self,
@@ -128,7 +117,7 @@ def bipartite_soft_matching(
         unm = unm.sort(-1).values if class_token else unm
         return MergePlan(src, partner.gather(1, src), unm, metric.shape[1], distill_token)
 
-# %% ../../nbs/modular/03_pyra.ipynb #51ff74d5
+# %% ../../nbs/modular/03_pyra.ipynb #460a9cdd
 def _wavg(plan: MergePlan, x: Tensor, size: Tensor | None, modulation: nn.Module | None
           ) -> tuple[Tensor, Tensor]:
     "`merge_wavg` without its checks."
@@ -152,7 +141,8 @@ def merge_wavg(
     plan: MergePlan,  # from `bipartite_soft_matching`
     x: Tensor,  # [B, N, D]
     size: Tensor | None = None,  # [B, N, 1] patches in each token; None: one
-    modulation: nn.Module | None = None,  # (leaving, partners) -> leaving; None: plain merging
+    modulation: nn.Module | None = None,  # (leaving, partners) -> leaving, on tokens times sizes;
+    # with `size_weighted = False`: on the tokens as they are, and the result times sizes
 ) -> tuple[Tensor, Tensor]:  # x' [B, N - r, D], sizes [B, N - r, 1]
     "Average merged tokens, weighted by their sizes. ValueError for other shapes or sizes <= 0."
     if x.ndim != 3 or x.shape[1] != plan.n:
@@ -256,7 +246,7 @@ def parse_r(
         raise ValueError(f"r = {r}: give numbers >= 0, at most one for each of {depth} blocks")
     return found + [0] * (depth - len(found))
 
-# %% ../../nbs/modular/03_pyra.ipynb #7cef6529
+# %% ../../nbs/modular/03_pyra.ipynb #a6447f8c
 @dataclass
 class _Flow:
     "What the blocks of one model share during a forward pass."
@@ -264,9 +254,7 @@ class _Flow:
     class_token: bool
     distill_token: bool
     prop_attn: bool
-    trace: bool = False  # also follow where each patch goes
     size: Tensor | None = None
-    source: Tensor | None = None
 
 
 def _same(x: Tensor) -> Tensor:
@@ -314,7 +302,7 @@ def _norms(block: nn.Module) -> tuple[nn.Module, nn.Module]:
 def _mlp(block: nn.Module, x: Tensor) -> Tensor:
     return block.mlp(x) if hasattr(block, "mlp") else block.fc2(block.act(block.fc1(x)))
 
-# %% ../../nbs/modular/03_pyra.ipynb #0bc12f86
+# %% ../../nbs/modular/03_pyra.ipynb #0bad8c9d
 class MergingBlock:
     "What a transformer block becomes; mixed in before its own class."
 
@@ -337,7 +325,7 @@ class MergingBlock:
                              "off (merging saves memory, too)")
         flow, x = self.flow, hidden_states
         if self.first:
-            flow.size = flow.source = None
+            flow.size = None
         norm1, norm2 = _norms(self)
         bias = flow.size.log().mT[:, None] if flow.prop_attn and flow.size is not None else None
         y, keys = _attention(self, norm1(x), bias)
@@ -347,8 +335,6 @@ class MergingBlock:
             plan = bipartite_soft_matching(metric, self.r, flow.class_token,
                                            flow.distill_token)
             x, flow.size = _wavg(plan, x, flow.size, getattr(self, "pyra", None))
-            if flow.trace:
-                flow.source = merge_source(plan, flow.source)
         return _add(self, 2, x, _mlp(self, norm2(x)))
 
 
@@ -459,12 +445,12 @@ def remove_token_merging(
         block.__class__ = type(block).__mro__[2]
     return model
 
-# %% ../../nbs/modular/03_pyra.ipynb #b491aa6b
+# %% ../../nbs/modular/03_pyra.ipynb #6ace1825
 def pyra_param_groups(
     model: nn.Module,  # with trainable parts
     lr: float,  # of everything else
     pyra_lr: float,  # of the modulators
-    weight_decay: float = 1e-4,  # of matrices; vectors and scalars have none
+    weight_decay: float = 1e-4,  # of tensors with two axes, W_r and W_D too; others have none
 ) -> list[dict[str, Any]]:  # for an optimiser
     "Trainable parameters by rate and decay. ValueError if nothing is trainable."
     own = {id(p) for m in model.modules() if isinstance(m, MergingBlock)
@@ -498,40 +484,17 @@ def flops(
     "Count a forward pass of one image, block by block."
     conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
     special = len(_named(model, "cls_token", "class_token")) + len(_named(model, "dist"))
-    side = image_size or round(((_tokens(model) or 197) - special) ** 0.5) * conv.stride[0]
-    seen: dict[str, tuple[int, int]] = {}
-    with torch.no_grad(), modules.modes_kept(model), ExitStack() as stack:
-        model.eval()
-        for name, block in vit_blocks(model).items():
-            hook = block.register_forward_hook(lambda m, args, out, name=name: seen.update(
-                {name: (args[0].shape[1], out.shape[1])}))
-            stack.callback(hook.remove)
-        model(torch.zeros(1, conv.in_channels, side, side).to(conv.weight))
+    side = image_size // conv.stride[0] if image_size else None
+    n = side**2 + special if side else _tokens(model) or 197
     rows = []
     for name, block in vit_blocks(model).items():
-        (n, left), D = seen[name], _norms(block)[0].weight.numel()
+        D, left = _norms(block)[0].weight.numel(), n
+        if isinstance(block, MergingBlock):
+            left -= min(block.r, (n - block.flow.class_token - block.flow.distill_token) // 2)
         hidden = next(m for k, m in block.named_modules() if k.endswith("fc1")).out_features
         pairs = 2 * ((n + 1) // 2) * (n // 2) * (D // _attn(block)[1]) if n > left else 0
         scale = 4 * (n - left) * D if hasattr(block, "pyra") else 0
         rows.append(BlockCost(name, n, left, 8 * n * D * D + 4 * n * n * D, pairs + scale,
                               4 * left * D * hidden))
+        n = left
     return rows
-
-# %% ../../nbs/modular/03_pyra.ipynb #5adfc5b0
-def token_sources(
-    model: nn.Module,  # with merging
-    batch: Any,  # images, as `modules.call` takes them
-) -> Tensor:  # [B, tokens at the end, tokens at the start]: 1 where the one went into the other
-    "Where every patch of some images ends. ValueError if nothing is merged."
-    flows = [m.flow for m in model.modules() if isinstance(m, MergingBlock)]
-    if not any(m.r for m in model.modules() if isinstance(m, MergingBlock)):
-        raise ValueError("no tokens are merged here: call apply_token_merging first")
-    flow = flows[0]
-    try:
-        flow.trace = True
-        with torch.no_grad(), modules.modes_kept(model):
-            model.eval()
-            modules.call(model, batch)
-        return flow.source
-    finally:
-        flow.trace, flow.source = False, None

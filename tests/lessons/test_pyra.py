@@ -34,7 +34,7 @@ from adaptlab.modular.pyra import (
     parse_r,
     pyra_param_groups,
     remove_token_merging,
-    token_sources,
+    vit_blocks,
 )
 from adaptlab.train import Training
 from one_seed import goes_on
@@ -282,12 +282,17 @@ def test_unweighted_modulation_does_not_see_sizes():
     x, size = torch.randn(1, 9, 3), torch.randint(1, 9, (1, 9, 1)).float()
     plan, m = bipartite_soft_matching(torch.randn(1, 9, 4), 4), PYRAModulator(3, 4, False)
     nn.init.normal_(m.W_D)
-    _, src, _ = plan.split(x)
-    _, s, b = plan.split(size)
-    dst = plan.split(x)[2].gather(1, plan.dst[..., None].expand(-1, -1, 3))
-    unm, _, odd = plan.split(x * size)
-    merged = plan.join(unm, m(src, dst) * s, odd) / plan.merge(size)
-    torch.testing.assert_close(merge_wavg(plan, x, size, m)[0], merged)
+    u, v = 2 * plan.src[0], 2 * plan.dst[0] + 1  # positions of the pairs
+    total = x * size
+    for i, j, token in zip(u, v, m(x[:, u], x[:, v])[0], strict=True):
+        total[0, i] = token * size[0, i]
+        total[0, j] = total[0, j] + total[0, i]
+    kept = merge_source(plan, None)[0].double() @ torch.arange(9).double()  # sums of positions
+    merged = merge_wavg(plan, x, size, m)[0]
+    assert len(kept) == merged.shape[1] == 5
+    stay = [i for i in range(0, 9, 2) if i not in u.tolist()] + list(range(1, 9, 2))
+    sizes = plan.merge(size)
+    torch.testing.assert_close(merged[0], (total[0, stay] / sizes[0]).detach())
 
 
 # schedules
@@ -336,13 +341,12 @@ def test_merged_models(case):
     apply_token_merging(model, [6, 3, 1])
     n = next(p for k, p in model.named_parameters() if "pos" in k).shape[1]
     y = logits(model, x)
-    where = token_sources(model, x)
-    assert where.shape == (3, n - 10, n) and (where.sum(1) == 1).all()
-    assert torch.equal(where[:, 0], torch.eye(n)[0].expand(3, -1))
+    special = 2 if any("distillation" in k for k, _ in model.named_parameters()) else 1
+    size = next(b for b in model.modules() if isinstance(b, MergingBlock)).flow.size
+    assert size.shape == (3, n - 10, 1) and (size[:, :special] == 1).all()  # in front, and alone
     torch.testing.assert_close(logits(model, x[[2, 0]]), y[[2, 0]])
     flow = next(b for b in model.modules() if isinstance(b, MergingBlock)).flow
     torch.testing.assert_close(flow.size.sum(1), torch.full((2, 1), float(n)))
-    assert flow.source is None
     plain = apply_token_merging(remove_token_merging(model), [6, 3, 1], pyra=False)
     assert torch.equal(logits(plain, x), y)  # modulators start as plain merging
 
@@ -370,11 +374,23 @@ def test_a_whole_pass_against_plain_code():
     assert not torch.allclose(model(x), expected, atol=1e-3)
 
 
+def test_proportional_attention_is_exact_where_merged_tokens_were_equal():
+    model = course()
+    torch.manual_seed(0)
+    few, counts = torch.randn(2, 9, 32), torch.tensor([1, 3, 1, 2, 4, 1, 1, 2, 1])
+    block = apply_token_merging(model, 0).blocks[1]  # reads the sizes that it is given
+    block.flow.size = counts[None, :, None].float().expand(2, -1, -1)
+    merged = block(few)
+    whole = vit_blocks(course())["blocks.1"](few.repeat_interleave(counts, 1))
+    torch.testing.assert_close(merged.repeat_interleave(counts, 1), whole)
+
+
 def test_without_a_class_token():
     model, x = timm(class_token=False), torch.randn(2, 3, 32, 32)
     apply_token_merging(model, [8, 4, 2])
-    where = token_sources(model, x)
-    assert where.shape == (2, 2, 16) and (where.sum(1) == 1).all()
+    model(x)
+    size = model.blocks[0].flow.size
+    assert size.shape == (2, 2, 1) and (size.sum(1) == 16).all()
     with pytest.raises(ValueError, match="cls_token"):
         apply_token_merging(timm(class_token=False), 2, class_token=True)
 
@@ -396,8 +412,6 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="no tokens are merged"):
         remove_token_merging(model)
     apply_token_merging(model, 0)
-    with pytest.raises(ValueError, match="no tokens are merged"):
-        token_sources(model, x)
     with pytest.raises(ValueError, match="already"):
         apply_token_merging(model, 2)
     block = model.vit.layers[0]
