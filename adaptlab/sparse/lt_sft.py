@@ -304,7 +304,7 @@ class SparseDelta(Changes):
         "Read one. FileNotFoundError or the hub's own error if there is none."
         return _load(source)
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #ee4ee377
+# %% ../../nbs/sparse/01_lt_sft.ipynb #6c2edfb8
 def _checked(params: Mapping[str, Tensor], delta: SparseDelta, names: Iterable[str]) -> None:
     "ValueError for tensors that the model lacks, or has in another shape."
     for name in names:
@@ -328,27 +328,31 @@ def _apply(model: nn.Module, delta: SparseDelta, with_abs: bool) -> None:
     stash = []
     for name, d in delta.diffs.items():
         flat, at = params[name].detach().view(-1), d.indices.to(params[name].device).long()
-        stash.append((flat, at, flat[at]))
+        stash.append((name, at, flat[at]))
         wide = torch.promote_types(flat.dtype, torch.float32)  # add first, round once
         flat[at] = (flat[at].to(wide) + d.values.to(flat.device, wide) * d.scale).to(flat.dtype)
     for name, t in delta.abs.items() if with_abs else ():
         p = params[name].detach()
-        stash.append((p, ..., p.clone()))
+        stash.append((name, None, p.clone()))
         p.copy_(t)
     record.digests |= found
     record.stack.append((delta, with_abs, stash))
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #4c776513
+# %% ../../nbs/sparse/01_lt_sft.ipynb #28530edb
 @torch.no_grad()
 def _revert(model: nn.Module, delta: SparseDelta) -> None:
     stack = _record(model).stack
     if not any(d is delta for d, *_ in stack):
         raise RuntimeError("this delta is not applied to the model: there is nothing to revert")
-    later = []
+    params, later = dict(model.named_parameters(remove_duplicate=False)), []
     while True:
         last, with_abs, stash = stack.pop()
-        for tensor, at, values in reversed(stash):
-            tensor[at] = values
+        for name, at, values in reversed(stash):  # where the tensor is now: it may have moved
+            p = params[name].detach()
+            if at is None:
+                p.copy_(values)
+            else:
+                p.view(-1)[at.to(p.device)] = values.to(p)
         if last is delta:
             break
         later.append((last, with_abs))

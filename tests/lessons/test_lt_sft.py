@@ -254,6 +254,19 @@ def test_order_does_not_matter_and_revert_is_exact():
     torch.testing.assert_close(a.scale(2.0).dense(), (a + a).dense())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_delta_comes_off_a_model_that_was_moved(dtype):
+    "Training puts the model on a GPU while a delta is applied: its tensors are others then."
+    net = mlp()
+    heads = {"head.bias": torch.ones_like(net.head.bias)}
+    before = {n: v.to(dtype) for n, v in copy.deepcopy(net.state_dict()).items()}
+    delta = replace(some_delta(net, 0), abs=heads)
+    with delta.applied(net):
+        for p in net.parameters():
+            p.data = p.data.to(dtype, copy=True)
+    assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
+
+
 def test_disjoint_deltas_leave_each_other_intact():
     net = mlp()
     start = net.layers[0].weight.detach().clone().view(-1)
