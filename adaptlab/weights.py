@@ -420,7 +420,7 @@ def _refuse_scaled(state: LazyState, plan: Plan) -> None:
                     "codes is no weight. Dequantise first, or name both in skip"
                 )
 
-# %% ../nbs/core/13_weights.ipynb #931a8f5a
+# %% ../nbs/core/13_weights.ipynb #b4eca3a1
 class _Sum(LazyState):
     "The sum of factors times states, computed when it is read."
 
@@ -468,7 +468,9 @@ class _Sum(LazyState):
         if first.dtype == work and factor != 1:
             total = first * factor
         else:
-            total = first.to(work, copy=True).mul_(factor)
+            total = first.to(work, copy=True)
+            if factor != 1:
+                total.mul_(factor)
         del first
         for state, n, factor in zip(self.states[1:], names[1:], self.factors[1:], strict=True):
             _add_to(total, state.read(n, start, stop), factor)
