@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../../nbs/modular/03_pyra.ipynb #dd555d26
+# %% ../../nbs/modular/03_pyra.ipynb #674c69b0
 def _at(x: Tensor, rows: Tensor) -> Tensor:
     "Rows of each sample: [B, r, D]."
     return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
@@ -68,17 +68,7 @@ class MergePlan(NamedTuple):
         x: Tensor,  # [B, N - r, D], merged
     ) -> Tensor:  # [B, N, D]
         "Every token's place again, with what it was merged into."
-        n_unm = self.unm.shape[1]
-        if not self.src.shape[1]:
-            return x
-        if self.distill:
-            x = torch.cat([x[:, :1], x[:, 2 : n_unm + 1], x[:, 1:2], x[:, n_unm + 1 :]], 1)
-        stay, odd = x[:, :n_unm], x[:, n_unm:]
-        out = x.new_empty(len(x), self.n, x.shape[-1])
-        out[:, 1::2] = odd
-        for rows, tokens in ((self.unm, stay), (self.src, _at(odd, self.dst))):
-            out.scatter_(1, (2 * rows)[..., None].expand_as(tokens), tokens)
-        return out
+        return _at(x, merge_source(self, None).argmax(1))
 
 # %% ../../nbs/modular/03_pyra.ipynb #09e64158
 def bipartite_soft_matching(
@@ -117,7 +107,7 @@ def bipartite_soft_matching(
         unm = unm.sort(-1).values if class_token else unm
         return MergePlan(src, partner.gather(1, src), unm, metric.shape[1], distill_token)
 
-# %% ../../nbs/modular/03_pyra.ipynb #460a9cdd
+# %% ../../nbs/modular/03_pyra.ipynb #3c9694f8
 def _wavg(plan: MergePlan, x: Tensor, size: Tensor | None, modulation: nn.Module | None
           ) -> tuple[Tensor, Tensor]:
     "`merge_wavg` without its checks."
@@ -141,8 +131,7 @@ def merge_wavg(
     plan: MergePlan,  # from `bipartite_soft_matching`
     x: Tensor,  # [B, N, D]
     size: Tensor | None = None,  # [B, N, 1] patches in each token; None: one
-    modulation: nn.Module | None = None,  # (leaving, partners) -> leaving, on tokens times sizes;
-    # with `size_weighted = False`: on the tokens as they are, and the result times sizes
+    modulation: nn.Module | None = None,  # (leaving, partners) -> leaving; None: plain merging
 ) -> tuple[Tensor, Tensor]:  # x' [B, N - r, D], sizes [B, N - r, 1]
     "Average merged tokens, weighted by their sizes. ValueError for other shapes or sizes <= 0."
     if x.ndim != 3 or x.shape[1] != plan.n:

@@ -190,7 +190,7 @@ def test_unmerge_puts_back_what_each_token_became(special, mode):
     where = plan.merge(torch.eye(14).expand(2, -1, -1), "amax")  # [B, out, in]
     torch.testing.assert_close(back, where.mT @ plan.merge(x, mode))
     nothing = bipartite_soft_matching(torch.randn(2, 14, 5), 0, *special)
-    assert nothing.merge(x) is x and nothing.unmerge(x) is x
+    assert nothing.merge(x) is x and torch.equal(nothing.unmerge(x), x)
     assert merge_wavg(nothing, x)[0] is x and (merge_wavg(nothing, x)[1] == 1).all()
 
 
@@ -287,12 +287,9 @@ def test_unweighted_modulation_does_not_see_sizes():
     for i, j, token in zip(u, v, m(x[:, u], x[:, v])[0], strict=True):
         total[0, i] = token * size[0, i]
         total[0, j] = total[0, j] + total[0, i]
-    kept = merge_source(plan, None)[0].double() @ torch.arange(9).double()  # sums of positions
+    left = [i for i in range(0, 9, 2) if i not in u.tolist()] + [1, 3, 5, 7]
     merged = merge_wavg(plan, x, size, m)[0]
-    assert len(kept) == merged.shape[1] == 5
-    stay = [i for i in range(0, 9, 2) if i not in u.tolist()] + list(range(1, 9, 2))
-    sizes = plan.merge(size)
-    torch.testing.assert_close(merged[0], (total[0, stay] / sizes[0]).detach())
+    torch.testing.assert_close(merged, total[:, left] / plan.merge(size))
 
 
 # schedules
