@@ -45,7 +45,7 @@ def test_branch_against_the_kronecker_product(reduction):
     row(f"{what}, memory", peak_memory(ours, "cpu") / 2**20, peak_memory(theirs, "cpu") / 2**20,
         unit="MiB")
     row(f"{what}, multiplications of a place", 2 * (8 * 96 * n + 64 * n), 2 * 768 * 8 * n,
-        bound=0.25, unit="products")
+        bound=0.14, unit="products")
 
 
 def test_generating_adapters():
