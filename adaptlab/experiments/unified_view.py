@@ -120,7 +120,7 @@ def loss(
     with modules.modes_kept(model):
         return float(modules.cross_entropy(model.eval(), part))
 
-# %% ../../nbs/experiments/unified_view.ipynb #29f9c35a
+# %% ../../nbs/experiments/unified_view.ipynb #c3fa930a
 PA = partial(uv.DeltaConfig, init="lora", dim=30, position="post_out")
 TINY = 2  # length and width of the small budget
 RATES = (1e-2, 3e-2)
@@ -163,12 +163,13 @@ CASES = [
     Versus("at the large budget, the FFN is the better place", "PA ffn", "PA attn", "loss",
            "en-ro 36.4 vs 35.6 BLEU", "r = 200; its PA at attention stands before W_o"),
     Versus("at a tiny budget, the heads are the better place", "heads, tiny", "PA ffn, tiny",
-           "loss", "en-ro 35.3 vs 33.0 BLEU", "r = 30, 0.1 %", "why is not known"),
+           "loss", "en-ro 35.3 vs 33.0 BLEU", "r = 30, 0.1 %",
+           "half of it: a tiny adapter loses as much before W_o (controls)"),
     Versus("scaled addition beats addition", "scaled PA ffn", "PA ffn", "loss",
            "XSum 21.54 vs 20.98 R-2", "s = 4",
-           "under Adam a scale is a learning rate, and each has its own"),
+           "s is a rate of W_up's own: it wins at one common rate, not at the best ones"),
     Versus("the gate helps a prefix", "prefix", "ungated", "loss", "en-ro 35.2 vs 34.9 BLEU",
-           "l = 30, 0.1 %", "nothing but the gate differs; what it takes is measured"),
+           "l = 30, 0.1 %", "it takes attention from the tokens; at one rate the gap is the same"),
     Versus("MAM beats prefix tuning", "MAM", "prefix", "loss", "en-ro 37.5 vs 35.6 BLEU",
            "MAM 6.7 %, prefix l = 200"),
     Versus("MAM beats the same budget spent on its parallel adapter alone", "MAM",

@@ -159,7 +159,7 @@ def mam_adapter(
     "MAM: a short prefix, and a wide scaled parallel adapter at the FFN."
     return prefix_tuning(l, mlp_dim) + scaled_parallel_adapter(r, s)
 
-# %% ../../nbs/modular/01_unified_view.ipynb #94972dff
+# %% ../../nbs/modular/01_unified_view.ipynb #47c33366
 class Bottleneck(nn.Module):
     "h + s (act(norm(x) W_down + b) W_up + b): an adapter, or without act and biases a LoRA."
 
@@ -189,8 +189,8 @@ class Bottleneck(nn.Module):
     def delta(
         self,
         x: Tensor,  # [..., d_in]
-    ) -> Tensor:  # [..., d_out], in the kind of x
-        "The change, without its scale (before a norm at the output: with it)."
+    ) -> Tensor:  # [..., d_out], in the data type of x
+        "The change, not scaled yet; scale and output norm are `forward`'s."
         kind, config = x.dtype, self.config
         if config.layernorm == "in":
             x = self.norm(x.to(self.norm.weight.dtype)).to(kind)
