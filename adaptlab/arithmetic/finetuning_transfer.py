@@ -157,7 +157,7 @@ def _comparable(state: LazyState, other: LazyState, dtype: torch.dtype) -> LazyS
     plain = LazyState(state.specs, state.read, state.aliases, state.label, about)
     return plain if all(kind(n) == s.dtype for n, s in state.specs.items()) else plain.cast(kind)
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #d6858b91
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #d7b093ff
 Vocab = Literal["zero-pad", "error"]
 
 
@@ -165,7 +165,7 @@ def diff_vector(
     base: checkpoints.Source,  # a model, a state dict, a folder or file of safetensors
     finetuned: checkpoints.Source,  # the same after fine-tuning
     dtype: torch.dtype = torch.float64,  # of the differences; or torch.float32
-    vocab: Vocab = "zero-pad",  # what to do for rows that only the fine-tune has
+    vocab: Vocab = "zero-pad",  # rows that only the fine-tune has; "error": refuse them
     strict: bool = True,  # False: leave out what does not match, see `DiffVector.skipped`
 ) -> DiffVector:  # finetuned - base; nothing is read yet
     """The diff vector (section 2 of the paper): mind the order, the base comes first.
@@ -187,12 +187,12 @@ def diff_vector(
         raise ValueError("there is no floating-point tensor to compare: dequantise the models")
     return DiffVector(state, skipped)
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #f7d042c7
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #4eb42ec8
 def apply_diff(
     target: checkpoints.Source,  # another base; not changed
     diff: DiffVector,  # what to add
     scale: float = 1.0,  # lambda
-    vocab: Vocab = "zero-pad",  # what to do for rows that only the diff has
+    vocab: Vocab = "zero-pad",  # rows that only the diff has; "error": refuse them
     strict: bool = True,  # False: what does not match stays as in the target
     lazy: bool = False,  # True: compute a tensor when it is read
 ) -> Mapping[str, Tensor]:  # new weights, in the target's dtypes
@@ -267,18 +267,18 @@ def linear_barrier(
         put_in(model, before)
     return Barrier(gammas, losses)
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #a55f7a26
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #6183d500
 class TransferMatrix(NamedTuple):
     "Every diff on every base."
 
     names: list[str]  # of the versions
     base: list[float]  # scores of the bases
     tuned: list[float]  # scores of their own fine-tunes
-    transferred: list[list[float]]  # [source][target]
+    transferred: list[list[float]]  # of target + scale * diff, [source][target]
 
     @property
     def recovered(self) -> list[list[float]]:
-        "Recovered fractions, [source][target]; 1 on the diagonal."
+        "Recovered fractions, [source][target]; at scale 1 the diagonal is 1."
         return [[recovered_fraction(score, b, t) for score, b, t in zip(
             row, self.base, self.tuned, strict=True)] for row in self.transferred]
 
@@ -404,7 +404,7 @@ def _carry(
         text = json.dumps(merged_config(target, tuned, (_rows(states[2]), rows)), indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #aee76e38
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #69d80125
 class _Meter:
     "Squares of what is read through it, tensor by tensor."
 
@@ -444,13 +444,13 @@ class Transfer:
 
     @property
     def relative(self) -> float:
-        "Length of the diff by that of the old base."
+        "Length of the diff by that of the old base; without `scale`."
         return math.hypot(*self.moved.values()) / (math.hypot(*self.base.values()) or math.nan)
 
     def largest(self, n: int = 5) -> list[tuple[str, float]]:
-        "The tensors that moved furthest, by their own length."
-        shares = {k: v / self.base[k] for k, v in self.moved.items() if self.base.get(k)}
-        return sorted(shares.items(), key=lambda item: -item[1])[:n]
+        "The tensors with the longest diff, by their length in the old base; without `scale`."
+        ratios = {k: v / self.base[k] for k, v in self.moved.items() if self.base.get(k)}
+        return sorted(ratios.items(), key=lambda item: -item[1])[:n]
 
 # %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #a32795e3
 def _warn_of_swap(base: LazyState, diff: LazyState, target: LazyState) -> None:
@@ -501,7 +501,7 @@ def _check(sources: Sequence[Any], states: Sequence[LazyState], vocab: str, stri
                          "tokens: a base must not have more than the fine-tune (strict=False "
                          "keeps the new base's)")
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #b139367e
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #eb9d4a6d
 def transfer_finetuning(
     source_base: checkpoints.Source,  # old base: a folder, a hub id (id@revision), a model, a dict
     source_ft: checkpoints.Source,  # its fine-tune
@@ -509,7 +509,7 @@ def transfer_finetuning(
     out_dir: str | Path | None = None,  # folder to write; None: the result stays in memory
     *,
     scale: float = 1.0,  # lambda
-    vocab: Vocab = "zero-pad",  # what to do for rows that only the fine-tune has
+    vocab: Vocab = "zero-pad",  # rows that only the fine-tune has; "error": refuse them
     strict: bool = True,  # False: what does not match stays as in the target
     max_shard_size: int | str = "5GB",  # largest file that is written
     overwrite: bool = False,  # True: replace a checkpoint that is there
@@ -543,7 +543,7 @@ def transfer_finetuning(
                       "fine-tune made from this base?", stacklevel=2)
     return done
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #5022f134
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #d7f949c7
 @dataclass(frozen=True)
 class TransferOptions:
     "Carry a fine-tune over to another version of its base: new base + (tuned - old base)."
@@ -553,7 +553,7 @@ class TransferOptions:
     new_base: str  # another version of the base; its config and dtypes are kept
     out: str  # folder to write
     scale: float = 1.0  # how much of the change
-    vocab: Vocab = "zero-pad"  # what to do for rows that only the fine-tune has
+    vocab: Vocab = "zero-pad"  # rows that only the fine-tune has; "error": refuse them
     strict: bool = True  # refuse what does not match; else the new base's tensors stay there
     max_shard_size: str = "5GB"  # largest file
     overwrite: bool = False  # replace a checkpoint that is there
@@ -575,8 +575,8 @@ def main(
         return 2
     print(f"{done.folder}: {len(done.weights)} tensors; the diff is {done.relative:.2%} as long "
           "as the old base")
-    for name, share in done.largest(3):
-        print(f"  {share:8.2%}  {name}")
+    for name, ratio in done.largest(3):
+        print(f"  {ratio:8.2%}  {name}")
     for name, shapes in done.skipped.items():
         print(f"  kept as in the new base: {name} ({shapes})")
     return 0

@@ -57,12 +57,12 @@ class Config(BaseConfig):
 
 SMALL = Config(seeds=(0, 1, 2, 3, 4, 5))
 
-# %% ../../nbs/experiments/finetuning_transfer.ipynb #b27cbfca
+# %% ../../nbs/experiments/finetuning_transfer.ipynb #1e2c5f65
 def task(
     seed: int,  # of the versions and of the choice of images
     cfg: Config,  # the settings
 ) -> Bed:  # its model: the versions, and behind them one of another run
-    "Turned digits under noise."
+    "Rotated digits under noise."
     return turned_versions(seed, cfg.steps, cfg.width, cfg.images)
 
 
@@ -126,10 +126,10 @@ def _matrix(cfg: Config, seed: int, tuned: list[dict[str, Tensor]]) -> pd.DataFr
                 "barrier": barriers.get(frozenset((a, b)), 0.0)})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/finetuning_transfer.ipynb #7ee90f48
+# %% ../../nbs/experiments/finetuning_transfer.ipynb #d227e2c2
 def _arms(cfg: Config, seed: int, lr: float, tuned: list[dict[str, Tensor]],
           short: bool) -> pd.DataFrame:
-    "Accuracies of one seed and rate: method, version, accuracy on turned and on upright images."
+    "Accuracies of one seed and rate: method, version, accuracy on rotated and on upright images."
     bed, last, steps = task(seed, cfg), len(cfg.steps), cfg.training.steps
     bases = [dict(m.state_dict()) for m in bed.model[:-1]]
     tune = partial(finetune, bed=bed, cfg=cfg, seed=seed, lr=lr)
@@ -151,7 +151,7 @@ def _arms(cfg: Config, seed: int, lr: float, tuned: list[dict[str, Tensor]],
                           "accuracy": score(w, bed.test, cfg), "upright": score(w, bed.old, cfg)}
                          for name, i, w in found])
 
-# %% ../../nbs/experiments/finetuning_transfer.ipynb #1d29c329
+# %% ../../nbs/experiments/finetuning_transfer.ipynb #93b3491c
 CASES = {"finished": [
     Versus("recycling: the new base plus the old diff beats the new base", "diff", "base",
            "accuracy", "51.2 vs 36.8, ten tasks", "Table 1"),
@@ -164,7 +164,8 @@ CASES = {"finished": [
            "standard, a tenth", "accuracy", "shown by curves", "figure"),
     Versus("iterative recycling beats the direct diff", "iterative", "direct", "accuracy",
            "78.6 vs 77.0, GSM8K", "Table 6",
-           "so many fine-tunes in a row harm even one version (tested)"),
+           "five fine-tunes, one after the other, cost a part of it even at one version (tested); "
+           "the rest is not explained"),
 ], "short": [
     Versus("fine-tuning cut short: a better start, even against twice the steps, as many as both "
            "fine-tunes took", "direct", "standard x 2", "accuracy", "", "not in the paper"),
@@ -185,7 +186,7 @@ def _claims(report: Report, table: pd.DataFrame, arms: dict[str, pd.DataFrame]) 
     claim("backporting: the older base plus the newer diff beats the older base",
           at("accuracy", "M5", "M4") - at("base", "M5", "M4"), "53.0 vs 36.5, ten tasks",
           "Table 1", "points")
-    claim("close versions transfer best: to M5, D4 recovers more than D1",
+    claim("close versions transfer best: to M5, M4's diff recovers more than M1's",
           at("recovered", "M4", "M5") - at("recovered", "M1", "M5"), "77.1 vs 19.6, GSM8K",
           "Table 3", "of the gain")
     others = table[(table["source"] != table["target"]) & (table["source"] != "other")]
@@ -203,7 +204,7 @@ def _claims(report: Report, table: pd.DataFrame, arms: dict[str, pd.DataFrame]) 
 
 
 SHOWN = {  # text -> training, method, rival
-    "M5 + D4 over M5": ("finished", "diff", "base"),
+    "M5 + M4's diff over M5": ("finished", "diff", "base"),
     "... over the old fine-tune": ("finished", "diff", "old fine-tune"),
     "... over M5's own fine-tune": ("finished", "diff", "standard"),
     "a tenth of the steps: over plain": ("finished", "direct, a tenth", "standard, a tenth"),
@@ -229,7 +230,7 @@ def _main_figure(table: pd.DataFrame, arms: dict[str, pd.DataFrame], names: list
     right.set_title("What it is worth at the newest version, M5")
     return fig
 
-# %% ../../nbs/experiments/finetuning_transfer.ipynb #5434e34d
+# %% ../../nbs/experiments/finetuning_transfer.ipynb #02413727
 def _measured(cfg: Config, seed: int, lr: float, short: bool) -> pd.DataFrame:
     "Rows of the arms, and behind them of the matrix, which has a `source`."
     bed = task(seed, cfg)
@@ -252,7 +253,8 @@ def _digits(cfg: Config, run: Run, report: Report) -> None:
     newest = dict(tuple(arms[arms["version"] == len(cfg.steps)].groupby("training", sort=False)))
     _claims(report, table, newest)
     report.figure("main", _main_figure(table, newest, _names(cfg)),
-                  "Left: recovered share, mean of the seeds. Right: paired differences.")
+                  "Left: recovered share, mean of the seeds. Right: accuracy of the first model less "
+                  "that of the second, with its interval; right of 0 the first is better.")
 
 # %% ../../nbs/experiments/finetuning_transfer.ipynb #709b1dfc
 _SOLVED, _ASKED = "openai/gsm8k@main#train", "openai/gsm8k@main#test"
