@@ -277,7 +277,7 @@ def _trained(model: nn.Module) -> int:
     return sum(p.numel() for name, p in model.named_parameters()
                if p.requires_grad and "decoders." not in name)
 
-# %% ../../nbs/experiments/polyhistor.ipynb #d4aea33d
+# %% ../../nbs/experiments/polyhistor.ipynb #fe19cc47
 def _with_gains(table: pd.DataFrame, work: dense.Work) -> pd.DataFrame:
     "One column more, `delta_m`: the gain over single-task full fine-tuning of the same seed."
     base = table[table["method"] == "full, single"].set_index("seed")
@@ -296,27 +296,30 @@ def _kept(table: pd.DataFrame, method: str, share: float) -> stats.Estimate:
 
 _WIDE = "the runs differ widely from seed to seed"
 _LATER = "not compared in the paper; added after the results"
+_SAME = "as against plain adapters"
 _lite = partial(Versus, method="lite", column="delta_m")
 CASES = [
     _lite("adapting helps: Lite beats decoders alone", rival="decoders", why=_WIDE),
     _lite("Lite beats plain adapters for each task", rival="adapter",
-          paper="Polyhistor +2.34, adapter -2.71", source="a later paper; not Lite"),
+          paper="Polyhistor +2.34, adapter -2.71", source="a later paper; not Lite",
+          why="classes fall by half in three of five seeds; why is not tested"),
     _lite("Lite beats LoRA of rank 1 for each task", rival="LoRA r=1",
-          source="not at such sizes in the paper"),
-    _lite("Lite beats one adapter that all tasks share", rival="shared adapter"),
+          source="not at such sizes in the paper", why=_SAME),
+    _lite("Lite beats one adapter that all tasks share", rival="shared adapter", why=_SAME),
     _lite("learned scaling kernels beat the identity", rival="lite, S=I",
           why="one template for all groups may be enough here (a guess)"),
-    _lite("generated templates beat free ones with scaling kernels", rival="templates"),
+    _lite("generated templates beat free ones with scaling kernels", rival="templates",
+          why="how they are made, more than their rank (next rows)"),
     _lite("generated templates beat free factors of the same rank", rival="free factors",
-          source=_LATER),
+          source=_LATER, why="which part of the generator does the harm is not tested"),
     Versus("free templates of full rank beat free factors of rank r", "templates",
            "free factors", "delta_m", source=_LATER, why=_WIDE),
     Versus("Lite at a third of its rate beats Lite", "lite, slow", "lite", "delta_m",
            source=_LATER, why=_WIDE),
     Versus("Lite at a third of its rate beats free factors", "lite, slow", "free factors",
-           "delta_m", source=_LATER),
+           "delta_m", source=_LATER, why="it is not this rate alone, then, but the generator"),
     _lite("Lite beats full fine-tuning of a model for each task", rival="full, single",
-          paper="Polyhistor +2.34", source="a later paper; not Lite"),
+          paper="Polyhistor +2.34", source="a later paper; not Lite", why=_SAME),
 ]
 
 
