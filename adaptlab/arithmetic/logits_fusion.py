@@ -131,9 +131,21 @@ def static_fusion(
 
     return choose
 
-# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #3466e935
+# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #06508a5a
 ALPHAS = torch.arange(21) / 10  # 0.0, 0.1 ... 2.0: the paper's candidates
-_TIE = 1e-12  # the square of a distance that float32 cannot tell from 0
+
+
+def _less(value: Tensor, best: Tensor) -> Tensor:
+    "Less by more than rounding: so the first of equals stays."
+    return value < best * (1 - 16 * torch.finfo(value.dtype).eps)
+
+
+def _moves(small: Tensor, d: Tensor, closed: Tensor) -> Tensor:
+    "Whether a direction is more than a constant and the rounding of the logits, [...]."
+    constant = d.sum(-1, keepdim=True) / (~closed).sum(-1, keepdim=True)
+    size = small.masked_fill(closed, 0.0).abs().amax(-1) + constant[..., 0].abs()
+    rest = (d - constant).masked_fill_(closed, 0.0).abs_().amax(-1)
+    return rest > 4 * torch.finfo(d.dtype).eps * size
 
 
 def _divergences(small: Tensor, expert: Tensor, closed: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +158,7 @@ def _divergences(small: Tensor, expert: Tensor, closed: Tensor) -> tuple[Tensor,
 def _gap(at: Distances, f: Tensor, b: Tensor) -> Tensor:
     return (at.forward - f) ** 2 + (at.backward - b) ** 2
 
-# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #e018b28a
+# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #70e11ffe
 def _ray(log_p: Tensor, d: Tensor) -> Callable[..., Distances]:
     "`distances` as a function of alpha; slopes only if asked for, and two buffers used again."
     first, w, wd = torch.linalg.vecdot(log_p.exp(), d), torch.empty_like(d), torch.empty_like(d)
@@ -170,11 +182,11 @@ def _grid(log_p: Tensor, d: Tensor, f: Tensor, b: Tensor, alphas: list[float]) -
     best, alpha, at = torch.full_like(f, math.inf), torch.zeros_like(f), _ray(log_p, d)
     for candidate in alphas:
         value = _gap(at(candidate), f, b)
-        better = value < best - _TIE
+        better = _less(value, best)
         best, alpha = torch.where(better, value, best), alpha.masked_fill(better, candidate)
     return alpha, best
 
-# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #245896e8
+# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #bf00241c
 def _halved(f: Tensor, alphas: list[float], falls: Callable[[Tensor], Tensor]) -> Tensor:
     "Where something stops to fall, between the first and the last alpha."
     low, high = torch.full_like(f, alphas[0]), torch.full_like(f, alphas[-1])
@@ -195,10 +207,10 @@ def _bisect(log_p: Tensor, d: Tensor, f: Tensor, b: Tensor, alphas: list[float])
 
     alpha = _halved(f, alphas, falls)
     value, first = (_gap(ray(a), f, b) for a in (alpha, alphas[0]))
-    gained = value < first - _TIE
+    gained = _less(value, first)
     return alpha.masked_fill(~gained, alphas[0]), torch.where(gained, value, first)
 
-# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #3e467252
+# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #8cdbd147
 def _candidates(alphas: Any) -> list[float]:
     values = torch.as_tensor(alphas, dtype=torch.float64).flatten().tolist()
     steps = [b - a for a, b in zip(values, values[1:], strict=False)]
@@ -217,7 +229,7 @@ def _joint(log_p: Tensor, d: list[Tensor], f: Tensor, b: Tensor, alphas: list[fl
     for combination in itertools.product(alphas, repeat=len(d)):
         direction = sum(a * x for a, x in zip(combination, d, strict=True))
         value = _gap(distances(log_p, direction, 1.0), f, b)
-        better = value < best - _TIE
+        better = _less(value, best)
         best = torch.where(better, value, best)
         alpha = torch.where(better[..., None], f.new_tensor(combination), alpha)
     return alpha, best
@@ -229,14 +241,14 @@ def _sequential(search: Callable, log_p: Tensor, d: list[Tensor], f: Tensor, b: 
     best, alpha = torch.full_like(f, math.inf), f.new_zeros(*f.shape, len(d))
     for t, direction in enumerate(d):
         strength, value = search(log_p, direction, f, b, alphas)
-        better = value < best - _TIE
+        better = _less(value, best)
         alone = torch.zeros_like(alpha)
         alone[..., t] = strength
         best = torch.where(better, value, best)
         alpha = torch.where(better[..., None], alone, alpha)
     return alpha, best
 
-# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #477724a5
+# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #94d98f59
 def dynamic_alpha(
     large: Tensor,  # [..., V] logits of the large model
     small: Tensor,  # [..., V] of the small base
@@ -247,6 +259,11 @@ def dynamic_alpha(
     bounds: bool = False,  # also find the alphas that meet each distance alone (one expert)
 ) -> FusionStep:  # strengths, fused logits, what is left of the objective, bounds
     """The strength at which the large model moves as far as the expert moved (the paper's method).
+
+    The objective may have several minima between the bounds. "grid" takes the best candidate;
+    "bisect" finds one of the minima, not always the deepest, or takes the first alpha where that
+    is no worse. Ties go to the first candidate and expert; an expert that differs from `small` by
+    a constant gets the first alpha. float32 cannot resolve moves below about 1e-6 nats.
 
     Raises ValueError as `fuse_logits`, for candidates that do not grow from 0 or more, for unknown
     words, for "joint" without the grid or with too many combinations.
@@ -262,6 +279,7 @@ def dynamic_alpha(
     how = _joint if multi == "joint" and len(d) > 1 else partial(_sequential, search)
     found = None
     with torch.no_grad():
+        d = [x * _moves(small, x, closed)[..., None] for x in d]  # a constant says nothing
         log_p = large.log_softmax(-1)
         f, b = (torch.stack(x) for x in zip(*(_divergences(small, e, closed) for e in experts),
                                             strict=True))

@@ -228,7 +228,7 @@ def _one_seed(cfg: Config, seed: int) -> pd.DataFrame:
                  clipped=100 * (step.alpha >= fusion.ALPHAS[-1]).float().mean().item())
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/logits_fusion.ipynb #4c765879
+# %% ../../nbs/experiments/logits_fusion.ipynb #8cdc7d5a
 NO_RELEVANCE, OURS = "the objective holds no relevance, only distances", "not in the paper"
 ONE = [
     Versus("fusion with a small expert beats the large model", "dynamic", "large", "nll",
@@ -239,18 +239,18 @@ ONE = [
            "strengths that vary cost more than their match earns"),
     Versus("dynamic strength beats the best static one, chosen on labelled names", "dynamic",
            "static chosen", "nll", "dynamic is best of four", "figure of strengths",
-           "strengths that vary cost, and labels know the scale better"),
+           "strengths that vary cost; why labels choose better still was not looked into"),
     Versus("the strength suits its letter: dynamic beats its own strengths, dealt at random",
            "dynamic", "dealt", "nll", "", OURS, "a guess: they differ little"),
     Versus("both distances beat the forward one alone", "dynamic", "forward", "nll", "", OURS,
            "the two alone give nearly the same strength"),
     Versus("both distances beat the backward one alone", "dynamic", "backward", "nll", "", OURS,
-           "not tested"),
+           "the two alone give nearly the same strength; why this one leads was not looked into"),
 ]
 MANY = [
-    Versus("with two experts, the search beats the large model on their languages",
+    Versus("with two experts, the search beats the large model on the mean of their languages",
            "one at a time", "large", "nll", "27.53 vs 24.61, seen tasks", "multi-task table",
-           "not tested"),
+           "the languages differ, and the cause was not looked into"),
     Versus("the search beats the average of both shifts", "one at a time", "average", "nll", "",
            OURS, "a guess: letters that get the wrong expert get it in full strength"),
     Versus("the search for the expert beats a coin", "one at a time", "coin", "nll", "", OURS,
