@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Method', 'SharedBasis', 'OrthogonalLinear', 'OrthogonalAdapterConfig', 'add_orthogonal_adapter', 'Concept',
            'concept_of', 'ConceptSum', 'attach_concepts', 'merge_concepts', 'unmerge_concepts', 'crosstalk',
-           'functional_crosstalk', 'ConceptTokens', 'save_concept', 'load_concept', 'to_peft', 'from_peft']
+           'functional_crosstalk', 'ConceptTokens', 'save_concept', 'load_concept', 'to_peft']
 
 # %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #0fd77d10
 import hashlib
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from .. import adapter_files, adapters, modules
 from ..cache import atomic_path
 
-# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #5822974a
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #fd3f1eca
 def _generator(*parts: Any) -> torch.Generator:
-    "Random numbers that depend on names and whole numbers only."
+    "Random numbers that depend on names and whole numbers only, on every machine."
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -114,9 +114,9 @@ class SharedBasis:
         probe = (self.matrix(16)[:, 0] * 1e4).round().int().tolist()
         return hashlib.sha256(json.dumps([self.seed, probe]).encode()).hexdigest()[:16]
 
-# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #d67395cd
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #04d223e7
 def _mark(B: Tensor) -> Tensor:
-    "One number per column, by which a basis is recognised, [r]."
+    "One number per column, its sum with weights from -1 to 1, by which a basis is known, [r]."
     return torch.linspace(-1, 1, len(B)) @ B
 
 
@@ -161,7 +161,7 @@ class OrthogonalLinear(adapters.LowRank):
                              "where it was trained: another version of torch? Train again, or "
                              "take the LoRA export of it")
 
-# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #0d1bd125
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #4ebc3673
 @dataclass(frozen=True, kw_only=True)
 class OrthogonalAdapterConfig:
     "What is put on which layers. ValueError for a concept without a name."
@@ -192,7 +192,7 @@ def _targets(model: nn.Module, wanted: Any) -> Any:
 def add_orthogonal_adapter(
     model: nn.Module,  # any model; changed in place
     config: OrthogonalAdapterConfig,  # what, and where
-    also_train: Sequence[str] = (),  # modules or parameters trained in full, such as new tokens
+    also_train: Sequence[str] = (),  # names of modules or parameters trained in full
 ) -> nn.Module:  # the same model: A trainable, the rest frozen
     "Attach an `OrthogonalLinear` to each target layer. Raises as that, and if no layer matches."
     names = adapters.match_layers(model, _targets(model, config.target_modules))
@@ -255,7 +255,7 @@ def concept_of(
                    {n: _sample(a.layer) for n, a in found.items()},
                    {k: v.detach().cpu().clone() for k, v in (tokens or {}).items()})
 
-# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #dbaf53a6
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #bd3cd883
 class ConceptSum(adapters.LowRank):
     "Several concepts on one layer: W x + sum of lambda A B^T x. Nothing in it is trained."
 
@@ -265,8 +265,8 @@ class ConceptSum(adapters.LowRank):
     def __init__(
         self,
         layer: nn.Module,  # frozen Linear, or Conv1D of transformers
-        up: Tensor,  # [out, N r], each A times its weight
-        columns: Tensor,  # [in, N r], the B's
+        up: Tensor,  # [out, concepts * r], each A times its weight
+        columns: Tensor,  # [in, concepts * r], the B's
     ):
         super().__init__(layer)
         self.register_buffer("A", columns.T.contiguous().to(**self.factory))
@@ -387,12 +387,12 @@ def crosstalk(
         found[layer] = float((Ra @ (Ba.T @ Bb) @ Rb.T).norm() / size) if size > 0 else 0.0
     return found
 
-# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #fa447aeb
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #1749fbe2
 @torch.no_grad()
 def functional_crosstalk(
     model: nn.Module,  # the base, without adapters
     concepts: Sequence[Concept],  # trained on it
-    inputs: Mapping[str, Any],  # concept -> batch with its own inputs, as `modules.call` takes it
+    inputs: Mapping[str, Any],  # concept -> its own batch, for `modules.call`: tensor or dict
 ) -> dict[str, Tensor]:  # layer -> [i, j], what j adds to inputs of i over what i adds; NaN for 0/0
     "Crosstalk on real inputs: X_i is what each layer sees in the model with concept i alone."
     _check_together(concepts)
@@ -413,17 +413,17 @@ def functional_crosstalk(
                 rows[layer].append(torch.stack([
                     (X @ c.columns(layer).to(X) @ c.up[layer].to(X).T).norm() for c in concepts]))
     for layer, norms in rows.items():
-        N = torch.stack(norms).cpu()
-        found[layer] = N / N.diagonal()[:, None]
+        sizes = torch.stack(norms).cpu()
+        found[layer] = sizes / sizes.diagonal()[:, None]
     return found
 
-# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #b1172d9f
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #65305a84
 class ConceptTokens(nn.Module):
-    "New words: k vectors for each layer that reads the prompt."
+    "New words: vectors of their own for each layer that reads the prompt."
 
     def __init__(
         self,
-        start: Tensor,  # [k, d], such as the vector of the class's word, k times
+        start: Tensor,  # [words, d], such as the vector of the class's word for each
         layers: int = 1,  # that read the prompt
     ):
         super().__init__()
@@ -431,9 +431,9 @@ class ConceptTokens(nn.Module):
 
     def forward(
         self,
-        embeddings: Tensor,  # [N, T, d] of a prompt's tokens
-        places: Tensor,  # int64 [N, T]: which new word stands there, -1 for none
-    ) -> Tensor:  # [layers, N, T, d]
+        embeddings: Tensor,  # [batch, length, d] of a prompt's tokens
+        places: Tensor,  # int64 [batch, length]: which new word stands there, -1 for none
+    ) -> Tensor:  # [layers, batch, length, d]
         "The prompt as each layer reads it. ValueError for a word that there is not."
         if places.max() >= self.values.shape[1]:
             raise ValueError(f"place {int(places.max())}: there are {self.values.shape[1]} words")
@@ -483,39 +483,16 @@ def load_concept(
                              "version of torch? Take the LoRA export of it")
     return concept
 
-# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #d62215bc
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #cc2c984b
 def to_peft(
     model: nn.Module,  # the base, without adapters; as it was afterwards
     concepts: Concept | Sequence[Concept],  # one, or several that are summed
     folder: str | Path,  # to be written; `peft.PeftModel.from_pretrained` reads it
     weights: float | Sequence[float] = 1.0,  # lambda, for all or for each
 ) -> Path:  # the folder
-    "Write concepts as a LoRA of rank N r in PEFT's format. Raises as `merge_concepts`."
+    "Write concepts as one LoRA, their ranks added, for PEFT. Raises as `merge_concepts`."
     attach_concepts(model, [concepts] if isinstance(concepts, Concept) else concepts, weights)
     try:
         return adapter_files.to_peft(model, folder)
-    finally:
-        adapters.detach(model)
-
-
-def from_peft(
-    model: nn.Module,  # the base, without adapters; as it was afterwards
-    folder: str | Path,  # a LoRA in PEFT's format
-    config: OrthogonalAdapterConfig,  # whose columns it must have
-) -> Concept:  # its A's
-    "Read a concept back. ValueError if a `lora_A` is not B^T of that concept and basis."
-    adapter_files.from_peft(model, folder)
-    try:
-        found, config = adapters.adapters(model), replace(
-            config, target_modules=tuple(adapters.adapters(model)))
-        for name, a in found.items():
-            B = config.basis.columns(a.in_features, config.r, config.concept, name, config.method)
-            if a.A.shape != B.T.shape or not torch.allclose(a.A.cpu().float(), B.T, atol=1e-2):
-                raise ValueError(f"{name!r}: lora_A is not the {config.method} columns of "
-                                 f"{config.concept!r}, r = {config.r}. A LoRA that was trained "
-                                 "otherwise can't be made orthogonal afterwards")
-        return Concept(config, {n: (a.scaling * a.B).detach().cpu() for n, a in found.items()},
-                       {n: a.in_features for n, a in found.items()},
-                       {n: _sample(a.layer) for n, a in found.items()})
     finally:
         adapters.detach(model)
