@@ -230,7 +230,7 @@ def _main_figure(table: pd.DataFrame, arms: dict[str, pd.DataFrame], names: list
     right.set_title("What it is worth at the newest version, M5")
     return fig
 
-# %% ../../nbs/experiments/finetuning_transfer.ipynb #02413727
+# %% ../../nbs/experiments/finetuning_transfer.ipynb #3886de18
 def _measured(cfg: Config, seed: int, lr: float, short: bool) -> pd.DataFrame:
     "Rows of the arms, and behind them of the matrix, which has a `source`."
     bed = task(seed, cfg)
@@ -253,8 +253,8 @@ def _digits(cfg: Config, run: Run, report: Report) -> None:
     newest = dict(tuple(arms[arms["version"] == len(cfg.steps)].groupby("training", sort=False)))
     _claims(report, table, newest)
     report.figure("main", _main_figure(table, newest, _names(cfg)),
-                  "Left: recovered share, mean of the seeds. Right: accuracy of the first model less "
-                  "that of the second, with its interval; right of 0 the first is better.")
+                  "Left: recovered share, mean of the seeds. Right: accuracy of the first model "
+                  "less that of the second, with its interval; right of 0 the first is better.")
 
 # %% ../../nbs/experiments/finetuning_transfer.ipynb #709b1dfc
 _SOLVED, _ASKED = "openai/gsm8k@main#train", "openai/gsm8k@main#test"
