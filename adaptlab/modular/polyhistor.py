@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Mode', 'Decomposition', 'PolyhistorConfig', 'DecomposedHyperNetwork', 'LayerwiseScalingKernel', 'Branch',
            'TaskAdapters', 'PolyhistorModel', 'export_adapters', 'load_adapters', 'MLPDecoder', 'segmentation_loss',
-           'regression_loss', 'normals_loss', 'delta_m']
+           'regression_loss', 'normals_loss', 'MultiTaskLoss', 'delta_m']
 
-# %% ../../nbs/modular/02_polyhistor.ipynb #f265a45e
+# %% ../../nbs/modular/02_polyhistor.ipynb #5a679a51
 import contextlib
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -470,7 +470,31 @@ def normals_loss(
     cosine = F.cosine_similarity(_like(found, target.shape[-2:]), target, dim=1)
     return ((1 - cosine) * known).sum() / known.sum().clamp(min=1)
 
-# %% ../../nbs/modular/02_polyhistor.ipynb #a36a7e84
+# %% ../../nbs/modular/02_polyhistor.ipynb #81d8ae40
+class MultiTaskLoss:
+    "Weighted sum of the tasks' losses. KeyError for a task without labels, ValueError for weights."
+
+    def __init__(
+        self,
+        losses: Mapping[str, Callable],  # task -> (output, labels) -> scalar
+        weights: Mapping[str, float] | None = None,  # task -> weight; None: 1 for all
+    ):
+        self.losses, self.weights = dict(losses), dict(weights or dict.fromkeys(losses, 1.0))
+        if set(self.weights) != set(self.losses) or min(self.weights.values()) < 0:
+            raise ValueError(f"weights {self.weights}: give one of at least 0 for each of "
+                             f"{', '.join(self.losses)}")
+
+    def parts(self, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict:
+        "The losses by task, without weights."
+        if missing := [t for t in outputs if t not in labels]:
+            raise KeyError(f"the batch has no labels for {missing[0]!r}: it has {list(labels)}")
+        return {t: self.losses[t](y, labels[t].to(y.device)) for t, y in outputs.items()}
+
+    def __call__(self, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
+        "The loss of the tasks in `outputs`."
+        return sum(self.weights[t] * x for t, x in self.parts(outputs, labels).items())
+
+
 def delta_m(
     metrics: Mapping[str, float],  # task -> figure
     baseline: Mapping[str, float],  # task -> figure of single-task full fine-tuning

@@ -18,6 +18,7 @@ from adaptlab.modular.polyhistor import (
     DecomposedHyperNetwork,
     LayerwiseScalingKernel,
     MLPDecoder,
+    MultiTaskLoss,
     PolyhistorConfig,
     PolyhistorModel,
     TaskAdapters,
@@ -352,6 +353,17 @@ def test_losses_look_at_known_places_only():
     n = torch.tensor([0.0, 0.0, 2.0])[None, :, None, None].expand(1, 3, 1, 2)
     known = torch.stack([torch.tensor([0.0, 1.0, 0.0]), torch.zeros(3)], 1)[None, :, None]
     torch.testing.assert_close(normals_loss(n, known), torch.tensor(1.0))
+
+
+def test_weights_and_tasks_of_the_loss():
+    y = torch.ones(1, 1, 1, 1)
+    loss = MultiTaskLoss({"a": regression_loss, "b": regression_loss}, {"a": 1, "b": 3})
+    assert loss({"a": y, "b": y}, {"a": y * 2, "b": y * 3}) == 1 + 3 * 2
+    assert loss({"b": y}, {"b": y * 3}) == 6
+    with pytest.raises(KeyError, match="no labels for 'b'"):
+        loss({"b": y}, {"a": y})
+    with pytest.raises(ValueError, match="give one of at least 0"):
+        MultiTaskLoss({"a": regression_loss}, {"b": 1})
 
 
 def test_relative_gain():
