@@ -120,7 +120,7 @@ def loss(
     with modules.modes_kept(model):
         return float(modules.cross_entropy(model.eval(), part))
 
-# %% ../../nbs/experiments/unified_view.ipynb #c3fa930a
+# %% ../../nbs/experiments/unified_view.ipynb #0bea70a3
 PA = partial(uv.DeltaConfig, init="lora", dim=30, position="post_out")
 TINY = 2  # length and width of the small budget
 RATES = (1e-2, 3e-2)
@@ -164,7 +164,7 @@ CASES = [
            "en-ro 36.4 vs 35.6 BLEU", "r = 200; its PA at attention stands before W_o"),
     Versus("at a tiny budget, the heads are the better place", "heads, tiny", "PA ffn, tiny",
            "loss", "en-ro 35.3 vs 33.0 BLEU", "r = 30, 0.1 %",
-           "half of it: a tiny adapter loses as much before W_o (controls)"),
+           "likely half of it: what a tiny adapter loses before W_o (controls)"),
     Versus("scaled addition beats addition", "scaled PA ffn", "PA ffn", "loss",
            "XSum 21.54 vs 20.98 R-2", "s = 4",
            "s is a rate of W_up's own: it wins at one common rate, not at the best ones"),
