@@ -100,13 +100,38 @@ def test_bisection_finds_what_the_grid_finds():
     L, S, E = rows(300)
     grid, fine = dynamic_alpha(L, S, E, bounds=True), dynamic_alpha(L, S, E, method="bisect")
     assert (fine.objective <= grid.objective + 1e-6).all()
-    assert (fine.alpha - grid.alpha).abs().max() <= 0.1 + 1e-4  # one minimum, so a neighbour
+    assert (fine.alpha - grid.alpha).abs().max() <= 0.1 + 1e-4  # mild rows: one minimum
     low, high = grid.bounds.sort(-1).values.unbind(-1)
     assert ((low - 1e-3 <= fine.alpha[:, 0]) & (fine.alpha[:, 0] <= high + 1e-3)).all()
     inside = high < 2
     assert inside.sum() > 100
     f = distances(L.log_softmax(-1), E - S, grid.bounds[:, 0]).forward
     torch.testing.assert_close(f[inside], divergence(E, S)[inside], rtol=1e-3, atol=1e-3)
+
+
+def test_two_minima():
+    "The grid takes its best candidate; bisection may come to the worse dip, then it takes 0."
+    torch.manual_seed(1)
+    L, S, E = (6 * torch.randn(300, VOCABULARY, dtype=torch.float64)[190] for _ in range(3))
+    at = [objective(L, S, [E], torch.tensor([a], dtype=torch.float64)).item()
+          for a in (0.0, 0.65, 0.95, 1.2, 1.5)]
+    assert at[1] < at[0] < at[3] < min(at[2], at[4])  # a deep dip, a ridge, a dip above no move
+    grid, found = dynamic_alpha(L, S, E), dynamic_alpha(L, S, E, method="bisect")
+    assert abs(grid.alpha.item() - 0.65) < 0.1 and found.alpha.item() == 0
+    torch.testing.assert_close(found.objective.item(), at[0])
+
+
+@pytest.mark.parametrize("method", ["grid", "bisect"])
+def test_small_moves_are_moves(method):
+    "Ties are relative: however little an expert moved, large = small gives it, strength 1."
+    S, N = rows(40, n=2, dtype=torch.float64)
+    for size in (1e-2, 1e-3, 1e-4):
+        step = dynamic_alpha(S, S, S + size * N, method=method)
+        torch.testing.assert_close(step.alpha, torch.ones_like(step.alpha), rtol=0, atol=1e-2)
+    S, N = S.float(), N.float()
+    assert dynamic_alpha(S, S, S + 1e-3 * N, method=method).alpha.mean() > 0.9
+    for shift in (0.0, 3.0, -0.1, 40.0):
+        assert not dynamic_alpha(2 * N, S, S + shift, method=method).alpha.any()
 
 
 @pytest.mark.parametrize("method", ["grid", "bisect"])
