@@ -142,7 +142,9 @@ class DiffVector:
         "Open what `save` wrote; tensors are read when they are needed."
         return cls(checkpoints.open_state(path))
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #c0110f9f
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #8a702d47
+#| code-fold: true
+#| code-summary: "How states of other precision or vocabulary are made comparable"
 def _comparable(state: LazyState, other: LazyState, dtype: torch.dtype) -> LazyState:
     "Widened where the other is stored in another precision, and without talk of vocabularies."
     def about() -> dict[str, Any]:
@@ -375,7 +377,9 @@ def merged_config(
         merged["vocab_size"] = rows[1]
     return merged
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #db6fbf09
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #109a8b9c
+#| code-fold: true
+#| code-summary: "What is refused, and what is copied into the folder"
 def _check_models(states: Sequence[LazyState]) -> None:
     "ValueError for models of other kinds, or tied in one and not in another."
     configs = [_config(s) for s in states]
@@ -404,7 +408,9 @@ def _carry(
         text = json.dumps(merged_config(target, tuned, (_rows(states[2]), rows)), indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #69d80125
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #8cbbf1ff
+#| code-fold: true
+#| code-summary: "How lengths are measured while weights are written"
 class _Meter:
     "Squares of what is read through it, tensor by tensor."
 
@@ -431,7 +437,7 @@ class _Meter:
         "Euclidean length of each tensor."
         return {n: float(v) ** 0.5 for (what, n), v in self.sums.items() if what == label}
 
-
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #4ce3c73a
 @dataclass(frozen=True, eq=False)
 class Transfer:
     "A transferred fine-tune, and what is known of it."
@@ -452,7 +458,9 @@ class Transfer:
         ratios = {k: v / self.base[k] for k, v in self.moved.items() if self.base.get(k)}
         return sorted(ratios.items(), key=lambda item: -item[1])[:n]
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #a32795e3
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #5b3228e8
+#| code-fold: true
+#| code-summary: "How a swap is noticed"
 def _warn_of_swap(base: LazyState, diff: LazyState, target: LazyState) -> None:
     "Where a target is nearer to base + diff than to the base, by the first entries of tensors."
     products = {}
@@ -466,7 +474,9 @@ def _warn_of_swap(base: LazyState, diff: LazyState, target: LazyState) -> None:
         warnings.warn("the new base is nearer to the fine-tune than to the old base: were they "
                       "swapped? If not, the bases may be too far apart for this diff", stacklevel=3)
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #1bcfa212
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #79b489e9
+#| code-fold: true
+#| code-summary: "Names on the hub, and models that do not belong together"
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -543,7 +553,9 @@ def transfer_finetuning(
                       "fine-tune made from this base?", stacklevel=2)
     return done
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #d7f949c7
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #548c01d9
+#| code-fold: true
+#| code-summary: "The command's options, and what it prints"
 @dataclass(frozen=True)
 class TransferOptions:
     "Carry a fine-tune over to another version of its base: new base + (tuned - old base)."
