@@ -143,7 +143,7 @@ class TaskVector(UserDict):
             raise ValueError("a task vector of norm 0 has no direction, so there is no angle")
         return self.dot(other) / length
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #1f3d741a
+# %% ../../nbs/arithmetic/03_atlas.ipynb #a69195ca
 class _Product(torch.autograd.Function):
     "coef [..., n] times rows [..., n, L], in coef's precision; wide rows are not kept."
 
@@ -155,12 +155,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        rows, g = rows.to(g.dtype), g[..., None]
-        if not g.is_cuda:
-            return (rows @ g)[..., 0], None
-        pieces = math.gcd(g.shape[-2], 256)  # few long rows keep few of a GPU's cores busy
-        rows = rows.unflatten(-1, (pieces, -1)).transpose(-3, -2)
-        return (rows @ g.unflatten(-2, (pieces, -1))).sum(-3)[..., 0], None
+        return (rows.to(g.dtype) @ g[..., None])[..., 0], None
 
 
 def compose(
@@ -363,17 +358,15 @@ def _count(data: Any) -> int:
     "Samples of tensors, batches of a loader."
     return len(data[0]) if isinstance(data, tuple) else len(data)
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #2c005fd6
+# %% ../../nbs/arithmetic/03_atlas.ipynb #ec2b6655
 @torch.no_grad()
 def _accuracy(model: nn.Module, data: Any, head: Callable = modules.logits_of) -> float:
     "Share of right answers on a loader, a Dataset, or tensors (x, y)."
     right = total = 0
-    with modules.modes_kept(model):
-        model.eval()
-        for batch in _batches(data):
-            said = head(modules.call(model, batch)).argmax(-1).cpu()
-            right += int((said == modules.labels_of(batch).cpu()).sum())
-            total += len(said)
+    for batch in _batches(data):
+        said = head(modules.call(model, batch)).argmax(-1).cpu()
+        right += int((said == modules.labels_of(batch).cpu()).sum())
+        total += len(said)
     return right / total
 
 
@@ -511,7 +504,7 @@ def ufm_loss(
     other = -(soft * logs).sum(-1) * (soft.amax(-1) > threshold)
     return torch.where(trusted, hard, other).mean()
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #0ec8082a
+# %% ../../nbs/arithmetic/03_atlas.ipynb #3402fcd0
 def learn_test_time(
     composer: AnisotropicComposer,  # returns logits
     images: Tensor,  # [N, ...] without labels
@@ -525,7 +518,7 @@ def learn_test_time(
     most: int = 100,  # trusted images per class
     **more: Any,  # of `learn_composition`
 ) -> train.FitResult:  # history, steps, seconds
-    "UFM (section 4.3, appendix E). ValueError for a batch of fewer than four."
+    "UFM (section 4.3, appendix E). ValueError for fewer than four images, or fewer than classes."
     batch_size = min(batch_size, len(images))
     if (few := batch_size // 4) < 1:
         raise ValueError("a batch of fewer than 4 images has no quarter: give more")
@@ -537,6 +530,8 @@ def learn_test_time(
         nonlocal step, known
         if step % passes == 0:
             known = _trusted(evaluate.predict(composer, images), most)
+            if not len(known[0]):
+                raise ValueError(f"{len(images)} images, more classes: none is trusted; give more")
         limit = low + (high - low) * step / max(1, passes * epochs - 1)
         pick = torch.randint(len(known[0]), (few,), generator=g)  # all processes', then mine
         pick = pick[processes.rank() :: processes.world_size()]

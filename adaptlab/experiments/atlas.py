@@ -160,7 +160,7 @@ def _methods(cfg: Config, arms: bool) -> dict[str, Method]:
     return {name: rivals.trained(how, cfg.training, lrs, device=cfg.device)
             for name, (how, lrs) in prepare.items()}
 
-# %% ../../nbs/experiments/atlas.ipynb #408eda10
+# %% ../../nbs/experiments/atlas.ipynb #6ae06d3f
 CASES = (  # fewest or most shots, what is said, of whom, over whom, paper, source
     (min, "aTLAS beats the base", "aTLAS", "base", "66.2 vs 60.4", "table 9"),
     (max, "per block beats per vector", "aTLAS", "one number per vector", "", "not in the paper"),
@@ -199,7 +199,7 @@ def _shots(cfg: Config, run: Run, report: Report, targets: tuple[str, ...], meth
                                          "accuracy", paper, source, "the two are close")],
                    unit="points")
     report.figure("main", _plot(table, report), "Left: accuracy on what no expert has seen (mean "
-                  "and range over choices of images). Right: what choices are worth, in pairs.")
+                  "and range over choices of images). Right: differences on the same images.")
 
 
 def _fewshot(cfg: Config, run: Run, report: Report) -> None:

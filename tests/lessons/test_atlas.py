@@ -482,6 +482,13 @@ def test_test_time_shares_and_threshold(three, monkeypatch):
         learn_test_time(made, data(3)[0], lambda x: x)
 
 
+def test_fewer_images_than_classes_are_refused():
+    model = recipes.MLP((6, 8, 10))
+    made = AnisotropicComposer(model, [TaskVector(model, tuned(model))])
+    with pytest.raises(ValueError, match="5 images, more classes"):
+        learn_test_time(made, data(5)[0], lambda x: x)
+
+
 def test_trusted_set_is_limited_by_an_equal_share():
     logits = torch.zeros(9, 3)
     logits[:, 0] = torch.arange(9.0) + 1
