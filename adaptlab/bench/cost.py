@@ -90,7 +90,7 @@ A100 = Machine("A100", 312, 80)
 H100 = Machine("H100", 990, 80)
 H200 = Machine("H200", 990, 141)
 
-# %% ../../nbs/bench/05_cost.ipynb #fbc4619d
+# %% ../../nbs/bench/05_cost.ipynb #f3920f57
 def forward_flops(
     model: nn.Module,  # may be on the meta device
     batch: Any,  # what `modules.call` takes
@@ -118,11 +118,12 @@ def needs(
     bytes_per_weight: int | None = None,  # of the frozen weights; None: as in the model
     machine: Machine = H100,  # one accelerator
 ) -> pd.DataFrame:  # what, amount, unit, from
-    """Memory, hours and disk of a run, counted on the model.
+    """Memory and hours of a run, counted on the model.
 
     A backward pass costs as much as the forward pass for the gradients of the inputs, and as much
     again for those of the weights; the latter only in the share of them that is trained. AdamW
-    holds a float32 copy of the gradient and two moments.
+    holds a float32 copy of the gradient and two moments. (A checkpoint of `fit` holds what is
+    trained and the moments: as much on disk.)
     """
     weights = sum(p.numel() for p in model.parameters())
     size = sum(p.numel() * (bytes_per_weight or p.element_size()) for p in model.parameters())
@@ -139,7 +140,6 @@ def needs(
         ("memory, together", *_memory(size + 12 * trainable + (activations or 0)),
          f"of {machine.gib:g} GiB of one {machine.name}{without}"),
         ("time", hours, "h", f"on one {machine.name}, {of}"),
-        ("disk, a checkpoint", (size + 12 * trainable) / 1e9, "GB", "weights, AdamW"),
     ]
     rows = [row for row in rows if row[1] or row[0] == "time"]  # what is not there has no line
     return pd.DataFrame(rows, columns=["what", "amount", "unit", "from"])
