@@ -149,7 +149,7 @@ def _look(made: Trained, bed: Bed, sums: tuple[str, ...] = tuple(SUMS)) -> dict[
     return _places(made, bed.model) | {
         f"identity {said}": identity(bed, merged(made, *SUMS[said])) for said in sums}
 
-# %% ../../nbs/experiments/orthogonal_adaptation.ipynb #64ac4c6b
+# %% ../../nbs/experiments/orthogonal_adaptation.ipynb #77bcf23f
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     "Settings of the experiment on orthogonal adaptation."
@@ -170,16 +170,16 @@ class Config(BaseConfig):
 
 SMALL = Config()
 CASES = [
-    Versus("five merged: random columns keep more identity than LoRA", "random", "LoRA",
+    Versus("five merged: random columns have more identity than LoRA", "random", "LoRA",
            "identity 5", "three merged: .745 vs .098 (DreamBooth-LoRA)", "table 2",
            "tuned for sums, LoRA has the least crosstalk in function"),
-    Versus("five merged: random columns keep more than the same columns for all", "random",
+    Versus("five merged: random columns have more than the same columns for all", "random",
            "same", "identity 5", "kept with orthogonality, lost without", "figure 8",
-           "tokens lie more in the base's directions than in their own columns"),
-    Versus("five merged: random columns keep more than Gaussian ones", "random", "gaussian",
+           "tokens lie more in theta's directions than in their own columns"),
+    Versus("five merged: random columns have more than Gaussian ones", "random", "gaussian",
            "identity 5", "more crosstalk with Gaussian ones", "section 3.3",
            "Gaussian columns have no more crosstalk here"),
-    Versus("five merged: disjoint blocks keep more than random columns", "disjoint", "random",
+    Versus("five merged: disjoint blocks have more than random columns", "disjoint", "random",
            "identity 5", why="they have about the same crosstalk in function")]
 SAID = {"random": "random columns", "disjoint": "disjoint blocks", "same": "the same columns",
         "LoRA": "LoRA", "class": "tokens from the class", "all layers": "all layers adapted"}
@@ -227,7 +227,7 @@ def _digits(cfg: Config, run: Run, report: Report) -> None:
                  measured=stats.over_seeds(random["identity 5"] - random["identity 1"]), above=-5,
                  paper="identity +.005 (three merged)", source="table 2", unit="points",
                  why="seeds differ, and crosstalk in function is far from zero")
-    report.claim("with random columns, a weight of 0.6 keeps more of five concepts than 1", above=0,
+    report.claim("with random columns, a weight of 0.6 gives more of five concepts than 1", above=0,
                  measured=stats.over_seeds(random["identity 5 at 0.6"] - random["identity 5"]),
                  paper="0.6 in all experiments", source="section 4", unit="points",
                  why="a concept needs its whole change here: alone at 0.6 it is lost, too")
