@@ -93,5 +93,7 @@ def test_side_by_side_against_one_by_one(three_b):
         return [z.sum().item() for z in PathBatch(three_b, ids, [2] * len(ids)).each(jobs)]
 
     a, s, t = in_turn(alone, shared, together, rounds=2, warm=0)
-    row(f"{len(jobs)} paths of 3B, side by side", t, reference=a, against="one by one", bound=0.5)
-    row(f"{len(jobs)} paths of 3B, shared prefixes alone", s, reference=a, against="one by one")
+    row(f"{len(jobs)} paths of 3B, side by side", t, reference=a, bound=0.5,
+        against="paths one by one")
+    row(f"{len(jobs)} paths of 3B, shared prefixes alone", s, reference=a,
+        against="paths one by one")

@@ -304,7 +304,8 @@ def test_compiled():
     once(step)
     assert not sum(dynamo.utils.counters["graph_break"].values())
     compiled, plain = in_turn(step, eager, rounds=5, warm=1)
-    row("LoRA step, 1 layer of 8B, compiled", compiled, reference=plain, against="not compiled")
+    row("LoRA step, 1 layer of 8B, compiled", compiled, reference=plain,
+        against="the step not compiled")
 
 
 def test_step_against_peft():

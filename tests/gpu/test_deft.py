@@ -123,7 +123,7 @@ def test_full_shape():
     assert all(p.grad.isfinite().all() for p in adapters.trainable_parameters(model))
     term, plain, naive = in_turn(ours, partial(step, suites.model_loss),
                                  partial(step, by_autograd), rounds=3, warm=1)
-    row("the same step", term, reference=plain, against="without the term")
+    row("the same step", term, reference=plain, against="the step without the term")
     row("the same step", term, reference=naive, against="the term by autograd", bound=1.0)
 
 

@@ -98,7 +98,7 @@ def test_steps_of_full():
                                     warm=1)
     what = f"{len(few['labels'])} x {FULL.max_length} tokens"
     row(f"{what}, a step of the weights", weights, reference=rival, against=f"LoRA, r = {FULL.r}")
-    row(f"{what}, a step of the search", whole, reference=weights, against="of the weights")
+    row(f"{what}, a step of the search", whole, reference=weights, against="a step of the weights")
 
 
 def test_kernel_on_the_card():
