@@ -248,7 +248,7 @@ def _sequential(search: Callable, log_p: Tensor, d: list[Tensor], f: Tensor, b: 
         alpha = torch.where(better[..., None], alone, alpha)
     return alpha, best
 
-# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #94d98f59
+# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #84b1799a
 def dynamic_alpha(
     large: Tensor,  # [..., V] logits of the large model
     small: Tensor,  # [..., V] of the small base
@@ -260,10 +260,9 @@ def dynamic_alpha(
 ) -> FusionStep:  # strengths, fused logits, what is left of the objective, bounds
     """The strength at which the large model moves as far as the expert moved (the paper's method).
 
-    The objective may have several minima between the bounds. "grid" takes the best candidate;
-    "bisect" finds one of the minima, not always the deepest, or takes the first alpha where that
-    is no worse. Ties go to the first candidate and expert; an expert that differs from `small` by
-    a constant gets the first alpha. float32 cannot resolve moves below about 1e-6 nats.
+    There may be several minima between the bounds. "grid" takes the best candidate; "bisect" finds
+    one minimum, not always the deepest, or takes the first alpha if no worse. Ties go to the first.
+    An expert that is `small` plus a constant gets the first alpha.
 
     Raises ValueError as `fuse_logits`, for candidates that do not grow from 0 or more, for unknown
     words, for "joint" without the grid or with too many combinations.
