@@ -217,6 +217,24 @@ def llama(
         torch.set_default_dtype(default)
 
 
+def language_step(
+    model: nn.Module,  # causal language model, as it is trained
+    ids: Tensor,  # [B, L] that it learns
+    lr: float,  # of AdamW
+) -> Callable[[], None]:
+    "A step in bfloat16 by autocast, as `fit` makes it."
+    adam = torch.optim.AdamW(adapters.trainable_parameters(model), lr=lr)
+
+    def step() -> None:
+        adam.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        adam.step()
+
+    return step
+
+
 def token_ids(batch: int, length: int, seed: int = 0) -> Tensor:
     "Random token ids [batch, length] on DEVICE, the same on each machine."
     generator = torch.Generator().manual_seed(seed)

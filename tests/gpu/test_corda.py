@@ -22,7 +22,7 @@ from adaptlab.lowrank.corda import (
     starting_factors,
     truncate,
 )
-from gpu.card import DEVICE, DRY, full, in_turn, llama, once, row, token_ids
+from gpu.card import DEVICE, DRY, full, in_turn, language_step, llama, once, row, token_ids
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -145,18 +145,11 @@ def test_full_scale_step():
         return CordaAdapter(layer, rank, start=tuple(start))
 
     attach(model.train(), adapter, LINEARS)
-    adam = torch.optim.AdamW(trainable_parameters(model), lr=FULL.language.lr)
-
-    def step():
-        adam.zero_grad()
-        with torch.autocast(DEVICE, torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        adam.step()
 
     assert FULL.language.precision == "bf16"
     full(f"a step, r = {rank}, {batch} x {FULL.max_length} tokens", model,
-         {"input_ids": ids, "labels": ids}, step, autocast=torch.bfloat16, rounds=2)
+         {"input_ids": ids, "labels": ids}, language_step(model, ids, FULL.language.lr),
+         autocast=torch.bfloat16, rounds=2)
 
 
 def test_small_experiment(tmp_path, monkeypatch):

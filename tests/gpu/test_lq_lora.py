@@ -13,7 +13,7 @@ from adaptlab.lowrank.lq_lora import (
     LQConfig, LQLoRALinear, QuantConfig, block_linears, dequantize, empirical_fisher,
     get_lq_lora_model, lq_decompose, quantize, quantize_layers, round_factors, storage,
     weighted_svd)
-from gpu.card import DEVICE, DRY, clock, full, llama, row, token_ids
+from gpu.card import DEVICE, DRY, clock, full, language_step, llama, row, token_ids
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -82,18 +82,11 @@ def test_full_scale_step():
     rank = FULL.tuned_rank if not DRY else 4
     adapters.attach(model, partial(LQLoRALinear, rank=rank), names)
     ids = token_ids(batch, FULL.tuned_window)
-    adam = torch.optim.AdamW(adapters.trainable_parameters(model), lr=FULL.lrs[0])
-
-    def step():
-        adam.zero_grad()
-        with torch.autocast(DEVICE, torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        adam.step()
 
     assert FULL.training.precision == "bf16"
     full(f"a step, {layers} of 32 layers, {batch} x {FULL.tuned_window}", model,
-         {"input_ids": ids, "labels": ids}, step, autocast=torch.bfloat16, rounds=3)
+         {"input_ids": ids, "labels": ids}, language_step(model, ids, FULL.lrs[0]),
+         autocast=torch.bfloat16, rounds=3)
 
 
 def test_small_experiment(tmp_path):
