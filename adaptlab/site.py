@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ROOMS', 'MARKS', 'Engine', 'project_root', 'settings', 'lessons_written', 'experiments_written', 'chapters_compared',
            'room_notebooks', 'read_notebook', 'module_name', 'words', 'reading_minutes', 'cell_options', 'page_name',
-           'page_links', 'guard_formulas', 'Page', 'align_numbers', 'output_markdown', 'code_markdown', 'split_title',
-           'header', 'page_markdown', 'Parameter', 'Definition', 'read_api', 'definition_markdown', 'module_files',
-           'api_pages', 'lesson_table', 'home_cards', 'sidebar', 'verdict_counts', 'verdict_summary', 'scoreboard_page',
-           'colab_cell', 'downloadable', 'settings_table', 'notebook_pages', 'check_ours', 'home_page', 'stage',
-           'localise', 'quarto_warnings', 'build', 'readme', 'main_figure', 'pictures', 'generated', 'behind',
-           'bring_in_step', 'main']
+           'page_links', 'guard_formulas', 'Page', 'align_numbers', 'output_markdown', 'joined_streams',
+           'code_markdown', 'split_title', 'header', 'page_markdown', 'Parameter', 'Definition', 'read_api',
+           'definition_markdown', 'module_files', 'api_pages', 'lesson_table', 'home_cards', 'sidebar',
+           'verdict_counts', 'verdict_summary', 'scoreboard_page', 'colab_cell', 'downloadable', 'settings_table',
+           'notebook_pages', 'check_ours', 'home_page', 'stage', 'localise', 'quarto_warnings', 'build', 'readme',
+           'main_figure', 'pictures', 'generated', 'behind', 'bring_in_step', 'main']
 
 # %% ../nbs/doors/01_site.ipynb #9a72e771
 import argparse
@@ -310,7 +310,21 @@ def output_markdown(
         return f"::: {{.cell-output .cell-output-markdown}}\n{body}\n:::"
     return _pre(plain) if plain else ""
 
-# %% ../nbs/doors/01_site.ipynb #0c127014
+# %% ../nbs/doors/01_site.ipynb #59859e5e
+def joined_streams(
+    outputs: list[dict],  # of a cell
+) -> list[dict]:  # neighbours of one stream in one piece, as a notebook shows them
+    "What was printed in several calls is one text."
+    found: list[dict] = []
+    for output in outputs:
+        name = output.get("name")
+        if name and found and found[-1].get("name") == name:
+            found[-1] = output | {"text": [*found[-1]["text"], *output["text"]]}
+        else:
+            found.append(output)
+    return found
+
+
 def code_markdown(
     source: str,  # a code cell
     outputs: list[dict],  # its saved outputs
@@ -331,7 +345,7 @@ def code_markdown(
             block = f'<details class="code-fold"><summary>{said}</summary>\n\n{block}\n\n</details>'
         parts.append(block)
     if options.get("output", True) is not False:
-        parts += [output_markdown(o, page, options) for o in outputs]
+        parts += [output_markdown(o, page, options) for o in joined_streams(outputs)]
     return "\n\n".join(p for p in parts if p)
 
 # %% ../nbs/doors/01_site.ipynb #566f2b33
