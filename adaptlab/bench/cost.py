@@ -144,13 +144,12 @@ def needs(
     rows = [row for row in rows if row[1] or row[0] == "time"]  # what is not there has no line
     return pd.DataFrame(rows, columns=["what", "amount", "unit", "from"])
 
-# %% ../../nbs/bench/05_cost.ipynb #912f5b6d
+# %% ../../nbs/bench/05_cost.ipynb #b80d9c2a
 def _compared(ratio: float, against: str, bound: float) -> str | None:
     "A ratio in words; None where there is none (NaN)."
     if pd.isna(ratio):
         return None
-    return f"{ratio:.3g} times that of {against}" + (
-        "" if pd.isna(bound) else f" (at most {bound:g} wanted)")
+    return f"{ratio:.3g} times {against}" + ("" if pd.isna(bound) else f" (bound {bound:g})")
 
 
 def on_card(
