@@ -1,8 +1,9 @@
-"""Models of papers' architectures, tiny and of random weights, as folders for a preset."""
+"""Models of papers' architectures, tiny and of random weights, as folders for a preset or alive."""
 
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from adaptlab import recipes
 
@@ -41,3 +42,20 @@ def vit(folder: Path | str, image: int = 32, patch: int = 16) -> str:
         image_size=image, patch_size=patch)).save_pretrained(folder)
     ViTImageProcessor(size={"height": image, "width": image}).save_pretrained(folder)
     return str(folder)
+
+
+def alive(model: nn.Module) -> nn.Module:  # the same, in eval mode
+    "Moved from its start, so that gates and last layers which begin at zero count."
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model.eval()
+
+
+def noisy_pictures(
+    n: int = 3, size: int = 8, channels: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # pictures, levels of noise, classes
+    "What a diffusion transformer is called with."
+    g = torch.Generator().manual_seed(1)
+    return (torch.randn(n, channels, size, size, generator=g), torch.arange(n) * 60,
+            torch.arange(n) % 3)

@@ -3,11 +3,13 @@
 import copy
 
 import pytest
+import tiny_models
 import torch
 from safetensors.torch import save_file
 
 from adaptlab.bench.diffusion import (
     DiT, ddpm_loss, error, from_diffusers, kept, load_dit, new_classes, noise_error, sample)
+from tiny_models import noisy_pictures as batch
 
 
 def flat(dim, grid):
@@ -18,17 +20,7 @@ def flat(dim, grid):
 def alive(**shape):
     "A small DiT whose gates and last layer are not zero, as after training."
     torch.manual_seed(0)
-    model = DiT(flat, **{"dim": 32, "depth": 2, "heads": 2} | shape)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model.eval()
-
-
-def batch(n=3, size=8, channels=1):
-    g = torch.Generator().manual_seed(1)
-    return (torch.randn(n, channels, size, size, generator=g), torch.arange(n) * 60,
-            torch.arange(n) % 3)
+    return tiny_models.alive(DiT(flat, **{"dim": 32, "depth": 2, "heads": 2} | shape))
 
 
 def test_noise_loss_and_samples():

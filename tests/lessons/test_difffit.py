@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import pytest
+import tiny_models
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -21,6 +22,7 @@ from adaptlab.sparse.difffit import (
     DiffFit, DiffFitConfig, ScaledBranch, branch_ends, interpolate_sincos_pos_embed, param_groups,
     trainable_summary)
 from adaptlab.train import Training
+from tiny_models import noisy_pictures as batch
 
 EVERY = ("attn", "mlp", "q", "k", "v", "o", "fc2")
 
@@ -28,17 +30,8 @@ EVERY = ("attn", "mlp", "q", "k", "v", "o", "fc2")
 def alive(classes=10, **shape):
     "A small DiT whose gates and last layer are not zero, as after training."
     torch.manual_seed(0)
-    model = make_dit(**{"dim": 32, "depth": 2, "heads": 2, "classes": classes} | shape)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model.eval()
-
-
-def batch(n=3, size=8, channels=1):
-    g = torch.Generator().manual_seed(1)
-    return (torch.randn(n, channels, size, size, generator=g), torch.arange(n) * 60,
-            torch.arange(n) % 3)
+    return tiny_models.alive(make_dit(
+        **{"dim": 32, "depth": 2, "heads": 2, "classes": classes} | shape))
 
 
 def shaken(model):
