@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from . import catalog
+from . import catalog, processes
 
 OK, CLAIM_FAILED, WRONG_USE, RUN_FAILED = 0, 1, 2, 3
 
@@ -104,12 +104,11 @@ def run_paper(args: argparse.Namespace) -> int:
     "Run a lesson's experiment, print its claims, and tell where the report is."
     from adaptlab.bench import runs
     from adaptlab.bench.report import FAILS
-    from adaptlab.processes import is_main
 
     slug = catalog.find(args.paper).slug
     config = _settings(slug, args.scale, args.rest)
     report = runs.launch(slug, config, args.scale, args.root, args.resume)
-    if is_main():
+    if processes.is_main():
         print(report.claims_table())
         print(f"\n{report.seconds:.1f} s; report in {report.folder}")
     failed = any(c.verdict == FAILS for c in report.claims)
@@ -327,4 +326,4 @@ def entry() -> None:
             print(f"adaptlab: the experiment failed; after a repair, `--resume` continues it, from "
                   f"what is done in {run.folder}", file=sys.stderr)
         code = RUN_FAILED
-    sys.exit(code)
+    processes.leave(code)

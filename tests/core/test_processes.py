@@ -54,6 +54,34 @@ def test_torch_is_not_loaded():
     assert done.stdout.strip() == "False", done.stderr
 
 
+LEAVES = """
+import atexit, sys
+from adaptlab import processes as p
+class Held:
+    def __del__(self): print("taken apart")
+held = Held()
+atexit.register(print, "registered")
+atexit.register(p._part)
+real, p._group = p._group, lambda: print("group") or real()
+print("done")
+p.leave(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("world, code, lines", [
+    (1, 0, ["done", "group", "group", "registered", "taken apart"]),
+    (2, 0, ["done", "group", "group", "registered"]),
+    (1, 3, ["done", "group", "group", "registered", "taken apart"]),
+    (2, 3, ["done", "group", "registered"]),  # the others may be waiting: no leave is taken
+])  # fmt: skip
+def test_one_of_several_processes_ends_before_python_is_taken_apart(world, code, lines):
+    env = environment() | {"WORLD_SIZE": str(world), "RANK": str(world - 1)}
+    done = subprocess.run([sys.executable, "-c", LEAVES, str(code)], env=env,
+                          capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines() == lines
+
+
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     out = tmp_path_factory.mktemp("talk") / "said.pt"
