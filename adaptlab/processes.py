@@ -82,8 +82,9 @@ def leave(
     """
     if world_size() == 1:
         sys.exit(code)
-    if code:
-        atexit.unregister(_part)
+    atexit.unregister(_part)
+    if code == 0:
+        _part()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads

@@ -106,4 +106,4 @@ if __name__ == "__main__":
     seen = run(place, device, sys.argv[4])
     if processes.is_main():
         (place / "found.json").write_text(json.dumps(seen))
-    torch.distributed.destroy_process_group()
+    processes.leave()

@@ -297,6 +297,7 @@ from adapter_models import IDS, Scale, Split, llama, logits
 from functools import partial
 from adaptlab.adapter_files import from_peft, load, save, to_peft
 from adaptlab.adapters import *
+from adaptlab.processes import leave
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
@@ -350,7 +351,7 @@ except ValueError as error:
     assert "before the model is sharded" in str(error)
 else:
     raise AssertionError
-dist.destroy_process_group()
+leave()
 """
 
 

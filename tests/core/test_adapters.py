@@ -861,6 +861,7 @@ sys.path.insert(0, sys.argv[2])
 from adapter_models import IDS, llama, shake
 from adaptlab.adapter_files import save
 from adaptlab.adapters import *
+from adaptlab.processes import leave
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 model = llama().train()
@@ -876,7 +877,7 @@ for _ in range(3):
 assert len(adapters(wrapped)) == 4
 if rank == 0:
     save(wrapped, sys.argv[1])
-dist.destroy_process_group()
+leave()
 """
 
 

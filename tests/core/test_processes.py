@@ -70,7 +70,7 @@ p.leave(int(sys.argv[1]))
 
 @pytest.mark.parametrize("world, code, lines", [
     (1, 0, ["done", "group", "group", "registered", "taken apart"]),
-    (2, 0, ["done", "group", "group", "registered"]),
+    (2, 0, ["done", "group", "group", "registered"]),  # asked twice: how many, and to leave
     (1, 3, ["done", "group", "group", "registered", "taken apart"]),
     (2, 3, ["done", "group", "registered"]),  # the others may be waiting: no leave is taken
 ])  # fmt: skip

@@ -279,3 +279,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     job, target, *rest = sys.argv[1:]
     {"kill": kill, "kill-save": kill_save, "pair": pair, "talk": talk}[job](target, *map(int, rest))
+    from adaptlab import processes
+
+    processes.leave()
