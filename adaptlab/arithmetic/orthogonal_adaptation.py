@@ -40,7 +40,7 @@ def _orthogonal(seed: int, m: int) -> Tensor:
 
 Method = Literal["random", "disjoint", "gaussian"]
 
-# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #2890af13
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #a4bbcd45
 @dataclass(frozen=True)
 class SharedBasis:
     "What users agree on. ValueError for a concept that is registered twice."
@@ -49,6 +49,8 @@ class SharedBasis:
     registry: tuple[str, ...] = ()  # concepts in the order of their blocks, for "disjoint" only
 
     def __post_init__(self):
+        if isinstance(self.registry, str):
+            raise ValueError(f"registry = {self.registry!r}: give a list of names")
         object.__setattr__(self, "registry", tuple(self.registry))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed = {self.seed!r}: give a whole number, 0 or more")
@@ -78,6 +80,8 @@ class SharedBasis:
         method: Method = "random",  # or "disjoint"
     ) -> Tensor:  # int64 [r]
         "Which columns of `matrix(m)` belong to a concept. ValueError if there are too few."
+        if method not in ("random", "disjoint"):
+            raise ValueError(f"method = {method!r} draws no columns: 'random' or 'disjoint'")
         if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= m:
             raise ValueError(f"r = {r!r}: layer {layer!r} has {m} inputs, so give 1 to {m}")
         if method == "random":
@@ -200,11 +204,11 @@ def add_orthogonal_adapter(
                             basis=config.basis, method=config.method) for name in names}
     return adapters.attach(model, makers, also_train=tuple(also_train))
 
-# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #14061127
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #d2d7b924
 def _sample(layer: nn.Module) -> Tensor:
     "Up to 64 entries of a frozen weight, float32. TypeError if it is quantised."
     W = adapters.FrozenLayer(layer).matrix().flatten()
-    return W[torch.linspace(0, len(W) - 1, 64).long()].float().cpu().clone()
+    return W[torch.arange(64) * (len(W) - 1) // 63].float().cpu().clone()  # exact at any size
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,13 +244,19 @@ def concept_of(
     model: nn.Module,  # with the adapters of one concept
     tokens: Mapping[str, Tensor] | None = None,  # what else was learnt, to be kept with it
 ) -> Concept:  # a copy
-    "Take a concept out of its model, which stays as it is. ValueError if there is not one."
+    """Take a concept out of its model, which stays as it is.
+
+    ValueError if there is not one, or what `also_train` named would be lost.
+    """
     found = adapters.require_adapters(model)
     strange = [n for n, a in found.items() if not isinstance(a, OrthogonalLinear)]
     kinds = {(a.concept, a.r, a.basis, a.method) for a in found.values()} if not strange else set()
     if len(kinds) != 1:
         raise ValueError(f"the model must hold one concept, got {len(kinds)}, and other adapters "
                          f"at {strange[:3]}: attach one by add_orthogonal_adapter")
+    if (also := adapters.also_trained(model)) and not tokens:
+        raise ValueError(f"{list(also)[:3]} was trained, too, and would be lost: hand over what "
+                         "was learnt, concept_of(model, {name: tensor})")
     ((name, r, basis, method),) = kinds
     config = OrthogonalAdapterConfig(concept=name, r=r, basis=basis, method=method,
                                      target_modules=tuple(found))
@@ -297,7 +307,7 @@ def _check_together(concepts: Sequence[Concept]) -> None:
             raise ValueError(f"{[c.name for c in concepts]} have blocks {blocks}: two registries "
                              "gave the same block away")
 
-# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #83f2ff91
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #8a1f4fc7
 def _check_base(model: nn.Module, concept: Concept) -> None:
     "ValueError if the model's weights are not those that the concept was trained on."
     layers = adapters.base_modules(model)
@@ -316,18 +326,20 @@ def _check_base(model: nn.Module, concept: Concept) -> None:
 
 
 def _weights(given: float | Sequence[float], n: int) -> list[float]:
-    found = [given] * n if isinstance(given, (int, float)) else list(given)
-    if len(found) != n or not all(math.isfinite(w) for w in found):
+    found = torch.as_tensor(() if isinstance(given, (str, Mapping)) else given).double()
+    found = found.repeat(n) if found.dim() == 0 else found
+    if found.shape != (n,) or not found.isfinite().all():
         raise ValueError(f"weights = {given!r}: give one finite number, or {n} of them")
-    return found
+    return found.tolist()
 
-# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #a208aeb7
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #fc5138ac
 def attach_concepts(
     model: nn.Module,  # without adapters; changed in place
-    concepts: Sequence[Concept],  # what to add
+    concepts: Concept | Sequence[Concept],  # one, or several that are summed
     weights: float | Sequence[float] = 0.6,  # lambda, for all or for each
 ) -> nn.Module:  # the same model
     "As `merge_concepts`, as factors beside the weights instead of inside of them."
+    concepts = [concepts] if isinstance(concepts, Concept) else concepts
     _check_together(concepts)
     weights = _weights(weights, len(concepts))
     for concept in concepts:
@@ -339,10 +351,10 @@ def attach_concepts(
                                 columns=torch.cat([c.columns(layer) for c in concepts], 1))
     return adapters.attach(model, makers)
 
-# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #eb76d319
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #9a70612e
 def merge_concepts(
     model: nn.Module,  # without adapters; changed in place
-    concepts: Sequence[Concept],  # trained on this model, each alone
+    concepts: Concept | Sequence[Concept],  # trained on this model, each alone
     weights: float | Sequence[float] = 0.6,  # lambda, for all or for each; they need not sum to 1
 ) -> nn.Module:  # the same model
     """Bake theta + sum of lambda_i A_i B_i^T into the weights (equation 3).
@@ -417,7 +429,7 @@ def functional_crosstalk(
         found[layer] = sizes / sizes.diagonal()[:, None]
     return found
 
-# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #65305a84
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #68842cfd
 class ConceptTokens(nn.Module):
     "New words: vectors of their own for each layer that reads the prompt."
 
@@ -427,6 +439,8 @@ class ConceptTokens(nn.Module):
         layers: int = 1,  # that read the prompt
     ):
         super().__init__()
+        if start.dim() != 2:
+            raise ValueError(f"start has shape {tuple(start.shape)}: give [words, d]")
         self.values = nn.Parameter(start.detach().clone().repeat(layers, 1, 1))
 
     def forward(
@@ -435,8 +449,12 @@ class ConceptTokens(nn.Module):
         places: Tensor,  # int64 [batch, length]: which new word stands there, -1 for none
     ) -> Tensor:  # [layers, batch, length, d]
         "The prompt as each layer reads it. ValueError for a word that there is not."
-        if places.max() >= self.values.shape[1]:
-            raise ValueError(f"place {int(places.max())}: there are {self.values.shape[1]} words")
+        words, d = self.values.shape[1:]
+        if embeddings.shape != (*places.shape, d):
+            raise ValueError(f"embeddings {tuple(embeddings.shape)} and places "
+                             f"{tuple(places.shape)}: give [batch, length, {d}], [batch, length]")
+        if wrong := [p for p in places.unique().tolist() if not -1 <= p < words]:
+            raise ValueError(f"places {wrong}: there are {words} words, and -1 for none")
         chosen = self.values[:, places.clamp(min=0)]
         return torch.where((places >= 0)[..., None], chosen, embeddings.to(chosen))
 
@@ -458,14 +476,18 @@ def save_concept(
                   {"format": "pt", "orthogonal_adaptation": about})
     return Path(path)
 
-# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #431bf345
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #9b758a1f
 def load_concept(
     path: str | Path,  # written by `save_concept`
 ) -> Concept:  # as it was saved
     "Read a concept. ValueError for another kind of file, or a basis that comes out otherwise."
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(str(path), "pt") as file:
+    try:
+        opened = safe_open(str(path), "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or not a whole one: {error}") from None
+    with opened as file:
         about = json.loads((file.metadata() or {}).get("orthogonal_adaptation", "{}"))
         found: dict[str, dict[str, Tensor]] = {"up": {}, "base": {}, "mark": {}, "token": {}}
         for key in file.keys() if about else ():
@@ -483,7 +505,7 @@ def load_concept(
                              "version of torch? Take the LoRA export of it")
     return concept
 
-# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #cc2c984b
+# %% ../../nbs/arithmetic/05_orthogonal_adaptation.ipynb #d82ade72
 def to_peft(
     model: nn.Module,  # the base, without adapters; as it was afterwards
     concepts: Concept | Sequence[Concept],  # one, or several that are summed
@@ -491,7 +513,7 @@ def to_peft(
     weights: float | Sequence[float] = 1.0,  # lambda, for all or for each
 ) -> Path:  # the folder
     "Write concepts as one LoRA, their ranks added, for PEFT. Raises as `merge_concepts`."
-    attach_concepts(model, [concepts] if isinstance(concepts, Concept) else concepts, weights)
+    attach_concepts(model, concepts, weights)
     try:
         return adapter_files.to_peft(model, folder)
     finally:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from gpu.unet import UNet
@@ -84,7 +85,9 @@ def test_what_a_basis_refuses():
                         (partial(b.columns, 8, 0, "dog", "x"), "give 1 to 8"),
                         (partial(b.columns, 8, 2, "cat", "x", "disjoint"), "no block"),
                         (partial(b.columns, 8, 2, "dog", "x", "best"), "method"),
+                        (partial(b.indices, 8, 2, "dog", "x", "blocks"), "draws no columns"),
                         (partial(SharedBasis, -1), "seed"),
+                        (partial(SharedBasis, 0, "dog"), "list of names"),
                         (partial(OrthogonalAdapterConfig, concept=""), "name")]:
         with pytest.raises(ValueError, match=words):
             call()
@@ -180,7 +183,7 @@ def test_what_does_not_belong_together_is_refused():
     one, two = (made(model, c, "disjoint", SharedBasis(3, (c,))) for c in "ab")
     with pytest.raises(ValueError, match="same block"):
         merge_concepts(model, [one, two])
-    for weights in (float("nan"), [1.0], [1.0, float("inf")]):
+    for weights in (float("nan"), [1.0], [1.0, float("inf")], "ab", {"a": 1.0, "b": 1.0}):
         with pytest.raises(ValueError, match="finite"):
             merge_concepts(model, [a, made(model, "b")], weights)
     with pytest.raises(ValueError, match="other weights"):
@@ -214,6 +217,39 @@ def test_numbers_that_are_not_finite_and_models_with_no_concept():
     adapters.attach(model, partial(adapters.LoraAdapter, rank=2), ["0"])
     with pytest.raises(ValueError, match="must hold one concept"):
         concept_of(model)
+
+
+def test_one_concept_and_weights_of_any_kind():
+    model = net()
+    a, b, x = made(model, "a"), made(model, "b", seed=1), torch.randn(3, 24)
+    y = attach_concepts(model, [a], 0.5)(x)
+    unmerge_concepts(model)
+    torch.testing.assert_close(merge_concepts(model, a, torch.tensor(0.5))(x), y)
+    unmerge_concepts(model)
+    y = attach_concepts(model, [a, b], [0.5, 0.5])(x)
+    unmerge_concepts(model)
+    torch.testing.assert_close(attach_concepts(model, [a, b], np.float32(0.5))(x), y)
+
+
+def test_a_wide_layer_is_known_by_its_entries_to_the_last():
+    layer = nn.Linear(2**14, 2**11 + 1, bias=False, dtype=torch.bfloat16)  # over 2^24 entries
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.weight[-1, -1] = 3.0
+    assert told.adapters.FrozenLayer(layer).matrix().numel() > 2**25
+    add_orthogonal_adapter(nn.Sequential(layer), OrthogonalAdapterConfig(
+        concept="a", r=1, method="gaussian"))
+    concept = concept_of(nn.Sequential(layer))
+    assert concept.base["0"][-1] == 3.0 and concept.base["0"].count_nonzero() == 1
+
+
+def test_what_was_trained_beside_the_factors_is_not_lost_in_silence():
+    model = net()
+    add_orthogonal_adapter(model, OrthogonalAdapterConfig(concept="a", r=2, target_modules=("0",)),
+                           also_train=["2.bias"])
+    with pytest.raises(ValueError, match="2.bias.*would be lost"):
+        concept_of(model)
+    assert "bias" in concept_of(model, {"bias": model[2].bias}).tokens
 
 
 # crosstalk
@@ -267,6 +303,9 @@ def test_a_concept_on_disk(tmp_path, monkeypatch):
     adapters.attach(other, partial(adapters.LoraAdapter, rank=2), ["q_proj"])
     with pytest.raises(ValueError, match="no concept"):
         load_concept(adapter_files.save(other, tmp_path / "lora.safetensors"))
+    (tmp_path / "half.safetensors").write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="not a whole one"):
+        load_concept(tmp_path / "half.safetensors")
     monkeypatch.setattr(SharedBasis, "columns", lambda self, m, r, *a: torch.ones(m, r))
     with pytest.raises(ValueError, match="comes out otherwise"):
         load_concept(file)
@@ -314,8 +353,14 @@ def test_words_for_each_layer():
     assert torch.equal(read[2, 1, 0], words.values[2, 0])
     read.sum().backward()
     assert torch.equal(words.values.grad, torch.tensor([2.0, 1])[None, :, None].expand(3, 2, 4))
-    with pytest.raises(ValueError, match="2 words"):
-        words(plain, places + 1)
+    for wrong in (places + 1, places - 1):
+        with pytest.raises(ValueError, match="2 words"):
+            words(plain, wrong)
+    with pytest.raises(ValueError, match="length, 4"):
+        words(torch.randn(2, 3, 1), places)
+    with pytest.raises(ValueError, match="words, d"):
+        ConceptTokens(torch.randn(3, 2, 4), layers=3)
+    assert words(plain[:0], places[:0]).shape == (3, 0, 3, 4)
 
 
 # the experiment
