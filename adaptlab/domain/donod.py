@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import adapters, modules, text
 
-# %% ../../nbs/domain/01_donod.ipynb #d5039a6f
+# %% ../../nbs/domain/01_donod.ipynb #bf26c46f
 class Scores(NamedTuple):
     "What one probing step does to the watched weights; every field is `[N]`, float64."
 
@@ -31,6 +31,8 @@ class Scores(NamedTuple):
 
 def _check_labels(labels: Tensor, classes: int, ignored: int) -> None:
     "ValueError for a label that is neither a class nor ignored, and for a sample without any."
+    if labels.is_floating_point():
+        raise ValueError(f"labels are {labels.dtype}: whole numbers of classes are needed")
     counts = labels != ignored
     wrong = counts & ((labels < 0) | (labels >= classes))
     if wrong.any():
@@ -91,7 +93,7 @@ def _from_products(inner: Tensor, squared: Tensor, norm: Tensor,
     after = (norm**2 + change).clamp_min(0).sqrt()
     return change / (after + norm), lr * squared.clamp_min(0).sqrt()
 
-# %% ../../nbs/domain/01_donod.ipynb #10cff19d
+# %% ../../nbs/domain/01_donod.ipynb #1a891c5f
 def _gram(error: Tensor) -> Tensor:
     "E E', [B, T, T]. Few short answers: in pieces of the long sums, or most of a GPU has no work."
     tiles = math.ceil(error.shape[1] / 128) ** 2  # of 128 x 128 sums: one for each processor
@@ -116,20 +118,24 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a.detach().to(kind) * b.to(kind)).sum(1).double().sum()
 
 
-def _check_shapes(hidden: Tensor, labels: Tensor, weight: Tensor, lr: float) -> None:
+def _check_shapes(hidden: Tensor, labels: Tensor, weight: Tensor, lr: float,
+                  bias: Tensor | None) -> None:
     if not 0 < lr < math.inf:
         raise ValueError(f"lr = {lr!r}: the probing step needs a positive learning rate")
     if hidden.ndim != 3 or labels.shape != hidden.shape[:2] or hidden.shape[2] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)}, labels {tuple(labels.shape)} and weight "
                          f"{tuple(weight.shape)} do not fit: [B, T, d], [B, T], [V, d] are needed")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}: one "
+                         "number per row is needed")
 
-# %% ../../nbs/domain/01_donod.ipynb #05704c78
+# %% ../../nbs/domain/01_donod.ipynb #f62ca684
 def _closed(hidden: Tensor, labels: Tensor, weight: Tensor, lr: float, bias: Tensor | None,
             norm: Tensor | None, ignored: int = -100, max_elements: int = 2**27) -> Scores:
     "The scores, not looked at yet, so that nothing waits for a GPU."
     if hidden.ndim == 2 and labels.ndim == 1:
         hidden, labels = hidden[:, None], labels[:, None]
-    _check_shapes(hidden, labels, weight, lr)
+    _check_shapes(hidden, labels, weight, lr, bias)
     labels = labels.cpu()
     _check_labels(labels, len(weight), ignored)
     h, y = _packed(hidden, labels, ignored)
@@ -264,7 +270,7 @@ def _is_last(model: nn.Module, layer: nn.Module, batch: Any) -> bool:
     return logits.shape == expected.shape and torch.allclose(
         logits.float(), expected.float(), rtol=1e-3, atol=1e-3)
 
-# %% ../../nbs/domain/01_donod.ipynb #2daafd5f
+# %% ../../nbs/domain/01_donod.ipynb #3815357a
 def sgd(
     params: Iterable[Tensor],  # what to move
     lr: float,  # learning rate
@@ -272,7 +278,7 @@ def sgd(
     "Plain gradient descent: the optimiser to probe with."
     return torch.optim.SGD(list(params), lr=lr)
 
-
+# %% ../../nbs/domain/01_donod.ipynb #e82364f4
 def don_nod_step(
     model: nn.Module,  # left exactly as it was
     loss_fn: Callable[[nn.Module], Tensor],  # model -> mean loss of one sample
@@ -282,12 +288,15 @@ def don_nod_step(
 ) -> tuple[float, float, float]:  # DON (summed over matrices), NOD (root of summed squares), loss
     """Take one optimiser step on copies of `params` and measure it.
 
-    Raises ValueError when the loss is not finite or does not depend on `params`.
+    Raises ValueError when the loss is no finite number or does not depend on `params`.
     """
     with modules.untouched(model), torch.enable_grad():
         for p in params:
             p.requires_grad_(True)
         loss = loss_fn(model)
+        if loss.numel() != 1:
+            raise ValueError(f"a loss of shape {tuple(loss.shape)}: the mean over a sample's "
+                             "tokens, one number, is needed")
         if not torch.isfinite(loss):
             raise ValueError(f"the loss is {loss.item()}: nothing can be scored")
         grads = torch.autograd.grad(loss, list(params), allow_unused=True)
@@ -350,7 +359,7 @@ def _by_gradient(model: nn.Module, watched: Sequence[nn.Parameter], sample: Any,
             p.sub_(g, alpha=lr)
     return Scores(*torch.tensor([[don.sum(), nod.norm(), n, loss]], dtype=torch.float64).T)
 
-# %% ../../nbs/domain/01_donod.ipynb #6f6a2cdc
+# %% ../../nbs/domain/01_donod.ipynb #1439a95b
 def _one_by_one(model: nn.Module, batch: Any) -> Iterator[Any]:
     "The samples of a batch, each without its padding."
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -377,9 +386,14 @@ def _batches(samples: Any, tokenizer: Any, batch_size: int) -> Iterator[Any]:
         if chunk:
             yield collate(chunk)
     elif isinstance(samples, tuple) and all(torch.is_tensor(t) for t in samples):
-        yield from zip(*(t.split(batch_size) for t in samples), strict=True)
+        if len(samples[-1]):
+            yield from zip(*(t.split(batch_size) for t in samples), strict=True)
     else:
-        yield from samples
+        for batch in samples:
+            if not isinstance(batch, (Mapping, Sequence)) or isinstance(batch, str):
+                raise TypeError(f"a batch is a {type(batch).__name__}: give a tuple (x, y) of "
+                                "tensors, an iterable of batches, or texts with a tokenizer")
+            yield batch
 
 # %% ../../nbs/domain/01_donod.ipynb #d404fdd1
 @torch.no_grad()

@@ -92,17 +92,28 @@ def choose_subsets(
         "random right labels": right[:k],
     }
 
-# %% ../../nbs/experiments/donod.ipynb #756b6f0b
-def _scored(bed: Bed, cfg: Config, model: nn.Module | None = None) -> Scores:
-    return don_nod_scores(model or bed.model, bed.train, lr=cfg.probe_lr, batch_size=512)
+# %% ../../nbs/experiments/donod.ipynb #2bf20d33
+def _scored(bed: Bed, cfg: Config, seed: int = 0) -> Scores:
+    return don_nod_scores(bed.model, bed.train, lr=cfg.probe_lr, batch_size=512)
+
+
+def _by_smaller(bed: Bed, cfg: Config, seed: int) -> Scores:
+    "Scores by another, smaller network."
+    judge = recipes.pretrained_small("mlp-mnist", sizes=[784, 32, 10], n_train=2000)
+    return _scored(replace(bed, model=judge), cfg)
+
+
+def _on_the_way(bed: Bed, cfg: Config) -> pd.DataFrame:
+    "The paper's other reading: one pass of single-sample steps at the rate of the training."
+    scores = don_nod_scores(bed.model, bed.train, lr=cfg.digits.lr, mode="trajectory")
+    return pd.DataFrame({name: column.numpy() for name, column in scores._asdict().items()})
 
 
 def _tune(model: nn.Module, bed: Bed, seed: int, *, cfg: Config, name: str = "DONOD",
-          keep: float | None = None, scale: float = 1.0, proxy: bool = False) -> None:
+          keep: float | None = None, scale: float = 1.0,
+          score: Callable[[Bed, Config, int], Any] = _scored) -> None:
     "Choose rows by name and train on them, for a share of the steps."
-    small = {"sizes": [784, 32, 10], "n_train": 2000}  # another, smaller network
-    judge = recipes.pretrained_small("mlp-mnist", **small) if proxy else bed.model
-    rows = choose_subsets(_scored(bed, cfg, judge), keep or cfg.keep, seed, bed.wrong)[name].copy()
+    rows = choose_subsets(score(bed, cfg, seed), keep or cfg.keep, seed, bed.wrong)[name].copy()
     model.kept = rows.tolist()
     cfg.digits.fit(model, tuple(t[rows] for t in bed.train), modules.cross_entropy,
                    optimizer=partial(torch.optim.SGD, momentum=0.9), seed=seed, device=cfg.device,
@@ -126,8 +137,8 @@ def _name(method: str, keep: float, cfg: Config) -> str:
     return method if keep == cfg.keep else f"{method} {100 * keep:.0f} %"
 
 
-def _methods(cfg: Config) -> dict[str, Method]:
-    "Everything that is trained on the digits."
+def _methods(cfg: Config, way: dict[int, pd.DataFrame]) -> dict[str, Method]:
+    "Everything that is trained on the digits; `way`: per seed, the scores of a trajectory."
     tune = partial(_tune, cfg=cfg)
     found = {"before": rivals.untouched()}
     for name in ("all", "random", "DONOD", "DON only", "low NOD", "low loss", "worst",
@@ -139,9 +150,13 @@ def _methods(cfg: Config) -> dict[str, Method]:
             found[_name("random", keep, cfg)] = Method(partial(tune, name="random", keep=keep))
     for scale in cfg.shorter:
         found[f"all, {scale:.3g} of the steps"] = Method(partial(tune, name="all", scale=scale))
-    return found | {"DONOD by a smaller model": Method(partial(tune, proxy=True))}
+    found["DONOD by a smaller model"] = Method(partial(tune, score=_by_smaller))
+    for name in ("DONOD", "low loss"):
+        found[f"{name} on the way"] = Method(
+            partial(tune, name=name, score=lambda bed, cfg, seed: way[seed]))
+    return found
 
-# %% ../../nbs/experiments/donod.ipynb #cb313d3b
+# %% ../../nbs/experiments/donod.ipynb #ae9ab33e
 def auroc(
     score: np.ndarray,  # [n] larger: rather wrong
     wrong: np.ndarray,  # [n] bool
@@ -173,21 +188,24 @@ def _turned(cfg: Config) -> pd.DataFrame:
 
 
 def _probes(cfg: Config) -> pd.DataFrame:
-    "How the size of the probing step changes what is kept (first seed)."
-    bed, rows = _digits_bed(cfg.seeds[0], cfg), []
-    norm = float(bed.model.head.weight.detach().norm())
-    for lr in (cfg.probe_lr * factor for factor in (0.01, 1, 5, 20, 100)):
-        scores = don_nod_scores(bed.model, bed.train, lr=lr, batch_size=512)
-        inner = (scores.nod**2 - scores.don * (2 * norm + scores.don)) / (2 * lr)
-        kept = choose_subsets(scores, cfg.keep, 0)
-        rows.append({"step": f"{lr:g}", "NOD / |W|": float(scores.nod.mean() / norm),
-                     "second term / first": float((scores.nod**2).mean() / lr
-                                                  / (2 * inner.abs().mean()))} | {
-            f"wrong kept by {name} (%)": 100 * float(bed.wrong[kept[name].copy()].float().mean())
-            for name in ("DONOD", "DON only", "low NOD")})
-    return pd.DataFrame(rows)
+    "How the size of the probing step changes what is kept, and what training on it is worth."
+    rows = []
+    for seed in cfg.seeds:
+        bed = _digits_bed(seed, cfg)
+        norm = float(bed.model.head.weight.detach().norm())
+        for lr in (cfg.probe_lr * factor for factor in (1, 5, 20, 100)):
+            scores = don_nod_scores(bed.model, bed.train, lr=lr, batch_size=512)
+            inner = (scores.nod**2 - scores.don * (2 * norm + scores.don)) / (2 * lr)
+            with bed.fresh() as model:
+                _tune(model, bed, seed, cfg=cfg, score=lambda *_, s=scores: s)
+                found = _accuracies(model, bed)
+            rows.append({"step": f"{lr:g}", "NOD / |W|": float(scores.nod.mean() / norm),
+                         "second / first term": float((scores.nod**2).mean() / lr
+                                                      / (2 * inner.abs().mean())),
+                         "wrong (%)": found["wrong"], "new": found["new"], "old": found["old"]})
+    return pd.DataFrame(rows).groupby("step", sort=False).mean().reset_index()
 
-# %% ../../nbs/experiments/donod.ipynb #42e72612
+# %% ../../nbs/experiments/donod.ipynb #c605f5f3
 _PAPER = {"new": "+14.90 points (30 % kept)", "old": "+5.67 points (30 % kept)"}
 _EASY = "what is kept is easy: an oracle's random right labels, as many, teach far more"
 CASES = [
@@ -201,6 +219,16 @@ CASES = [
            "better", "ablation", "both keep nearly the same samples"),
     Versus("DONOD beats dropping the samples of highest loss on the new task", "DONOD", "low loss",
            "new", "not compared", "", "both keep what is easy"),
+    Versus("30 % kept by DONOD on the way beat the full data on the new task", "DONOD on the way",
+           "all", "new", _PAPER["new"], "abstract", "three seeds differ by more than that"),
+    Versus("30 % kept by DONOD on the way beat the full data on the old task", "DONOD on the way",
+           "all", "old", _PAPER["old"], "abstract"),
+    Versus("30 % kept by DONOD on the way beat a random part as large on the new task",
+           "DONOD on the way", "random", "new", "better", "abstract"),
+    Versus("DONOD on the way beats DONOD from the start on the new task", "DONOD on the way",
+           "DONOD", "new", "not compared", "", "what it learns on the way does not help"),
+    Versus("DONOD on the way beats the lowest loss on the way on the new task", "DONOD on the way",
+           "low loss on the way", "new", "not compared", "", "the way helps, whatever the score"),
     Versus("a smaller model's scores still beat random on the old task", "DONOD by a smaller model",
            "random", "old", "generalizes effectively", "abstract"),
 ]
@@ -221,7 +249,7 @@ def _parts(cfg: Config) -> list[Versus]:
                            _name("DONOD", most, cfg), rival, "old", "not compared", "",
                            "training less protects it as well") for rival in less]
 
-# %% ../../nbs/experiments/donod.ipynb #54c7be62
+# %% ../../nbs/experiments/donod.ipynb #fcc686b6
 def _frontier(ax: Any, mean: pd.DataFrame, cfg: Config) -> None:
     "New task against old: along DONOD's budgets, random ones, right labels, and fewer steps."
     steps = [f"all, {s:.3g} of the steps" for s in sorted(cfg.shorter)]
@@ -230,18 +258,19 @@ def _frontier(ax: Any, mean: pd.DataFrame, cfg: Config) -> None:
     lines = {"DONOD keeps": ([*own, "all"], "-o", "blue"),
              "random part": ([*random, "all"], "-X", "vermillion"),
              "oracle, right labels": (["random right labels", "all right labels"], "-D", "green"),
-             "all data, share of the steps": ([*steps, "all"], "--s", "grey")}
+             "all data, share of the steps": ([*steps, "all"], "--s", "grey"),
+             "DONOD, on the way": (["DONOD on the way"], "*", "purple")}
     for label, (names, style, color) in lines.items():
         ax.plot(mean.loc[names, "new"], mean.loc[names, "old"], style, color=plots.COLORS[color],
-                label=label)
+                label=label, markersize=13 if style == "*" else None)
         for name in names[: len(names) - (color in ("vermillion", "grey"))]:
             said = name.split()[1] if color == "grey" else f"{mean.loc[name, 'kept']:.0f} %"
-            below = (7, -13) if color in ("vermillion", "grey") else (5, 5)
+            below = {"vermillion": (7, -13), "grey": (-16, -15)}.get(color, (5, 5))
             ax.annotate(said, mean.loc[name, ["new", "old"]], xytext=below,
                         textcoords="offset points", color=plots.COLORS[color], fontsize=9)
     ax.set(xlabel="accuracy on turned digits (%)", ylabel="accuracy on upright digits (%)")
     ax.set_title("Learning the new task, keeping the old one")
-    ax.margins(y=0.1)
+    ax.margins(x=0.07, y=0.1)
     ax.legend(fontsize=8.5, loc="lower left")
 
 
@@ -260,12 +289,14 @@ def _plot(table: pd.DataFrame, turned: pd.DataFrame, cfg: Config) -> Any:
     right.legend(title="")
     return fig
 
-# %% ../../nbs/experiments/donod.ipynb #0cd82958
+# %% ../../nbs/experiments/donod.ipynb #ef3a7fc5
 def _digits(cfg: Config, run: Run, report: Report) -> None:
     "Turned digits with wrong labels: what pruning costs and brings."
     plots.use_style()
-    table = sweep(run, "digits", _methods(cfg), partial(_digits_bed, cfg=cfg), cfg.seeds,
-                  _accuracies)
+    bed = partial(_digits_bed, cfg=cfg)
+    way = {seed: run.stage(f"way-{seed}", lambda seed=seed: _on_the_way(bed(seed), cfg))
+           for seed in cfg.seeds}
+    table = sweep(run, "digits", _methods(cfg, way), bed, cfg.seeds, _accuracies)
     turned = run.stage("turned", partial(_turned, cfg))
     report.table("digits", table)
     report.table("turned", turned)

@@ -443,10 +443,23 @@ def test_how_many_are_kept(keep, n, kept):
     (lambda: don_nod_from_hidden(torch.full((1, 3), math.nan), torch.zeros(1).long(),
                                  torch.ones(4, 3), 1.0), "NaN"),
     (lambda: output_layer(nn.Sequential(nn.ReLU())), "layer="),
+    (lambda: don_nod_scores(nn.Linear(3, 4), (torch.ones(0, 3), torch.zeros(0).long())), "empty"),
+    (lambda: don_nod_scores(nn.Linear(3, 4), (torch.ones(2, 3), torch.zeros(2))), "whole numbers"),
+    (lambda: don_nod_from_hidden(torch.ones(1, 3), torch.zeros(1).long(), torch.ones(4, 3), 1.0,
+                                 torch.ones(1)), "one number per row"),  # would be broadcast
+    (lambda: don_nod_step(net := nn.Linear(3, 4), lambda m: m(torch.ones(3)), [net.weight], 1.0),
+     "one number, is needed"),
 ])
 def test_bad_input_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("data", [[torch.ones(2, 3), torch.zeros(2).long()], torch.ones(2, 3),
+                                  ["a text without a tokenizer"]])
+def test_data_that_are_no_batches_are_refused(data):
+    with pytest.raises(TypeError, match="tuple"):
+        don_nod_scores(nn.Linear(3, 4), data)
 
 
 @pytest.mark.parametrize("options", [{}, {"closed_form": False}, {"mode": "trajectory"}])
@@ -492,8 +505,10 @@ def test_resume_repeats_only_the_seed_that_is_missing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         told.experiment(cfg, start_run("donod", cfg, root=tmp_path))
     first = seeds.count(0)
-    told.experiment(cfg, start_run("donod", cfg, root=tmp_path, resume=True))
-    assert seeds.count(0) == first and seeds.count(1) == first + 1  # and the one cut short
+    report = told.experiment(cfg, start_run("donod", cfg, root=tmp_path, resume=True))
+    probes = len(report.tables["probes"])  # trained after the methods, so for both seeds
+    assert seeds.count(0) == first + probes
+    assert seeds.count(1) == first + 1 + probes  # and the one cut short
 
 
 def test_full_scale_path(recorded, tmp_path, monkeypatch):
