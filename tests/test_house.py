@@ -14,7 +14,7 @@ from adaptlab import catalog
 ROOT = Path(__file__).parents[1]
 CHAPTERS = {p.chapter for p in catalog.papers()}
 CORE = set("catalog cache processes modules models recipes data sources shifts train text adapters "
-           "adapter_files weights checkpoints evaluate stats moments decoders".split())
+           "adapter_files weights checkpoints evaluate stats moments decoders series".split())
 DOORS = {"cli", "site", "__main__"}
 # A room and the rooms that it may know.
 FLOORS = {

@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['std_scale', 'TTMConfig', 'TTMLayer', 'AdaptivePatching', 'ForecastChannelMixer', 'TTMOutput', 'TTMForPrediction',
-           'frequency_token', 'ResolutionSampler', 'Windows', 'few_shot_split', 'time_step', 'WindowDataset',
-           'pretraining_windows', 'pretrain', 'Errors', 'evaluate', 'freeze_backbone', 'fine_tune', 'reconfigure',
-           'save_pretrained', 'from_pretrained']
+           'frequency_token', 'ResolutionSampler', 'WindowDataset', 'pretraining_windows', 'pretrain',
+           'freeze_backbone', 'fine_tune', 'reconfigure', 'save_pretrained', 'from_pretrained', 'Windows', 'evaluate',
+           'few_shot_split']
 
-# %% ../../nbs/inference/02_ttm.ipynb #f50d7166
+# %% ../../nbs/inference/02_ttm.ipynb #a284d7a3
 import json
 import math
-import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,8 +26,11 @@ from torch import Tensor, nn
 
 from ..cache import atomic_write_text
 from ..checkpoints import load_state, save_state
-from ..modules import device_of, modes_kept
+from ..series import (
+    TableWindows, Windows, evaluate, few_shot_split, join_series, minutes)
 from ..train import FitResult, KeepBest, fit
+
+_all_ = ["Windows", "evaluate", "few_shot_split"]
 
 # %% ../../nbs/inference/02_ttm.ipynb #99429e10
 def std_scale(
@@ -43,14 +45,20 @@ def std_scale(
     scale = (((x - loc) * m).square().sum(1, keepdim=True) / count + 1e-5).sqrt()
     return (x - loc) / scale, loc, scale
 
-# %% ../../nbs/inference/02_ttm.ipynb #d7701812
+# %% ../../nbs/inference/02_ttm.ipynb #469ce608
 #| code-fold: true
 #| code-summary: "What is refused"
 def _check_config(c: Any) -> None:
     "ValueError for settings that do not fit together."
     known, steps = c.exogenous_channel_indices or (), c.prediction_filter_length
     widths = 2 ** max(c.adaptive_patching_levels - 1, 0)
+    sizes = (c.context_length, c.prediction_length, c.patch_length, c.num_input_channels,
+             c.d_model, c.decoder_d_model)
+    counts = c.adaptive_patching_levels, c.num_layers, c.decoder_num_layers
     for wrong, message in (
+        (min(sizes) < 1 or min(counts) < 0, "a size is below 1, or a number of layers below 0"),
+        (not 0 <= c.fcm_context_length <= c.context_length,
+         "fcm_context_length must lie in 0..context_length"),
         (c.patch_length >= c.context_length, "patch_length must be smaller than context_length"),
         (c.d_model % widths, f"d_model must be divisible by 2^(levels - 1) = {widths}"),
         (steps is not None and not 0 < steps <= c.prediction_length,
@@ -286,40 +294,46 @@ class ForecastChannelMixer(nn.Module):
         x = x.unfold(1, 2 * self.c + 1, 1).flatten(2)  # [B, H, channels * (2c + 1)]
         return base + self.mlp(self.fcm_gating_block(x))
 
-# %% ../../nbs/inference/02_ttm.ipynb #256df30d
+# %% ../../nbs/inference/02_ttm.ipynb #f40e4401
 #| code-fold: true
 #| code-summary: "What is refused"
-def _check_batch(c: TTMConfig, past: Tensor, future: Tensor | None, token: Tensor | None,
-                 categories: Tensor | None) -> None:
+def _check_batch(c: TTMConfig, past: Tensor, mask: Tensor | None, future: Tensor | None,
+                 token: Tensor | None, categories: Tensor | None) -> None:
     "ValueError for what would end in a wrong forecast."
     C, steps = c.num_input_channels, c.prediction_filter_length or c.prediction_length
     known, sizes = c.exogenous_channel_indices, c.categorical_vocab_size_list or ()
     fixed = "mix_channel" in (c.mode, c.decoder_mode) or (
         c.enable_forecast_channel_mixing or c.prediction_channel_indices)
     for wrong, message in (
-        (past.ndim != 3 or fixed and past.shape[2] != C, "past_values must be [batch, steps, "
-         f"{C if fixed else 'channels'}]; a single series is x[None, :, None]"),
+        (past.ndim != 3 or 0 in past.shape or fixed and past.shape[2] != C, "past_values must be "
+         f"[batch, steps, {C if fixed else 'channels'}]; a single series is x[None, :, None]"),
         (not torch.isfinite(past).all(), "past_values holds NaN or infinite values: fill them, and "
          "say so in past_observed_mask"),
+        (mask is not None and (mask.shape != past.shape or ((mask != 0) & (mask != 1)).any() or (
+            mask[:, -c.context_length :] == 0).all(1).any()),
+         "past_observed_mask must be of zeros and ones, in the shape of past_values, with a one in "
+         "each channel of each window: leave out what was never observed"),
         (known and future is None or future is not None and (
             future.ndim != 3 or future.shape[1] not in (steps, c.prediction_length)
-            or known and future.shape[2] != C),
+            or known and (future.shape[2] != C or not future[..., known].isfinite().all())),
          f"future_values must be [batch, {steps}, channels]; exogenous channels need it, with all "
-         f"{C} channels (zeros will do for the targets)"),
+         f"{C} channels (zeros will do for the targets) and no NaN among the known ones"),
         (c.resolution_prefix_tuning and (
-            token is None or token.min() < 0 or token.max() >= c.frequency_token_vocab_size),
-         "this model needs freq_token [batch], such as frequency_token('h'), in "
+            not isinstance(token, Tensor) or token.is_floating_point()
+            or token.numel() != len(past) or token.min() < 0
+            or token.max() >= c.frequency_token_vocab_size),
+         "this model needs freq_token [batch] of integers, such as frequency_token('h'), in "
          f"0..{c.frequency_token_vocab_size - 1}"),
         (sizes and (categories is None or categories.shape != (len(past), len(sizes)) or
                     ((categories < 0) | (categories >= categories.new_tensor(sizes))).any()),
          f"static_categorical_values must be [batch, {len(sizes)}], from 0 to below {sizes}"),
     ):
         if wrong:
-            shapes = [None if x is None else tuple(x.shape) for x in (past, future)]
-            raise ValueError(f"{message}. Given: past and future {shapes}, token {token}, "
+            shapes = [None if x is None else tuple(x.shape) for x in (past, mask, future)]
+            raise ValueError(f"{message}. Given: past, mask and future {shapes}, token {token}, "
                              f"categories {categories}")
 
-# %% ../../nbs/inference/02_ttm.ipynb #aa444758
+# %% ../../nbs/inference/02_ttm.ipynb #7ca007d5
 def _loss(forecast: Tensor, future: Tensor, mask: Tensor | None, c: TTMConfig) -> Tensor:
     "Mean loss on the target channels, over what was observed."
     def select(x: Tensor) -> Tensor:
@@ -327,15 +341,16 @@ def _loss(forecast: Tensor, future: Tensor, mask: Tensor | None, c: TTMConfig) -
         return x[:, : forecast.shape[1], c.targets if chosen else slice(None)]
 
     target = select(future).to(forecast.dtype)
-    seen = None if mask is None else select(mask).bool()
-    if target.shape != forecast.shape or seen is not None and not seen.any():
+    seen = mask if mask is None or mask.ndim != 3 else select(mask).bool()
+    if target.shape != forecast.shape or seen is not None and (
+            seen.shape != target.shape or not seen.any()):
         raise ValueError(f"future_values gives targets of shape {tuple(target.shape)}, needed are "
-                         f"{tuple(forecast.shape)}, and some must be observed")
+                         f"{tuple(forecast.shape)}; a mask of the same shape, some observed")
     if seen is not None:
         forecast, target = forecast[seen], target[seen]
     return {"mse": F.mse_loss, "mae": F.l1_loss}[c.loss](forecast, target)
 
-# %% ../../nbs/inference/02_ttm.ipynb #95ad7962
+# %% ../../nbs/inference/02_ttm.ipynb #f1ebdfaf
 class TTMOutput(NamedTuple):
     "What a forward pass returns."
 
@@ -378,6 +393,7 @@ class TTMForPrediction(nn.Module):
         self.backbone = nn.ModuleDict({"encoder": _Encoder(config)})
         self.decoder = _Decoder(config)
         self.head = _Head(config)
+        self.targets = config.targets if config.prediction_channel_indices else None
 
     def forward(
         self,
@@ -390,7 +406,11 @@ class TTMForPrediction(nn.Module):
     ) -> TTMOutput:
         "Forecast. Raises `ValueError` for shapes, tokens and values that do not fit the model."
         c, mask = self.config, past_observed_mask
-        _check_batch(c, past_values, future_values, freq_token, static_categorical_values)
+        weight = self.head.base_forecast_block.weight
+        if weight.dtype != past_values.dtype and not torch.is_autocast_enabled(weight.device.type):
+            raise TypeError(f"past_values are {past_values.dtype}, the weights {weight.dtype}: "
+                            "bring one to the other by .to(dtype)")
+        _check_batch(c, past_values, mask, future_values, freq_token, static_categorical_values)
         past, mask = (None if x is None else F.pad(
             x[:, -c.context_length :], (0, 0, max(0, c.context_length - x.shape[1]), 0))
             for x in (past_values, mask))
@@ -406,27 +426,15 @@ class TTMForPrediction(nn.Module):
             forecast, future_values, future_observed_mask, c)
         return TTMOutput(loss, forecast.to(past.dtype), hidden, decoded, loc, scale)
 
-# %% ../../nbs/inference/02_ttm.ipynb #131b503d
+# %% ../../nbs/inference/02_ttm.ipynb #ac974549
 _TOKENS = {1: 1, 2: 2, 5: 3, 10: 4, 15: 5, 30: 6, 60: 7, 1440: 8, 10080: 9}  # minutes: token
-_UNITS = {"s": 1 / 60, "min": 1, "h": 60, "d": 1440, "w": 10080}
-
-
-def _minutes(freq: Any) -> float:
-    "Length of a resolution. ValueError for what has none."
-    if isinstance(freq, (timedelta, np.timedelta64)):
-        return float(freq / timedelta(minutes=1))
-    found = re.fullmatch(r"([\d.]*)([a-z]*)(-[a-z]+)?", str(getattr(freq, "freqstr", freq)).lower())
-    if not found or not found[0] or (found[2] or "min") not in _UNITS:
-        raise ValueError(f"freq = {freq!r} has no fixed length: give 'h', '15min', a timedelta, or "
-                         "minutes above 0")
-    return float(found[1] or 1) * _UNITS[found[2] or "min"]
 
 
 def frequency_token(
     freq: str | float | timedelta,  # "h", "15min", "D"..., a length of time, or minutes
 ) -> int:  # 0: not in the vocabulary
     "Token of a resolution in the released models. Raises `ValueError` if `freq` is no resolution."
-    return _TOKENS.get(_minutes(freq), 0)
+    return _TOKENS.get(minutes(freq), 0)
 
 
 class ResolutionSampler:
@@ -440,92 +448,15 @@ class ResolutionSampler:
             raise ValueError(f"factors = {factors}: give whole numbers of at least 1")
         self.factors = tuple(factors)
 
-    def __call__(self, values: np.ndarray, minutes: float) -> list[tuple[np.ndarray, float]]:
+    def __call__(self, values: np.ndarray, step: Any) -> list[tuple[np.ndarray, float]]:
         "Averages of whole blocks of a series [T], and their resolution, for each factor."
         values = np.asarray(values, np.float32)
-        return [(values[: len(values) // k * k].reshape(-1, k).mean(1), _minutes(minutes) * k)
+        return [(values[: len(values) // k * k].reshape(-1, k).mean(1), minutes(step) * k)
                 for k in self.factors]
 
-# %% ../../nbs/inference/02_ttm.ipynb #314f0c80
-class Windows:
-    "Pairs (past, future) cut out of one long table of values, a batch at a time."
-
-    def __init__(
-        self,
-        values: Tensor,  # [T, C] all series one after the other
-        starts: Tensor,  # [N] int64, first row of each window
-        context: int,  # L
-        horizon: int,  # H
-        tokens: Tensor | None = None,  # [N] tokens of the resolution
-    ):
-        if len(starts) == 0:
-            raise ValueError(f"no window of {context} + {horizon} steps fits in: take a shorter "
-                             "context, or more rows")
-        self.values, self.starts, self.tokens = values, starts, tokens
-        self.context, self.horizon = context, horizon
-        self._moved: dict[torch.device, Windows] = {}
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def _on(self, device: torch.device) -> "Windows":
-        "The same on another device; moved once."
-        if device not in self._moved:
-            values, starts, tokens = (x if x is None else x.to(device)
-                                      for x in (self.values, self.starts, self.tokens))
-            self._moved[device] = Windows(values, starts, self.context, self.horizon, tokens)
-        return self._moved[device]
-
-    def fetch_batch(self, rows: Any, device: Any = None) -> dict[str, Tensor]:
-        "Windows by numbers or slice: past_values [B, L, C], future_values [B, H, C], freq_token."
-        device = self.values.device if device is None else torch.device(device)
-        here = self if device == self.values.device else self._on(device)
-        rows = rows if isinstance(rows, slice) else torch.as_tensor(rows, device=device)
-        view = here.values.unfold(0, self.context + self.horizon, 1)  # [T - L - H + 1, C, L + H]
-        past, future = view[here.starts[rows]].mT.split((self.context, self.horizon), 1)
-        out = {"past_values": past, "future_values": future}
-        return out if here.tokens is None else {**out, "freq_token": here.tokens[rows]}
-
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {k: v[0] for k, v in self.fetch_batch([row]).items()}
-
-    def part(self, keep: Tensor) -> "Windows":
-        "Those that are kept ([N] bool, or numbers), of the same table."
-        tokens = None if self.tokens is None else self.tokens[keep]
-        return Windows(self.values, self.starts[keep], self.context, self.horizon, tokens)
-
-# %% ../../nbs/inference/02_ttm.ipynb #6dc94bc7
-def few_shot_split(
-    ds: Windows,  # windows of the training rows
-    fraction: float = 0.05,  # share of the rows after the first context
-) -> Windows:  # the windows that lie wholly in the first rows
-    "A small part of a training set. Raises `ValueError` if no window fits into it."
-    rows = int(fraction * (len(ds.values) - ds.context) + 1e-9) + ds.context
-    keep = ds.starts + ds.context + ds.horizon <= rows
-    if not 0 < fraction <= 1 or not keep.any():
-        raise ValueError(f"fraction = {fraction} of {len(ds.values)} rows: {rows} with the first "
-                         f"context. Give a fraction in (0, 1] with one window of {ds.context} + "
-                         f"{ds.horizon} at least")
-    return ds.part(keep)
-
-
-def time_step(
-    index: Any,  # pandas DatetimeIndex
-) -> Any:  # pandas Timedelta
-    "The one step of an index of times; a day of 23 hours is a day. `ValueError` if it changes."
-    if getattr(index, "inferred_type", "") != "datetime64":
-        raise TypeError(f"the index is {type(index).__name__}: windows need a DatetimeIndex")
-    for times in (index, index.tz_localize(None)):
-        steps = times[1:] - times[:-1]
-        if steps.nunique() == 1 and steps[0] > timedelta(0):
-            return steps[0]
-    odd = [str(t) for t, s in zip(index[1:], steps, strict=True) if s != steps[0]][:1]
-    raise ValueError(f"times must increase in equal steps, not so at {odd}: sort them, or bring "
-                     "them to one resolution, for example by df.asfreq('h')")
-
-# %% ../../nbs/inference/02_ttm.ipynb #5aa28321
-class WindowDataset(Windows):
-    "Windows of a table with one row per time step."
+# %% ../../nbs/inference/02_ttm.ipynb #9ff5e742
+class WindowDataset(TableWindows):
+    "Windows of a table with one row per time step, and the token of its resolution."
 
     def __init__(
         self,
@@ -537,27 +468,12 @@ class WindowDataset(Windows):
         stride: int = 1,  # rows between windows
         scaler: Any = None,  # means and deviations: (train.mean(), train.std(ddof=0))
     ):
-        columns, token = [*targets, *exogenous], frequency_token(time_step(df.index))
-        if not targets or len(set(columns)) < len(columns) or set(columns) - set(df):
-            raise ValueError(f"columns {columns}: name each once, one target at least; there are "
-                             f"{list(df)}")
-        if wrong := [c for c in columns if df[c].dtype.kind not in "iufb"]:
-            raise ValueError(f"column {wrong[0]!r} holds {df[wrong[0]].dtype}, not numbers: make a "
-                             "column of zeros and ones for each class")
-        table = df[columns].astype("float64")
-        if scaler is not None:
-            mean, deviation = (part[columns] for part in scaler)
-            table = (table - mean) / deviation.where(deviation > 1e-12 * mean.abs())
-        values = torch.tensor(table.to_numpy(), dtype=torch.float32)
-        if wrong := [c for c, v in zip(columns, values.T, strict=True) if not v.isfinite().all()]:
-            raise ValueError(f"column(s) {wrong} hold NaN or infinite values, or never change in "
-                             "the training rows: interpolate them, or drop them")
-        starts = torch.arange(0, max(len(values) - context - horizon + 1, 0), stride)
-        super().__init__(values, starts, context, horizon, torch.full((len(starts),), token))
+        super().__init__(df, targets, exogenous, context, horizon, stride, scaler)
+        self.more["freq_token"] = torch.full((len(self),), frequency_token(self.step))
 
-# %% ../../nbs/inference/02_ttm.ipynb #3459f58c
+# %% ../../nbs/inference/02_ttm.ipynb #a57d969e
 def pretraining_windows(
-    series: Iterable[tuple[np.ndarray, float]],  # values [T] without gaps, resolution in minutes
+    series: Iterable[tuple[np.ndarray, Any]],  # values [T] without gaps, and what `minutes` takes
     context: int,  # L
     horizon: int,  # H
     sampler: ResolutionSampler | None = None,  # None: each series as it is
@@ -566,24 +482,16 @@ def pretraining_windows(
 
     Raises `ValueError` for series with gaps, that never change, or if nothing is left.
     """
-    parts, starts, tokens, end = [], [], [], 0
-    for number, (given, minutes) in enumerate(series):
+    parts = []
+    for number, (given, step) in enumerate(series):
         values = np.asarray(given, np.float64)
         if values.ndim != 1 or not np.ptp(values) > 1e-12 * np.abs(values).max():  # NaN too
             raise ValueError(f"series {number} must be one row of finite values that change: fill "
                              "its gaps, drop it if it is constant")
         values = (values - values.mean()) / values.std()
-        for part, length in (sampler or ResolutionSampler((1,)))(values, minutes):
-            count = len(part) - context - horizon + 1
-            if count > 0:
-                starts.append(torch.arange(end, end + count))
-                tokens.append(torch.full((count,), frequency_token(length)))
-                parts.append(torch.from_numpy(part))
-                end += len(part)
-    if not parts:
-        raise ValueError(f"no series has a window of {context} + {horizon} steps")
-    return Windows(torch.cat(parts)[:, None], torch.cat(starts), context, horizon,
-                   torch.cat(tokens))
+        parts += [(part, {"freq_token": frequency_token(length)})
+                  for part, length in (sampler or ResolutionSampler((1,)))(values, step)]
+    return join_series(parts, context, horizon)
 
 # %% ../../nbs/inference/02_ttm.ipynb #0710371d
 def pretrain(
@@ -601,36 +509,7 @@ def pretrain(
     return fit(model, windows, lambda m, batch: m(**batch).loss, steps=steps, lr=lr,
                batch_size=batch_size, **{"schedule": one_cycle, "clip": 1.0, **options})
 
-# %% ../../nbs/inference/02_ttm.ipynb #808b5f99
-class Errors(NamedTuple):
-    "Errors of a forecaster on a set of windows."
-
-    mse: float  # mean squared error
-    mae: float  # mean absolute error
-    by_window: Tensor  # [N] mean squared error of each window
-
-
-@torch.no_grad()
-def evaluate(
-    model: Callable,  # a model, or any forecaster: called as model(past_values=..., ...)
-    ds: Windows,  # windows; the first channels are the targets
-    batch_size: int = 256,  # windows per forward pass
-) -> Errors:  # on the target channels, in the space of `ds`
-    "Forecast all windows, without dropout. The model's mode is put back."
-    module = model if isinstance(model, nn.Module) else nn.Identity()
-    device, parts = device_of(model) if module is model else None, []
-    with modes_kept(module):
-        module.eval()
-        for start in range(0, len(ds), batch_size):
-            batch = ds.fetch_batch(slice(start, start + batch_size), device)
-            out = model(**batch)
-            out = (out if isinstance(out, Tensor) else out.prediction_outputs).float()
-            parts.append((out - batch["future_values"][..., : out.shape[2]]).cpu())
-    error = torch.cat(parts)
-    by_window = error.square().mean((1, 2))
-    return Errors(float(by_window.mean()), float(error.abs().mean()), by_window)
-
-
+# %% ../../nbs/inference/02_ttm.ipynb #f5552a07
 def freeze_backbone(
     model: TTMForPrediction,  # changed in place
 ) -> TTMForPrediction:  # the same model
