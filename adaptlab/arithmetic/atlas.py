@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from .. import adapters, checkpoints, evaluate, modules, processes, train, weights
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #f71f7650
+# %% ../../nbs/arithmetic/03_atlas.ipynb #5f9f6ee5
 class LowRank(NamedTuple):
     "The change of a matrix as a product B A."
 
@@ -56,11 +56,17 @@ def inner(
     b: Block,  # another one of the same shape
 ) -> Tensor:  # scalar
     "The sum of the products of all entries, without multiplying a low-rank change out."
+    _alike(a, b)
     if isinstance(a, LowRank) and isinstance(b, LowRank):
         return ((a.B.T @ b.B) * (a.A @ b.A.T)).sum()
     if isinstance(a, LowRank):
         return ((a.B.T @ b) * a.A).sum()
     return inner(b, a) if isinstance(b, LowRank) else a.flatten() @ b.flatten()
+
+
+def _alike(a: Block, b: Block) -> None:
+    if (shapes := [tuple(a.shape), tuple(b.shape)])[0] != shapes[1]:
+        raise ValueError(f"changes of shapes {shapes}: they belong to different models")
 
 
 def _dense(a: Block) -> Tensor:
@@ -71,6 +77,7 @@ def _plus(a: Block | None, b: Block | None) -> Block:
     "The sum of two changes; of two low-rank ones the ranks add up."
     if a is None or b is None:
         return b if a is None else a
+    _alike(a, b)
     if isinstance(a, LowRank) and isinstance(b, LowRank):
         return LowRank(torch.cat([a.A, b.A]), torch.cat([a.B, b.B], 1))
     return _dense(a) + _dense(b)
@@ -171,7 +178,7 @@ def compose(
         change = _Product.apply(coef.T, stack).flatten().index_select(0, place)
     return (base.to(coef.dtype) + change.view(base.shape)).to(base.dtype)
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #51c3557e
+# %% ../../nbs/arithmetic/03_atlas.ipynb #2af30bae
 def _vectors(task_vectors: Any) -> list[TaskVector]:
     "A non-empty list."
     found = weights.as_list(task_vectors, "task_vectors")
@@ -212,7 +219,7 @@ def _stacked(vectors: Sequence[TaskVector], name: str, like: Tensor,
                          "at the fine-tuned weights")
     return made
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #30416042
+# %% ../../nbs/arithmetic/03_atlas.ipynb #85ff7892
 def _parts_of(granularity: str | int) -> int:
     "K. ValueError for anything but 'isotropic', 'block', or a whole number >= 1."
     K = 1 if granularity in ("isotropic", "block") else granularity
@@ -358,7 +365,7 @@ def _count(data: Any) -> int:
     "Samples of tensors, batches of a loader."
     return len(data[0]) if isinstance(data, tuple) else len(data)
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #ec2b6655
+# %% ../../nbs/arithmetic/03_atlas.ipynb #a20afe98
 @torch.no_grad()
 def _accuracy(model: nn.Module, data: Any, head: Callable = modules.logits_of) -> float:
     "Share of right answers on a loader, a Dataset, or tensors (x, y)."
@@ -371,11 +378,13 @@ def _accuracy(model: nn.Module, data: Any, head: Callable = modules.logits_of) -
 
 
 def _batches(data: Any, size: int = 256) -> Any:
+    if not isinstance(data, DataLoader) and not _count(data):
+        raise ValueError("no samples: give at least one")
     if isinstance(data, tuple):
         return list(zip(*(t.split(size) for t in data), strict=True))
     return data if isinstance(data, (DataLoader, list)) else DataLoader(data, size)
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #386fc4d6
+# %% ../../nbs/arithmetic/03_atlas.ipynb #2c54df4d
 def _rows(data: Any, rows: Tensor) -> Any:
     "Some rows of tensors or of a Dataset; a short one starts again."
     if isinstance(data, tuple):
@@ -411,7 +420,7 @@ def _learn_tasks(composer: AnisotropicComposer, loaders: Sequence[Any], heads: S
     return learn_composition(composer, torch.arange(max(counts)), loss, batch_size=each,
                              callbacks=callbacks, **{"pass_steps": steps} | more)
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #8956c64c
+# %% ../../nbs/arithmetic/03_atlas.ipynb #9d573c4c
 def learn_addition(
     composer: AnisotropicComposer,  # returns logits, or what the heads take
     loaders: Sequence[Any],  # per task: tensors (x, labels), Dataset, or DataLoader (its dataset)
@@ -426,6 +435,8 @@ def learn_addition(
     "One model for several tasks. ValueError for no task, or unequal numbers of heads."
     heads = list(heads or [modules.logits_of] * len(loaders))
     references = references or [1.0] * len(loaders)
+    if min(references, default=1) <= 0:
+        raise ValueError(f"references = {references}: accuracies of experts are above 0")
 
     def score(model):
         return sum(_accuracy(model, d, h) / r for d, h, r in zip(
@@ -577,7 +588,7 @@ class Selection(NamedTuple):
     vectors: list[TaskVector]  # b of them
     chosen: dict[str, tuple[int, ...]]  # block -> numbers of the vectors
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #ae6aff86
+# %% ../../nbs/arithmetic/03_atlas.ipynb #1cc6e005
 RULES = ("block_grad", "grad", "features", "random")
 
 
@@ -596,9 +607,9 @@ def select_task_vectors(
     n, blocks = len(vectors), list(dict.fromkeys(k for v in vectors for k in v))
     if isinstance(budget, bool) or not isinstance(budget, int) or not 1 <= budget <= n:
         raise ValueError(f"budget = {budget!r}: there are {n} task vectors, give 1 to {n}")
-    if by not in RULES or (by == "features" and features is None):
-        raise ValueError(f"by = {by!r}: give one of {', '.join(RULES)}, and mean features "
-                         "with 'features'")
+    if by not in RULES or (by == "features" and (features is None or len(features[1]) != n)):
+        raise ValueError(f"by = {by!r}: give one of {', '.join(RULES)}; with 'features' mean "
+                         f"features of the target, [d], and of all {n} sources, [n, d]")
     if by == "random":
         score = torch.rand(n, 1, generator=torch.Generator().manual_seed(seed))
     elif by == "features":
@@ -606,6 +617,8 @@ def select_task_vectors(
     else:
         score, blocks = block_gradients(model, vectors, loader, loss_fn)
         score = score.abs() if by == "block_grad" else score.abs().sum(1, keepdim=True)
+    if not score.isfinite().all():
+        raise ValueError("a score is NaN or infinite: look at the images and the task vectors")
     best = score.topk(budget, 0).indices.sort(0).values.expand(budget, len(blocks)).T.tolist()
     chosen = {name: tuple(rows) for name, rows in zip(blocks, best, strict=True)}
     if by != "block_grad":
@@ -633,7 +646,7 @@ def disentanglement_error(
         composer.coef.copy_(kept)
     return float((said[0] != said[1]).float().mean())
 
-# %% ../../nbs/arithmetic/03_atlas.ipynb #faf47e80
+# %% ../../nbs/arithmetic/03_atlas.ipynb #c60420e5
 def _of_adapter(adapter: adapters.Adapter) -> Block:
     "An adapter's change in the layout of its layer's weight; of LoRA on a matrix its factors."
     factors = adapter.lora_factors()
@@ -682,10 +695,14 @@ def attach_composition(
 ) -> nn.Module:  # the same model: coefficients trainable, the rest frozen
     "One `ComposedLora` per adapted layer. Raises ValueError for vectors that are not low-rank."
     vectors, makers, factors = _vectors(task_vectors), {}, {}
+    own = dict(model.named_parameters(remove_duplicate=False))
     for key in dict.fromkeys(k for v in vectors for k in v):
         name, found = key.removesuffix(".weight"), [v.get(key) for v in vectors]
-        if not all(f is None or isinstance(f, LowRank) for f in found):
-            raise ValueError(f"{key} is no product of factors: take AnisotropicComposer")
+        if not all(f is None or isinstance(f, LowRank) and all(t.isfinite().all() for t in f)
+                   for f in found):
+            raise ValueError(f"{key} is no product of finite factors: take AnisotropicComposer")
+        if key not in own or not all(f is None or f.shape == own[key].shape for f in found):
+            raise ValueError(f"{key}: the model has no such weight, or one of another shape")
         turned = isinstance(model.get_submodule(name), modules.Conv1D)  # its weight is [in, out]
         factors[name] = [LowRank(f.B.T, f.A.T) if turned else f for f in found if f is not None]
         makers[name] = partial(ComposedLora, ranks=[f.B.shape[1] if f else 0 for f in found])

@@ -543,6 +543,34 @@ def test_selections_that_are_refused(three, options, words):
         select_task_vectors(*three, data(), **options)
 
 
+@pytest.mark.parametrize("by, how, words", [
+    ("features", {"features": (torch.ones(5), torch.ones(1, 5))}, "all 3 sources"),
+    ("features", {"features": (torch.ones(5), torch.full((3, 5), torch.nan))}, "NaN"),
+    ("block_grad", {"factor": torch.nan}, "NaN"), ("grad", {"factor": torch.nan}, "NaN"),
+    ("block_grad", {"rows": 0}, "no samples"),
+])
+def test_scores_that_say_nothing_are_refused(three, by, how, words):
+    x, y = data()
+    part = x[: how.get("rows")] * how.get("factor", 1.0), y[: how.get("rows")]
+    with pytest.raises(ValueError, match=words):
+        select_task_vectors(*three, part, by=by, features=how.get("features"))
+
+
+def test_changes_of_other_shapes_are_refused(three):
+    model, vectors = three
+    turned = TaskVector.of({"0.weight": torch.randn(6, 8)})  # as many entries
+    row = TaskVector.of({"0.weight": torch.randn(1, 6)})  # could be broadcast
+    for action in (lambda: vectors[0].dot(turned), lambda: vectors[0] + row,
+                   lambda: select_task_vectors(model, [turned], data())):
+        with pytest.raises(ValueError, match="different models"):
+            action()
+
+
+def test_references_are_above_zero(three):
+    with pytest.raises(ValueError, match="above 0"):
+        learn_addition(AnisotropicComposer(*three), [data()], references=[0.0])
+
+
 def test_disentanglement_of_vectors_in_different_blocks():
     model = net()
     a = TaskVector.of({"0.weight": torch.randn(8, 6)})
@@ -598,8 +626,15 @@ def test_loras_on_different_layers_and_refusals():
                for i, m in ((0, (8, 6)), (2, (3, 8)))]
     attach_composition(model, vectors)
     assert adapters.adapters(model)["0"].ranks == [2, 0]
-    with pytest.raises(ValueError, match="no product of factors"):
+    with pytest.raises(ValueError, match="no product of finite factors"):
         attach_composition(net(), [TaskVector(net(), tuned(net()))])
+    small = LowRank(torch.randn(2, 5), torch.randn(8, 2))
+    for name, block, words in (("0.weight", small, "another shape"), ("q.weight", small, "no such"),
+                               ("0.weight", vectors[0]["0.weight"]._replace(
+                                   A=torch.full((2, 6), torch.nan)), "finite")):
+        with pytest.raises(ValueError, match=words):
+            attach_composition(refused := net(), [TaskVector.of({name: block})])
+        assert not adapters.adapters(refused)
     for ranks in ([], [0], [-1, 2]):
         with pytest.raises(ValueError, match="ranks"):
             ComposedLora(nn.Linear(2, 2), ranks)
