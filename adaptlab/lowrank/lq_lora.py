@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from .. import adapters, modules
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #e445cef3
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #c50b66e6
 STATES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BITS = (2, 3, 4, 8)
 
@@ -40,13 +40,10 @@ class QuantConfig:
     superblock_size: int = 64  # B1, scales that share a state
 
     def __post_init__(self):
-        if self.bits not in BITS or self.scale_bits not in BITS:
-            raise ValueError(f"bits = {self.bits}, scale_bits = {self.scale_bits}: give {BITS}")
-        if self.state_dtype not in STATES:
-            raise ValueError(f"state_dtype = {self.state_dtype!r}: give one of {', '.join(STATES)}")
-        if min(self.block_size, self.superblock_size) < 1:
-            raise ValueError("block_size and superblock_size must be at least 1, got "
-                             f"{self.block_size} and {self.superblock_size}")
+        coded = self.bits in BITS and self.scale_bits in BITS and self.state_dtype in STATES
+        if not coded or min(self.block_size, self.superblock_size) < 1:
+            raise ValueError(f"{self}: bits and scale_bits are one of {BITS}, state_dtype is one "
+                             f"of {', '.join(STATES)}, the sizes are at least 1")
 
     @property
     def bits_per_param(self) -> float:
@@ -56,19 +53,24 @@ class QuantConfig:
                 + state / (self.block_size * self.superblock_size))
 
 
+def _check_bits(bits: Any, codes: Tensor | None = None) -> None:
+    fit = codes is None or not len(codes) or (codes.min() >= 0 and codes.max() < 2**bits)
+    if bits not in BITS or not fit:
+        raise ValueError(f"bits = {bits!r}: give one of {BITS}; codes are from 0 to 2^bits - 1")
+
+
 def normal_float_codebook(
     bits: int,  # b
 ) -> Tensor:  # float32 [2^b], increasing from -1 to 1
     "Quantiles of the normal distribution, zero among them. ValueError for other bits."
-    if bits not in BITS:
-        raise ValueError(f"bits = {bits!r}: give one of {BITS}")
+    _check_bits(bits)
     top, half = 0.9677083, 2 ** (bits - 1)  # the outermost quantile, as in QLoRA
     low = torch.linspace(1 - top, 0.5, half, dtype=torch.float64)[:-1]
     p = torch.cat([low, torch.linspace(0.5, top, half + 1, dtype=torch.float64)])
     values = torch.erfinv(2 * p - 1)
     return (values / values[-1]).float()
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #97e21337
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #e2601fe2
 GROUP = {2: 4, 3: 4, 4: 2, 8: 1}  # codes that are looked up at once
 
 
@@ -76,9 +78,9 @@ def pack_codes(
     codes: Tensor,  # integers in [0, 2^bits), any shape
     bits: int,  # 2, 3, 4 or 8
 ) -> Tensor:  # uint8, `bits` per code, filled up with zeros
-    "Codes without a wasted bit."
+    "Codes without a wasted bit. ValueError for codes that do not fit."
+    _check_bits(bits, flat := codes.flatten().int())
     per = GROUP[bits]
-    flat = codes.flatten().int()
     flat = F.pad(flat, (0, -len(flat) % (8 if bits == 3 else per)))
     shifts = bits * torch.arange(per, device=flat.device, dtype=torch.int32)
     words = (flat.view(-1, per) << shifts).sum(1, dtype=torch.int32)
@@ -151,10 +153,10 @@ class QuantizedTensor:
         values.view(len(scales), -1).mul_(scales[:, None])
         return values[:n].view(self.shape).to(dtype)
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #dbd2b383
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #3143f4d1
 def _check_matrix(W: Any) -> None:
     "TypeError for anything but a matrix of floating-point numbers, ValueError for NaN."
-    if not isinstance(W, Tensor) or W.ndim != 2 or not W.is_floating_point():
+    if not isinstance(W, Tensor) or W.ndim != 2 or not W.is_floating_point() or not len(W):
         got = f"{W.dtype} of shape {tuple(W.shape)}" if isinstance(W, Tensor) else type(W).__name__
         raise TypeError(f"a matrix of floating-point weights is needed, got {got}")
     if not torch.isfinite(W).all():
@@ -225,7 +227,8 @@ def _leading(X: Tensor, rank: int, exact: bool, seed: int) -> tuple[Tensor, Tens
     U, s, Vh = torch.linalg.svd(R.T)
     return (basis @ U)[:, :rank], s[:rank], (Vh @ Z.T)[:rank]
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #2ef411a7
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #14aff7b4
+@torch.no_grad()
 def weighted_svd(
     W: Tensor,  # [o, i]
     fisher: Tensor | None,  # [o, i], at least 0: weight of each squared error; None: all alike
@@ -257,7 +260,7 @@ def weighted_svd(
     root = s.sqrt()
     return U * root / d1, root[:, None] * Vh / d2
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #2fcd244e
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #3de7638f
 class LQ(NamedTuple):
     "W = Q + L1 L2, nearly."
 
@@ -281,7 +284,6 @@ def lq_decompose(
     if num_iter < 1:
         raise ValueError(f"num_iter = {num_iter}: at least one iteration is needed")
     _check_matrix(W)
-    _check_fisher(fisher, W.shape)
     W = W.float()
     root = 1.0 if fisher is None else fisher.to(W).sqrt()
     dense, best, errors = torch.zeros_like(W), (), []
@@ -317,14 +319,17 @@ def _linears(model: nn.Module, targets: Any) -> dict[str, nn.Module]:
                             f"{problem or type(layer).__name__ + ' is not linear'}")
     return found
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #5ed850a0
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #da886e6a
 def empirical_fisher(
     model: nn.Module,  # any model; left as it was
     batches: Iterable[Any],  # of one sample each, with labels
     target_modules: adapters.Targets | None = None,  # layers; None: the blocks' linear layers
     loss: Callable[[nn.Module, Any], Tensor] = modules.cross_entropy,  # (model, batch) -> loss
 ) -> dict[str, Tensor]:  # layer -> float32 [o, i]
-    "Sum of squared gradients per sample, in train mode as the authors'. ValueError for batches."
+    """Sum of squared gradients per sample, in train mode as the authors'.
+
+    ValueError for batches of several samples, none at all, or a loss that is not finite.
+    """
     layers = _linears(model, target_modules)
     weights = [layer.weight for layer in layers.values()]
     sums = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
@@ -338,10 +343,14 @@ def empirical_fisher(
             for total, g in zip(sums, torch.autograd.grad(loss(model, batch), weights),
                                 strict=True):
                 total += g.float() ** 2
+    dead = [not (total.isfinite().all() and total.any()) for total in sums]
+    if bad := [name for name, d in zip(layers, dead, strict=True) if d]:
+        raise ValueError(f"no gradients, or NaN, for {adapters.collapse(bad)}: give samples that "
+                         "reach these layers (an iterator that was read once has none left)")
     return {name: adapters.FrozenLayer(layer).as_weight(total) for (name, layer), total
             in zip(layers.items(), sums, strict=True)}  # a transposition, where there is one
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #5e2bd490
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #599d6f91
 class CostTable(NamedTuple):
     "What each layout would cost each matrix."
 
@@ -356,6 +365,13 @@ def paper_grid() -> list[QuantConfig]:  # 432 layouts
     return [QuantConfig(*c) for c in product(BITS, BITS, STATES, (16, 32, 64), (16, 64, 256))]
 
 
+def _fisher_of(fisher: Mapping[str, Tensor] | None, layers: Iterable[str]) -> Mapping[str, Any]:
+    "Fisher information of each layer, None where there is none at all."
+    if fisher is not None and (absent := [n for n in layers if n not in fisher]):
+        raise ValueError(f"fisher has nothing for {adapters.collapse(absent)}")
+    return dict.fromkeys(layers) if fisher is None else fisher
+
+
 def quantization_table(
     model: nn.Module,  # not changed
     rank: int,  # of L1 and L2; 0: quantised only
@@ -366,15 +382,14 @@ def quantization_table(
 ) -> CostTable:  # for `assign_bits`
     "Decompose every matrix in every layout, and keep the errors. ValueError without its Fisher."
     layers = _linears(model, target_modules)
-    if fisher is not None and (absent := [n for n in layers if n not in fisher]):
-        raise ValueError(f"fisher has nothing for {adapters.collapse(absent)}")
-    costs = [[min(lq_decompose(adapters.FrozenLayer(layer).matrix(), rank, c,
-                               fisher and fisher[name], num_iter).errors) ** 2 for c in configs]
+    fisher = _fisher_of(fisher, layers)
+    costs = [[min(lq_decompose(adapters.FrozenLayer(layer).matrix(), rank, c, fisher[name],
+                               num_iter).errors) ** 2 for c in configs]
              for name, layer in layers.items()]
     return CostTable(list(layers), [layer.weight.numel() for layer in layers.values()],
                      [c.bits_per_param for c in configs], torch.tensor(costs, dtype=torch.float64))
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #fe19118a
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #9d7fa03b
 def assign_bits(
     costs: Tensor,  # [n, k], what layout j costs matrix i
     bits: Sequence[float],  # [k], bits per weight of layout j
@@ -393,8 +408,7 @@ def assign_bits(
         raise ValueError(f"a budget of {budget} bits is below the cheapest layout, {b.min():.4f}")
     weights = np.outer(n / n.sum(), b)  # in shares, and costs of order 1: solvers like both
     one = np.kron(np.eye(len(n)), np.ones(len(b)))
-    room = budget
-    for _ in range(3):
+    for room in (budget, budget - 1e-6, budget - 2e-6):
         found = milp(c.ravel() / max(np.abs(c).max(), 1e-300), integrality=np.ones(c.size),
                      bounds=Bounds(0, 1), options={"time_limit": seconds, "mip_rel_gap": 1e-6},
                      constraints=[LinearConstraint(weights.ravel(), ub=room),
@@ -404,7 +418,6 @@ def assign_bits(
         chosen = found.x.reshape(c.shape).argmax(1)
         if (n * b[chosen]).sum() <= budget * n.sum() * (1 + 1e-12):  # not only to its tolerance
             return torch.from_numpy(chosen)
-        room -= 1e-6
     raise ValueError(f"the solver found nothing for a budget of {budget} bits: {found.message}")
 
 # %% ../../nbs/lowrank/05_lq_lora.ipynb #d84c33b3
@@ -462,7 +475,14 @@ class QuantizedLinear(nn.Linear):
                              f"{self.kind.tolist()}: quantise with the file's configuration first")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #04ac11aa
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #068d2e47
+def _check_factors(rank: Any, alpha: float, dropout: float) -> None:
+    fit = isinstance(rank, int) and rank >= 1 and 0 < alpha < math.inf and 0 <= dropout < 1
+    if not fit:
+        raise ValueError(f"rank = {rank!r}, alpha = {alpha!r}, dropout = {dropout!r}: need "
+                         "rank >= 1, alpha > 0 and 0 <= dropout < 1")
+
+
 class LQLoRALinear(adapters.LowRank):
     """Low-rank factors on a quantised layer: x (Q + s B A)' + b.
 
@@ -482,10 +502,7 @@ class LQLoRALinear(adapters.LowRank):
     ):
         super().__init__(layer)
         rank = rank if lq is None else lq.L1.shape[1]
-        fit = isinstance(rank, int) and rank >= 1 and 0 < alpha < math.inf and 0 <= dropout < 1
-        if not fit:
-            raise ValueError(f"rank = {rank!r}, alpha = {alpha!r}, dropout = {dropout!r}: need "
-                             "rank >= 1, alpha > 0 and 0 <= dropout < 1")
+        _check_factors(rank, alpha, dropout)
         if lq is not None and not torch.equal(lq.Q.codes, layer.weight):
             raise ValueError("the layer holds other codes than lq.Q")
         self.rank, self.alpha, self.dropout, self.scaling = rank, alpha, dropout, alpha / rank
@@ -513,10 +530,10 @@ class LQLoRALinear(adapters.LowRank):
         "What a file needs."
         return {"alpha": self.alpha, "rank": self.rank, "dropout": self.dropout}
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #93b7f974
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #8c2285e6
 @dataclass(frozen=True, kw_only=True)
 class LQConfig:
-    "What is put on which layers."
+    "What is put on which layers. ValueError for what can't be."
 
     rank: int = 64  # of L1 and L2
     alpha: float = 16.0  # the factors are scaled by alpha / rank
@@ -525,6 +542,12 @@ class LQConfig:
     budget: float | None = None  # bits per weight, Q alone; None: there is one layout
     target_modules: adapters.Targets | None = None  # layers; None: the blocks' linear layers
     num_iter: int = 100  # of each decomposition, at most
+
+    def __post_init__(self):
+        _check_factors(self.rank, self.alpha, self.dropout)
+        if not self.configs or (self.budget is None and len(self.configs) > 1):
+            raise ValueError(f"{len(self.configs)} layouts and no budget: give one layout, or "
+                             "several and the bits per weight")
 
 
 def _exchange(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
@@ -549,7 +572,7 @@ def quantize_layers(
     _exchange(model, new)
     return model
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #44960d9f
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #dc251423
 def get_lq_lora_model(
     model: nn.Module,  # changed in place
     config: LQConfig,  # what, and where
@@ -558,29 +581,27 @@ def get_lq_lora_model(
 ) -> nn.Module:  # the same model: factors trainable, the rest frozen
     """Choose layouts, decompose, quantise, and put the factors on (section 3).
 
-    Raises as its parts; ValueError for several layouts without a budget.
+    Raises as its parts; ValueError for a table of other layers or layouts.
     """
     layers, configs = _linears(model, config.target_modules), config.configs
     if adapters.adapters(model):
         raise ValueError("the model has adapters: merge or detach them first")
-    if config.budget is None and len(configs) != 1:
-        raise ValueError(f"{len(configs)} layouts and no budget: give the bits per weight")
-    chosen = [0] * len(layers)
+    fisher, chosen = _fisher_of(fisher, layers), [0] * len(layers)
     if config.budget is not None:
         table = table or quantization_table(model, config.rank, configs, fisher,
                                             config.target_modules, config.num_iter)
-        if table.names != list(layers):
-            raise ValueError("the table was made for other layers than config.target_modules")
+        if (table.names, table.bits) != (list(layers), [c.bits_per_param for c in configs]):
+            raise ValueError("the table was made for other layers or layouts than the config's")
         chosen = assign_bits(table.costs, table.bits, table.numel, config.budget).tolist()
     found = {name: lq_decompose(adapters.FrozenLayer(layer).matrix(), config.rank, configs[j],
-                                fisher and fisher[name], config.num_iter)
+                                fisher[name], config.num_iter)
              for j, (name, layer) in zip(chosen, layers.items(), strict=True)}
     quantize_layers(model, {name: lq.Q for name, lq in found.items()})
     return adapters.attach(model, {
         name: partial(LQLoRALinear, lq=lq, alpha=config.alpha, dropout=config.dropout)
         for name, lq in found.items()})
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #a91ef64c
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #525f198c
 class Storage(NamedTuple):
     "Bytes of the quantised layers."
 
@@ -607,8 +628,10 @@ def quantized_layers(
 def storage(
     model: nn.Module,  # with quantised layers
 ) -> Storage:  # counted on their tensors
-    "What the quantised layers and their factors take."
+    "What the quantised layers and their factors take. ValueError if there are none."
     layers, found = quantized_layers(model), adapters.adapters(model)
+    if not layers:
+        raise ValueError("the model has no quantised layers: see get_lq_lora_model")
     return Storage(sum(m.in_features * m.out_features for m in layers.values()),
                    sum(m.quantized.nbytes for m in layers.values()),
                    sum(p.numel() for n in layers if n in found for p in found[n].parameters()))

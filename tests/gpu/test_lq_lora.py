@@ -97,5 +97,5 @@ def test_small_experiment(tmp_path):
         windows=2, fisher=2, rounds=2, tuned_fisher=4, held=8, lrs=(1e-2,),
         training={"steps": 4, "batch_size": 8})
     report = launch("lq_lora", cfg, root=tmp_path, progress=False)
-    assert len(report.claims) == 10 and set(report.tables) == {
+    assert len(report.claims) == 12 and set(report.tables) == {
         "start", "layouts", "predicted", "tune"}

@@ -130,7 +130,7 @@ def test_what_cannot_be_quantised(W, error, words):
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"bits": 5}, "bits = 5"), ({"scale_bits": 1}, "scale_bits = 1"), ({"block_size": 0}, "block"),
+    ({"bits": 5}, "bits=5"), ({"scale_bits": 1}, "scale_bits=1"), ({"block_size": 0}, "block"),
     ({"superblock_size": 0}, "superblock"), ({"state_dtype": "fp8"}, "fp8")])
 def test_layouts_that_do_not_exist(options, words):
     with pytest.raises(ValueError, match=words):
@@ -229,6 +229,19 @@ def test_fisher_refuses_batches_and_what_has_no_loss():
         empirical_fisher(net, [(noise(2, 4), torch.tensor([0, 1]))])
     with pytest.raises(ValueError, match="label"):
         empirical_fisher(recipes.tiny_llama(), [{"input_ids": torch.ones(1, 4).long()}])
+    one = (noise(1, 4), torch.tensor([0]))
+    for samples in (iter([]), [(one[0] * math.nan, one[1])]):
+        with pytest.raises(ValueError, match="no gradients, or NaN"):
+            empirical_fisher(net, samples)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: pack_codes(torch.tensor([1, 4]), 2), "bits = 2.*from 0"),
+    (lambda: pack_codes(torch.tensor([-1]), 8), "bits = 8.*from 0"),
+    (lambda: pack_codes(torch.tensor([1]), 5), "give one of")])
+def test_codes_that_cannot_be_packed(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
 
 
 def brute(costs, bits, numel, budget):
@@ -374,6 +387,18 @@ def test_models_that_are_refused():
     table = CostTable(["a"], [4], [3.0], torch.ones(1, 1))
     with pytest.raises(ValueError, match="other layers"):
         get_lq_lora_model(llama, LQConfig(rank=2, configs=few, budget=4.0), table=table)
+    table = quantization_table(llama, 1, few[::-1], num_iter=1)  # as many layouts, but others
+    with pytest.raises(ValueError, match="or layouts"):
+        get_lq_lora_model(llama, LQConfig(rank=2, configs=few, budget=4.0), table=table)
+    for bad in ({"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"configs": ()}):
+        with pytest.raises(ValueError, match="rank >= 1|no budget"):
+            LQConfig(**bad)
+    for fisher in ({}, {"model.layers.0.mlp.up_proj": torch.ones(1)}):
+        with pytest.raises(ValueError, match="fisher has nothing for"):
+            get_lq_lora_model(llama, LQConfig(rank=2), fisher)
+    assert not quantized_layers(llama)  # refused before anything was changed
+    with pytest.raises(ValueError, match="no quantised layers"):
+        storage(llama)
     get_lq_lora_model(llama, LQConfig(rank=2, configs=few[:1]))
     with pytest.raises(TypeError, match="quantised"):
         quantize_layers(llama, {"model.layers.0.mlp.up_proj": QuantConfig()})
@@ -438,8 +463,8 @@ def test_full_scale_path_with_tiny_models(tmp_path, tiny, recorded, monkeypatch)
                        training=short, lrs=(1e-3,), glue_training=short, glue_lrs=(1e-3,),
                        glue_rank=4, max_length=16, glue=("mrpc", "stsb"), budgets=(2.75, 3.25))
     report = experiment(cfg, start_run("lq_lora", cfg, "full", root=tmp_path / "runs"))
-    assert len(report.tables["start"]) == 2 * 14 and len(report.tables["tune"]) == 4
+    assert len(report.tables["start"]) == 2 * 17 and len(report.tables["tune"]) == 4
     layouts = report.tables["layouts"].groupby(["method", "budget"])["bits"]
-    assert len(layouts) == 2 and layouts.size().eq(14).all()
+    assert len(layouts) == 3 and layouts.size().eq(14).all()
     assert sorted(report.tables["glue"]["task"].unique()) == ["mrpc", "stsb"]
     assert "Salesforce/wikitext@wikitext-103-raw-v1#train" in recorded.asked
