@@ -154,7 +154,7 @@ class _Separate(nn.Module):
         "Each task from its own model."
         return {name: model(x)[name] for name, model in self.models.items()}
 
-# %% ../../nbs/experiments/polyhistor.ipynb #2bddfdba
+# %% ../../nbs/experiments/polyhistor.ipynb #02964ad2
 def _mode(model: PolyhistorModel, cfg: Any, mode: str) -> PolyhistorModel:
     "The backbone and the decoders of the bed, with the adapters of a mode."
     config = PolyhistorConfig(tasks=model.config.tasks, mode=mode, reduction=cfg.reduction,
@@ -170,14 +170,18 @@ def _identity(model: PolyhistorModel, cfg: Any) -> PolyhistorModel:
     return made
 
 
-def _factors(model: PolyhistorModel, cfg: Any) -> PolyhistorModel:
-    "Lite with factors of its own for each task and layer: one unit vector each as embedding."
+def _fixed(model: PolyhistorModel, cfg: Any, turned: bool) -> PolyhistorModel:
+    "Lite with fixed orthogonal embeddings: unit vectors (free factors), or turned, long ones."
     tasks, layers = len(model.config.tasks), len(model.sites)
-    made = _mode(model, cfg.replace(embed_dim=tasks * layers), "lite")
-    hyper, unit = made.adapters.hyper, torch.eye(tasks * layers).view(tasks, layers, -1)
-    hyper.requires_grad_(False).embed = lambda rows: unit.to(rows.device)[rows]
-    for p in hyper.maps.requires_grad_(True).parameters():
-        p.data.mul_((tasks * layers) ** 0.5)
+    n = tasks * layers
+    made, e = _mode(model, cfg.replace(embed_dim=n), "lite"), torch.eye(n)
+    if turned:
+        e = n**0.5 * torch.linalg.qr(torch.randn(n, n))[0]
+    else:  # factors begin as large as with the long ones
+        for p in made.adapters.hyper.maps.parameters():
+            p.data.mul_(n**0.5)
+    made.adapters.hyper.requires_grad_(False).maps.requires_grad_(True)
+    made.adapters.hyper.embed = lambda rows: e.view(tasks, layers, n).to(rows.device)[rows]
     return made
 
 
@@ -208,15 +212,15 @@ PREPARE = {  # method -> how it begins
     **{name: partial(_mode, mode=name) for name in (
         "decoders", "adapter", "hyperformer", "polyhistor", "lite", "templates")},
     "full, single": _single, "shared adapter": partial(_mode, mode="shared"),
-    "LoRA r=1": _lora, "lite, S=I": _identity, "free factors": _factors,
-    "lite, slow": partial(_mode, mode="lite"),
+    "LoRA r=1": _lora, "lite, S=I": _identity, "lite, slow": partial(_mode, mode="lite"),
+    "free factors": partial(_fixed, turned=False), "lite, orthogonal": partial(_fixed, turned=True),
 }
 
-# %% ../../nbs/experiments/polyhistor.ipynb #aa69dbdc
+# %% ../../nbs/experiments/polyhistor.ipynb #1b06406f
 RATES = {  # of what is trained beside the decoders; chosen with seeds 97, 98 and 99
     "decoders": 3e-2, "full, single": 1e-3, "adapter": 3e-2, "shared adapter": 1e-2,
     "LoRA r=1": 1e-2, "hyperformer": 1e-3, "polyhistor": 1e-3, "lite": 3e-3, "lite, S=I": 3e-3,
-    "templates": 3e-2, "free factors": 3e-2, "lite, slow": 1e-3,
+    "templates": 3e-2, "free factors": 3e-2, "lite, slow": 1e-3, "lite, orthogonal": 1e-2,
 }
 
 
@@ -277,32 +281,31 @@ def _trained(model: nn.Module) -> int:
     return sum(p.numel() for name, p in model.named_parameters()
                if p.requires_grad and "decoders." not in name)
 
-# %% ../../nbs/experiments/polyhistor.ipynb #fe19cc47
+# %% ../../nbs/experiments/polyhistor.ipynb #52e35e10
 def _with_gains(table: pd.DataFrame, work: dense.Work) -> pd.DataFrame:
     "One column more, `delta_m`: the gain over single-task full fine-tuning of the same seed."
-    base = table[table["method"] == "full, single"].set_index("seed")
-    gains = [delta_m({n: row[n] for n in work.tasks},
-                     {n: base.loc[row["seed"], n] for n in work.tasks}, work.lower)
-             for _, row in table.iterrows()]
-    return table.assign(delta_m=gains)
+    base = table[table["method"] == "full, single"].set_index("seed")[list(work.tasks)]
+    return table.assign(delta_m=[
+        delta_m(dict(row[list(work.tasks)]), dict(base.loc[row["seed"]]), work.lower)
+        for _, row in table.iterrows()])
 
 
 def _kept(table: pd.DataFrame, method: str, share: float) -> stats.Estimate:
     "Gain of a method over the decoders, less a share of HyperFormer's."
     wide = table.pivot_table(index="seed", columns="method", values="delta_m")
-    gain = wide[[method, "hyperformer"]].sub(wide["decoders"], axis=0)
+    gain = wide.sub(wide["decoders"], axis=0)
     return stats.over_seeds((gain[method] - share * gain["hyperformer"]).to_numpy())
 
 
 _WIDE = "the runs differ widely from seed to seed"
-_LATER = "not compared in the paper; added after the results"
 _SAME = "as against plain adapters"
 _lite = partial(Versus, method="lite", column="delta_m")
+_later = partial(Versus, column="delta_m", source="not in the paper; added after the results")
 CASES = [
     _lite("adapting helps: Lite beats decoders alone", rival="decoders", why=_WIDE),
     _lite("Lite beats plain adapters for each task", rival="adapter",
           paper="Polyhistor +2.34, adapter -2.71", source="a later paper; not Lite",
-          why="classes fall by half in three of five seeds; why is not tested"),
+          why="classes fall by half in three of five seeds; see the embeddings below"),
     _lite("Lite beats LoRA of rank 1 for each task", rival="LoRA r=1",
           source="not at such sizes in the paper", why=_SAME),
     _lite("Lite beats one adapter that all tasks share", rival="shared adapter", why=_SAME),
@@ -310,14 +313,16 @@ CASES = [
           why="one template for all groups may be enough here (a guess)"),
     _lite("generated templates beat free ones with scaling kernels", rival="templates",
           why="how they are made, more than their rank (next rows)"),
-    _lite("generated templates beat free factors of the same rank", rival="free factors",
-          source=_LATER, why="which part of the generator does the harm is not tested"),
-    Versus("free templates of full rank beat free factors of rank r", "templates",
-           "free factors", "delta_m", source=_LATER, why=_WIDE),
-    Versus("Lite at a third of its rate beats Lite", "lite, slow", "lite", "delta_m",
-           source=_LATER, why=_WIDE),
-    Versus("Lite at a third of its rate beats free factors", "lite, slow", "free factors",
-           "delta_m", source=_LATER, why="it is not this rate alone, then, but the generator"),
+    _later("generated templates beat free factors of the same rank", "lite", "free factors",
+           why="its embeddings are not orthogonal (next row)"),
+    _later("orthogonal embeddings beat those that Lite learns", "lite, orthogonal", "lite"),
+    _later("orthogonal embeddings beat free factors", "lite, orthogonal", "free factors",
+           why="both can write the same, and begin alike"),
+    _later("free templates of full rank beat free factors of rank r", "templates", "free factors",
+           why=_WIDE),
+    _later("Lite at a third of its rate beats Lite", "lite, slow", "lite", why=_WIDE),
+    _later("Lite at a third of its rate beats free factors", "lite, slow", "free factors",
+           why="not for this rate alone, then"),
     _lite("Lite beats full fine-tuning of a model for each task", rival="full, single",
           paper="Polyhistor +2.34", source="a later paper; not Lite", why=_SAME),
 ]
@@ -335,7 +340,7 @@ def _claims(report: Report, table: pd.DataFrame, numbers: Mapping[str, float]) -
     known = set(table["method"])
     versus(report, table, [c for c in CASES if {c.method, c.rival} <= known], unit="points of Δm")
 
-# %% ../../nbs/experiments/polyhistor.ipynb #ed71c06b
+
 def _plot(table: pd.DataFrame) -> Any:
     "Left: gain against trained numbers. Right: differences in pairs."
     means = table.groupby("method", sort=False)[["delta_m", "trained"]].mean()
@@ -372,14 +377,9 @@ def _measured(cfg: Config, run: Run, report: Report, name: str, work: dense.Work
     table = report.table(name, _with_gains(table, work))
     _claims(report, table, table.groupby("method")["trained"].mean())
     report.figure("main", _plot(table), "Left: mean gain over single-task full fine-tuning "
-                  "against trained numbers. Right: paired differences.")
+                  "against trained numbers. Right: paired differences, with 95 % intervals.")
 
-
-def _scenes(cfg: Config, run: Run, report: Report) -> None:
-    "Scenes of digits."
-    _measured(cfg, run, report, "scenes", SCENE_WORK, partial(scene_bed, sizes=cfg.sizes))
-
-# %% ../../nbs/experiments/polyhistor.ipynb #51207f5b
+# %% ../../nbs/experiments/polyhistor.ipynb #d9c903e1
 NYU = {
     "segmentation": dense.Task(segmentation_loss, 13, 1.0, "miou", 13),
     "depth": dense.Task(regression_loss, 1, 1.0, "rmse"),
@@ -399,17 +399,13 @@ def _nyu_bed(seed: int, cfg: Config) -> Bed:
     return Bed(model, *dense.rooms(seed, cfg.held), name="nyuv2")
 
 
-def _nyu(cfg: Config, run: Run, report: Report) -> None:
-    "Rooms."
-    _measured(cfg, run, report, "nyuv2", NYU_WORK, partial(_nyu_bed, cfg=cfg))
-
-
-experiment = tracks(scenes=_scenes, nyuv2=_nyu)
+experiment = tracks(
+    scenes=lambda cfg, run, report: _measured(
+        cfg, run, report, "scenes", SCENE_WORK, partial(scene_bed, sizes=cfg.sizes)),
+    nyuv2=lambda cfg, run, report: _measured(
+        cfg, run, report, "nyuv2", NYU_WORK, partial(_nyu_bed, cfg=cfg)))
 FULL = Config(
-    seeds=(0, 1, 2),
-    tracks=("nyuv2",),
+    seeds=(0, 1, 2), tracks=("nyuv2",), lrs=(1e-4, 5e-4, 2e-3), lora_targets=("o_proj",),
+    reduction=8, embed_dim=64, rank=4,
     training=Training(epochs=40, batch_size=8, lr=5e-4, weight_decay=0.05, schedule="cosine",
-                      warmup=0.07, clip=5.0, precision="bf16"),
-    lrs=(1e-4, 5e-4, 2e-3),
-    reduction=8, embed_dim=64, rank=4, lora_targets=("o_proj",),
-)
+                      warmup=0.07, clip=5.0, precision="bf16"))

@@ -82,11 +82,12 @@ class _Map(nn.Module):
         flat = e @ self.first
         return (flat if self.kind == "full" else flat @ self.second).unflatten(-1, self.shape)
 
-# %% ../../nbs/modular/02_polyhistor.ipynb #e43e9581
+# %% ../../nbs/modular/02_polyhistor.ipynb #34dea20b
 class DecomposedHyperNetwork(nn.Module):
     """Adapter matrices from a task's and a layer's embedding.
 
     One pair of maps for each distinct shape; with `rank=None` the maps are full, as in HyperFormer.
+    ValueError for a rank below 1 or an unknown decomposition.
     """
 
     def __init__(
@@ -99,6 +100,9 @@ class DecomposedHyperNetwork(nn.Module):
         decomposition: Decomposition = "factors",  # see `PolyhistorConfig`
     ):
         super().__init__()
+        if rank is not None and rank < 1 or decomposition not in Decomposition.__args__:
+            raise ValueError(f"rank = {rank}, decomposition = {decomposition!r}: give a rank of at "
+                             f"least 1, or None, and one of {', '.join(Decomposition.__args__)}")
         k, self.shapes = embed_dim, list(shapes)
         self.task = nn.Parameter(torch.randn(tasks, k))
         self.layer = nn.Parameter(torch.randn(len(self.shapes), k))
@@ -109,7 +113,7 @@ class DecomposedHyperNetwork(nn.Module):
         kind = "full" if rank is None else decomposition
         self.maps = nn.ModuleDict()
         for d, n in dict.fromkeys(self.shapes):
-            if rank is not None and rank > n:
+            if kind == "factors" and rank > n:
                 warnings.warn(f"rank = {rank} is above the bottleneck {n} of width {d}: maps of "
                               f"{rank * (d + n):,} numbers per embedding entry instead of "
                               f"{d * n:,}", stacklevel=3)
@@ -278,11 +282,15 @@ class TaskAdapters(nn.Module):
         kernels = self.kernels or [None] * len(pairs)
         return [Branch(D, U, K and tuple(K)) for (D, U), K in zip(pairs, kernels, strict=True)]
 
-# %% ../../nbs/modular/02_polyhistor.ipynb #a6538950
-def _width(module: nn.Module) -> int | None:
-    "Outputs of the last layer with a weight inside."
-    found = [adapters.layer_features(m)[1] for m in module.modules()]
-    return next((d for d in reversed(found) if d is not None), None)
+# %% ../../nbs/modular/02_polyhistor.ipynb #5351a498
+def _width(name: str, module: nn.Module) -> int | None:
+    "Outputs of the last layer with a weight inside. TypeError for a convolution."
+    found = [(m, adapters.layer_features(m)[1]) for m in module.modules()]
+    last, d = next((pair for pair in reversed(found) if pair[1] is not None), (None, None))
+    if isinstance(last, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        raise TypeError(f"{name} ends with a {type(last).__name__}, its channels come first: only "
+                        "sub-layers that return [images, ..., channels] can be adapted")
+    return d
 
 
 def _features(output: Any) -> list[Tensor]:
@@ -295,13 +303,27 @@ def _features(output: Any) -> list[Tensor]:
                         "transformers.AutoBackbone")
     return list(found)
 
+# %% ../../nbs/modular/02_polyhistor.ipynb #426d79a8
+def _keep_statistics(backbone: nn.Module) -> None:
+    "Frozen BatchNorm goes by its statistics, and keeps them."
+    for m in backbone.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and not any(
+                p.requires_grad for p in m.parameters()):
+            m.eval()
+
 
 @contextlib.contextmanager
 def _adapted(backbone: nn.Module, sites: list[str], branches: list[Branch]) -> Iterator[None]:
-    "The backbone, with adapters after its sub-layers."
+    "The backbone, with adapters after its sub-layers. ValueError when checkpointing gradients."
+    if branches and backbone.training and any(
+            getattr(m, "gradient_checkpointing", False) for m in backbone.modules()):
+        raise ValueError("gradient checkpointing runs the backbone again in backward, then "
+                         "without adapters: call backbone.gradient_checkpointing_disable()")
+
     def after(branch: Branch, module: nn.Module, args: tuple, output: Any) -> Any:
         h = output[0] if isinstance(output, tuple) else output
-        y = branch(h.reshape(len(branch.down), -1, h.shape[-1])).view_as(h)
+        copies, d = len(branch.down), h.shape[-1]
+        y = branch(h.reshape(copies, h.numel() // (copies * d), d)).view_as(h)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
     with contextlib.ExitStack() as stack:
@@ -310,12 +332,13 @@ def _adapted(backbone: nn.Module, sites: list[str], branches: list[Branch]) -> I
             stack.callback(hook.remove)
         yield
 
-# %% ../../nbs/modular/02_polyhistor.ipynb #9b6c3163
+# %% ../../nbs/modular/02_polyhistor.ipynb #f9bdf776
 class PolyhistorModel(nn.Module):
     """A frozen backbone, generated adapters, and a decoder for each task.
 
-    Raises TypeError if the backbone has no target sub-layer, ValueError for widths that don't fit
-    or decoders that don't match the tasks; KeyError where a task is unknown.
+    A target sub-layer returns images first and channels last. Raises TypeError if there is none,
+    ValueError for widths that don't fit, decoders that don't match the tasks, no task, or gradient
+    checkpointing (backward would run the backbone without adapters); KeyError for unknown tasks.
     """
 
     def __init__(
@@ -328,28 +351,34 @@ class PolyhistorModel(nn.Module):
         if set(decoders) != set(config.tasks):
             raise ValueError(f"decoders for {sorted(decoders)}, but tasks {sorted(config.tasks)}: "
                              "give one decoder for each task")
-        sites = {name: _width(m) for name, m in backbone.named_modules()
+        sites = {name: _width(name, m) for name, m in backbone.named_modules()
                  if any(adapters.ends_with(name, t) for t in config.targets)}
         self.sites = [name for name, d in sites.items() if d is not None]
         if not self.sites:
             raise TypeError(f"{type(backbone).__name__} has no sub-layer named "
-                            f"{' or '.join(config.targets)}: set targets to the names of what "
-                            "ends a block, as backbone.named_modules() shows them")
+                            f"{' or '.join(config.targets)}: set targets to names of sub-layers")
         self.config, self._kept = config, None
         self.backbone = backbone.requires_grad_(False)
         self.adapters = None if config.mode == "decoders" else TaskAdapters(
             [sites[name] for name in self.sites], config)
         self.decoders = nn.ModuleDict({task: decoders[task] for task in config.tasks})
 
+    def train(self, mode: bool = True) -> "PolyhistorModel":
+        "As in torch, but a frozen BatchNorm keeps its statistics."
+        _keep_statistics(super().train(mode).backbone)
+        return self
+
     def branches(self, tasks: Sequence[str]) -> list[Branch]:
         "The adapters of some tasks, layer by layer."
+        if not tasks:
+            raise ValueError("no task is asked for: name at least one, or leave tasks out for all")
         if unknown := [t for t in tasks if t not in self.config.tasks]:
             raise KeyError(f"no task {unknown[0]!r}: there are {', '.join(self.config.tasks)}")
         if self.adapters is None:
             return []
         rows = torch.tensor([self.config.tasks.index(t) for t in tasks],
                             device=next(self.parameters()).device)
-        if self._kept is None:
+        if self._kept is None or self.training:
             return self.adapters(rows)
         rows = rows[:1] * 0 if self.adapters.common else rows
         return [b._replace(down=b.down[rows], up=b.up[rows]) for b in self._kept]
@@ -375,14 +404,15 @@ class PolyhistorModel(nn.Module):
         "Generate the adapters once for all passes inside. RuntimeError in training mode."
         if self.training:
             raise RuntimeError("adapters that are kept get no gradient: call model.eval() first")
-        with torch.no_grad():
-            self._kept = self.branches(self.config.tasks)
+        before = self._kept
         try:
+            with torch.no_grad():
+                self._kept = self.branches(self.config.tasks)
             yield
         finally:
-            self._kept = None
+            self._kept = before
 
-# %% ../../nbs/modular/02_polyhistor.ipynb #f3cf550d
+# %% ../../nbs/modular/02_polyhistor.ipynb #2c3a1a3d
 @torch.no_grad()
 def export_adapters(
     model: PolyhistorModel,  # trained
@@ -390,7 +420,7 @@ def export_adapters(
 ) -> dict[str, tuple[Tensor, Tensor]]:  # sub-layer -> D [d, n], U [n, d]
     "A task's adapters as plain matrices: the hyper-network is no longer needed. KeyError."
     return {name: tuple(m[0].clone() for m in branch.dense())
-            for name, branch in zip(model.sites, model.branches([task]), strict=True)}
+            for name, branch in zip(model.sites, model.branches([task]), strict=False)}
 
 
 @torch.no_grad()
@@ -399,15 +429,20 @@ def load_adapters(
     task: str,  # whose adapters are replaced
     found: Mapping[str, tuple[Tensor, Tensor]],  # from `export_adapters`
 ) -> None:
-    "Put plain matrices into a model of plain adapters. ValueError if they don't fit."
-    own = model.adapters
-    if model.config.mode != "adapter" or list(found) != model.sites:
+    "Put plain matrices into a model of plain adapters. ValueError if they don't fit; KeyError."
+    if model.config.mode != "adapter" or set(found) != set(model.sites):
         raise ValueError(f"these are adapters of {list(found)}: a model with mode='adapter' and "
                          f"the same sub-layers is needed, this one is {model.config.mode!r} with "
                          f"{model.sites}")
-    row = model.config.tasks.index(task)
-    for name, D, U in zip(found, own.down, own.up, strict=True):
-        D[row, 0], U[row, 0] = found[name]
+    places = dict(zip(model.sites, model.branches([task]), strict=True))
+    for name, (D, U) in found.items():
+        shapes = places[name].down[0, 0].shape, places[name].up[0, 0].shape
+        if (D.shape, U.shape) != shapes:
+            raise ValueError(f"{name}: D {list(D.shape)} and U {list(U.shape)}, but this model has "
+                             f"{list(shapes[0])} and {list(shapes[1])}: give the same reduction")
+    row, own = model.config.tasks.index(task), model.adapters
+    for name, down, up in zip(model.sites, own.down, own.up, strict=True):
+        down[row, 0], up[row, 0] = found[name]
 
 # %% ../../nbs/modular/02_polyhistor.ipynb #d4ad4bad
 class MLPDecoder(nn.Module):
@@ -432,11 +467,15 @@ class MLPDecoder(nn.Module):
         y = z if self.out is None else self.out(F.gelu(z))
         return F.normalize(y.float(), dim=1) if self.unit else y
 
-# %% ../../nbs/modular/02_polyhistor.ipynb #3a58d516
-def _like(y: Tensor, size: Sequence[int]) -> Tensor:
-    "Outputs on the labels' grid, in float32."
-    y = y.float()
-    return y if y.shape[-2:] == tuple(size) else F.interpolate(
+# %% ../../nbs/modular/02_polyhistor.ipynb #1cba8c85
+def _like(y: Tensor, labels: Tensor, channels: bool = True) -> Tensor:
+    "Outputs on the labels' grid, in float32. ValueError for labels of another shape."
+    wanted = y.shape[:2] if channels else y.shape[:1]
+    if labels.shape[:-2] != wanted:
+        raise ValueError(f"outputs {list(y.shape)}, labels {list(labels.shape)}: labels must be "
+                         f"[{', '.join(map(str, wanted))}, height, width]")
+    y, size = y.float(), labels.shape[-2:]
+    return y if y.shape[-2:] == size else F.interpolate(
         y, tuple(size), mode="bilinear", align_corners=False)
 
 
@@ -444,9 +483,9 @@ def segmentation_loss(
     logits: Tensor,  # [B, classes, *grid]
     labels: Tensor,  # int64 [B, *fine grid]; negative or 255: unknown
 ) -> Tensor:  # scalar
-    "Mean cross-entropy over the places with a label."
+    "Mean cross-entropy over the places with a label. ValueError for another shape."
     known = (labels >= 0) & (labels != 255)
-    lost = F.cross_entropy(_like(logits, labels.shape[-2:]), labels.where(known, -100),
+    lost = F.cross_entropy(_like(logits, labels, channels=False), labels.long().where(known, -100),
                            ignore_index=-100, reduction="sum")
     return lost / known.sum().clamp(min=1)
 
@@ -455,39 +494,42 @@ def regression_loss(
     found: Tensor,  # [B, channels, *grid]
     target: Tensor,  # [B, channels, *fine grid]; NaN: unknown
 ) -> Tensor:  # scalar
-    "Mean absolute error over what is known."
+    "Mean absolute error over what is known. ValueError for another shape."
     known = target.isfinite()
-    lost = (_like(found, target.shape[-2:]) - target.where(known, 0)).abs() * known
+    lost = (_like(found, target) - target.where(known, 0)).abs() * known
     return lost.sum() / known.sum().clamp(min=1)
 
 
 def normals_loss(
     found: Tensor,  # [B, 3, *grid], any length
-    target: Tensor,  # [B, 3, *fine grid] of length 1; all zeros: unknown
+    target: Tensor,  # [B, 3, *fine grid] of length 1; all zeros, or NaN: unknown
 ) -> Tensor:  # scalar
-    "One minus the cosine of the angle, over the places with a normal."
+    "One minus the cosine of the angle, over the places with a normal. ValueError for shapes."
     known = target.norm(dim=1) > 0.5
-    cosine = F.cosine_similarity(_like(found, target.shape[-2:]), target, dim=1)
+    cosine = F.cosine_similarity(_like(found, target), target.where(known[:, None], 0), dim=1)
     return ((1 - cosine) * known).sum() / known.sum().clamp(min=1)
 
-# %% ../../nbs/modular/02_polyhistor.ipynb #81d8ae40
+# %% ../../nbs/modular/02_polyhistor.ipynb #6f73ab5e
 class MultiTaskLoss:
-    "Weighted sum of the tasks' losses. KeyError for a task without labels, ValueError for weights."
+    "Weighted sum of the tasks' losses. KeyError without labels or a loss, ValueError for weights."
 
     def __init__(
         self,
         losses: Mapping[str, Callable],  # task -> (output, labels) -> scalar
         weights: Mapping[str, float] | None = None,  # task -> weight; None: 1 for all
     ):
-        self.losses, self.weights = dict(losses), dict(weights or dict.fromkeys(losses, 1.0))
-        if set(self.weights) != set(self.losses) or min(self.weights.values()) < 0:
+        self.losses = dict(losses)
+        self.weights = dict.fromkeys(losses, 1.0) if weights is None else dict(weights)
+        if set(self.weights) != set(self.losses) or not all(
+                w >= 0 for w in self.weights.values()):
             raise ValueError(f"weights {self.weights}: give one of at least 0 for each of "
                              f"{', '.join(self.losses)}")
 
     def parts(self, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict:
         "The losses by task, without weights."
-        if missing := [t for t in outputs if t not in labels]:
-            raise KeyError(f"the batch has no labels for {missing[0]!r}: it has {list(labels)}")
+        for kind, known in (("labels", labels), ("loss", self.losses)):
+            if missing := [t for t in outputs if t not in known]:
+                raise KeyError(f"no {kind} for {missing[0]!r}: there are {list(known)}")
         return {t: self.losses[t](y, labels[t].to(y.device)) for t, y in outputs.items()}
 
     def __call__(self, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
@@ -500,12 +542,13 @@ def delta_m(
     baseline: Mapping[str, float],  # task -> figure of single-task full fine-tuning
     lower_is_better: Collection[str] = (),  # tasks with errors
 ) -> float:  # percent
-    "Mean relative gain over the tasks. ValueError for other tasks, or a baseline of 0."
+    "Mean relative gain over the tasks. ValueError for other tasks, or a baseline not above 0."
     if set(metrics) != set(baseline) or not metrics or not set(lower_is_better) <= set(metrics):
         raise ValueError(f"tasks differ: metrics {sorted(metrics)}, baseline {sorted(baseline)}, "
                          f"lower is better {sorted(lower_is_better)}")
-    if zero := [t for t, value in baseline.items() if value == 0]:
-        raise ValueError(f"the baseline of {zero[0]!r} is 0: there is no relative gain over it")
+    if low := [t for t, value in baseline.items() if value <= 0]:
+        raise ValueError(f"the baseline of {low[0]!r} is {baseline[low[0]]}: a relative gain needs "
+                         "one above 0")
     gains = [(metrics[t] - baseline[t]) / baseline[t] * (-1 if t in lower_is_better else 1)
              for t in metrics]
     return 100 * sum(gains) / len(gains)

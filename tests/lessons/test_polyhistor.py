@@ -176,6 +176,12 @@ def test_in_the_first_step_only_the_last_map_of_up_learns():
 
 
 def test_a_rank_above_the_bottleneck_is_warned_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # rank 8 of `weight` has nothing to do with the bottleneck
+        DecomposedHyperNetwork(2, [(16, 4)], 6, 8, decomposition="weight")
+    for bad in ({"rank": 0}, {"decomposition": "svd"}):
+        with pytest.raises(ValueError, match="give a rank of at least 1"):
+            DecomposedHyperNetwork(2, [(16, 4)], 6, **bad)
     with pytest.warns(UserWarning, match="rank = 8 is above the bottleneck 4"):
         DecomposedHyperNetwork(2, [(16, 4)], 6, 8)
     with warnings.catch_warnings():
@@ -254,6 +260,14 @@ def test_exported_adapters_are_plain_adapters(mode):
         torch.testing.assert_close(plain(X), model(X), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="mode='adapter'"):
         load_adapters(model, "a", found)
+    load_adapters(plain, "b", dict(reversed(found.items())))  # in any order
+    with torch.no_grad():
+        torch.testing.assert_close(plain(X)["b"], model(X)["b"], rtol=1e-4, atol=1e-4)
+    thin = {name: (D[:, :1], U) for name, (D, U) in found.items()}  # would be repeated
+    with pytest.raises(ValueError, match="D \\[8, 1\\].*give the same reduction"):
+        load_adapters(plain, "a", thin)
+    with pytest.raises(KeyError, match="no task 'c'"):
+        load_adapters(plain, "c", found)
 
 
 def test_training_moves_what_is_trained_and_the_task_in_the_batch():
@@ -355,6 +369,70 @@ def test_losses_look_at_known_places_only():
     torch.testing.assert_close(normals_loss(n, known), torch.tensor(1.0))
 
 
+def test_labels_of_another_shape_are_refused():
+    y = torch.randn(4, 3, 4, 4)
+    for loss, labels in ((regression_loss, torch.zeros(4, 8, 8)),  # would be broadcast
+                         (regression_loss, torch.zeros(4, 1, 8, 8)),
+                         (normals_loss, torch.zeros(4, 8, 8, 3)),
+                         (segmentation_loss, torch.zeros(4, 1, 8, 8).long())):
+        with pytest.raises(ValueError, match="labels must be"):
+            loss(y, labels)
+    small = torch.ones(4, 8, 8, dtype=torch.uint8)
+    torch.testing.assert_close(segmentation_loss(y, small), segmentation_loss(y, small.long()))
+    normals = torch.nn.functional.normalize(torch.randn(4, 3, 8, 8), dim=1)
+    zeros, nan = normals.clone(), normals.clone()
+    zeros[:, :, 0], nan[:, :, 0] = 0, float("nan")
+    torch.testing.assert_close(normals_loss(y, nan), normals_loss(y, zeros))
+
+
+class Places(nn.Module):
+    "A backbone with BatchNorm whose MLP is of linear layers, or of convolutions."
+
+    channels = [8]
+
+    def __init__(self, conv=False):
+        super().__init__()
+        layer = partial(nn.Conv2d, kernel_size=1) if conv else nn.Linear
+        self.norm, self.patch = nn.BatchNorm2d(3), nn.Conv2d(3, 8, 4, stride=4)
+        self.mlp, self.last = nn.Sequential(layer(8, 8), nn.GELU(), layer(8, 8)), not conv
+
+    def forward(self, x):
+        f = self.patch(self.norm(x))
+        return [f + (self.mlp(f.movedim(1, -1)).movedim(-1, 1) if self.last else self.mlp(f))]
+
+
+def test_a_frozen_backbone_keeps_its_statistics():
+    model = model_of(backbone=Places()).train()
+    before = copy.deepcopy(model.backbone.state_dict())
+    model(X)
+    torch.testing.assert_close(model.backbone.state_dict(), before)
+    assert model.training and model.eval().train().backbone.patch.training
+
+
+def test_channels_first_and_gradient_checkpointing_are_refused():
+    with pytest.raises(TypeError, match="mlp ends with a Conv2d, its channels come first"):
+        model_of(backbone=Places(conv=True))
+    model = model_of().train()
+    model.backbone.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+        model(X)
+    model.eval()(X)  # nothing runs again there
+
+
+def test_no_task_no_picture_and_a_cache_in_training():
+    model = moved(model_of()).eval()
+    with pytest.raises(ValueError, match="name at least one"):
+        model(X, ())
+    torch.testing.assert_close(  # nothing to adapt
+        Branch(torch.ones(2, 1, 8, 2), torch.ones(2, 1, 2, 8))(torch.ones(2, 0, 8)).numel(), 0)
+    with model.cached():
+        with model.cached():
+            pass
+        assert model.branches(["a"])[0].down.grad_fn is None
+        model.train()(X)["a"].square().mean().backward()  # not from the cache
+    assert model.adapters.hyper.task.grad[0].any()
+
+
 def test_weights_and_tasks_of_the_loss():
     y = torch.ones(1, 1, 1, 1)
     loss = MultiTaskLoss({"a": regression_loss, "b": regression_loss}, {"a": 1, "b": 3})
@@ -362,6 +440,11 @@ def test_weights_and_tasks_of_the_loss():
     assert loss({"b": y}, {"b": y * 3}) == 6
     with pytest.raises(KeyError, match="no labels for 'b'"):
         loss({"b": y}, {"a": y})
+    with pytest.raises(KeyError, match="no loss for 'c'"):
+        loss({"c": y}, {"c": y})
+    for weights in ({}, {"a": 1, "b": float("nan")}):
+        with pytest.raises(ValueError, match="give one of at least 0"):
+            MultiTaskLoss({"a": regression_loss, "b": regression_loss}, weights)
     with pytest.raises(ValueError, match="give one of at least 0"):
         MultiTaskLoss({"a": regression_loss}, {"b": 1})
 
@@ -375,8 +458,9 @@ def test_relative_gain():
     for bad in ({"seg": 0.5}, {"seg": 1.0, "normals": 1.0}):
         with pytest.raises(ValueError, match="tasks differ"):
             delta_m(bad, base)
-    with pytest.raises(ValueError, match="baseline of 'seg' is 0"):
-        delta_m(base, {"seg": 0.0, "depth": 2.0})
+    for low in (0.0, -0.5):  # below 0 a gain would read as a loss
+        with pytest.raises(ValueError, match=f"baseline of 'seg' is {low}: .* above 0"):
+            delta_m(base, {"seg": low, "depth": 2.0})
 
 
 # the experiment
@@ -420,6 +504,24 @@ def test_free_factors_are_factors_of_each_task_and_layer():
     made.branches(["digits"])[1].down.square().sum().backward()
     grad = made.adapters.hyper.maps["16x4"]["down"].first.grad
     assert grad.any(dim=1).nonzero().tolist() == [[1]]
+
+
+def test_orthogonal_embeddings_begin_as_free_factors_and_reach_no_other():
+    bed = told.scene_bed(0, (8, 8, 8))
+    with bed.fresh() as model:
+        made = PREPARE["lite, orthogonal"](model, SMALL)
+    hyper = made.adapters.hyper
+    assert {n.split(".")[0] for n, p in hyper.named_parameters() if p.requires_grad} == {"maps"}
+    e = hyper.embed(torch.arange(3)).flatten(0, 1)
+    torch.testing.assert_close(e @ e.T, 9 * torch.eye(9), rtol=1e-4, atol=1e-4)
+    before = torch.stack([b.down for b in made.branches(list(SCENES))]).detach()
+    assert 0.6 < before.std() * 16**0.5 < 1.6
+    first = hyper.maps["16x4"]["down"].first
+    made.branches(["digits"])[1].down.square().sum().backward()
+    first.data -= 0.1 * first.grad
+    after = torch.stack([b.down for b in made.branches(list(SCENES))])  # [layers, tasks, ...]
+    moved = (after - before).abs().flatten(2).amax(2) > 1e-5
+    assert moved.nonzero().tolist() == [[1, 0]]  # its own place alone
 
 
 def test_lora_of_each_task_begins_as_the_backbone_and_is_its_own():
