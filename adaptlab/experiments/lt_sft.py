@@ -6,7 +6,7 @@
 __all__ = ['SMALL', 'RECIPE', 'SKILLS', 'LANGUAGES', 'ENGLISH', 'TASK', 'TARGETS', 'experiment', 'FULL', 'Config', 'skills',
            'Arms', 'kept', 'added', 'best_of', 'frontier', 'language_delta']
 
-# %% ../../nbs/experiments/lt_sft.ipynb #9750adab
+# %% ../../nbs/experiments/lt_sft.ipynb #146a5d9f
 import contextlib
 import itertools
 import textwrap
@@ -20,14 +20,15 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .. import data, modules, recipes, shifts, stats, text
+from .. import data, modules, recipes, shifts, stats, text, weights
 from ..bench import plots
 from ..bench.compare import Method, Versus, grid, sweep, versus
 from ..bench.report import Report
 from ..bench.runs import BaseConfig, Run, bounded, tracks
 from ..bench.testbeds import Bed, accuracy
 from adaptlab.sparse.lt_sft import (
-    SparseDelta, SparseFineTuner, fitting, phase_steps, prepare_body, select, tune,
+    TINY, SparseDelta, SparseFineTuner, base_digests, fitting, phase_steps, prepare_body, select,
+    tune,
 )
 from ..train import Training, set_seed
 
@@ -79,7 +80,7 @@ def skills(
              for part in rows[: sum(images)].split(images)]
     return Bed(recipes.pretrained_small("mlp-mnist", **RECIPE), *parts, name="three skills")
 
-# %% ../../nbs/experiments/lt_sft.ipynb #f6ff4d77
+# %% ../../nbs/experiments/lt_sft.ipynb #4047d2c3
 class Arms:
     "Makes deltas of the three skills; remembers dense ones."
 
@@ -90,19 +91,25 @@ class Arms:
         self.cfg, self.dense = cfg, {}
 
     def _train(self, model: nn.Module, bed: Bed, seed: int, skill: str, lr: float,
-               chosen: Mapping[str, Tensor]) -> SparseDelta:
+               chosen: Mapping[str, Tensor] | None, phases: int = 1) -> SparseDelta:
+        "Phase 2, for the steps of so many phases; None chosen: everything, in full."
         torch.manual_seed(seed)
         run = fitting(replace(self.cfg.training, lr=lr), bed.train[skill], modules.cross_entropy,
                       seed=seed, device=self.cfg.device, progress=False)
         names = [f"layers.{n}" for n, _ in model.layers.named_parameters()]
-        return tune(model, names, chosen, run, self.cfg.training.steps)
+        return tune(model, [] if chosen is None else names, chosen or {}, run,
+                    phases * self.cfg.training.steps)
 
     def _everything(self, model: nn.Module, bed: Bed, *key: Any) -> SparseDelta:
         "Phase 1 of (seed, skill, rate)."
         if key not in self.dense:
-            chosen = {f"layers.{n}": torch.arange(p.numel())
-                      for n, p in model.layers.named_parameters()}
-            self.dense[key] = self._train(model, bed, *key, chosen)
+            heads, diffs = dict(self._train(model, bed, *key, None).abs), {}
+            body = {f"layers.{n}": p.detach() for n, p in model.layers.named_parameters()}
+            for n, p in body.items():
+                d = heads.pop(n) - p
+                diffs[n] = weights.SparseDelta.from_dense(d * (d.abs() > TINY))
+            self.dense[key] = SparseDelta(diffs, heads, base_digests(model, diffs),
+                                          sum(p.numel() for p in body.values()))
         return self.dense[key]
 
     def make(
@@ -111,7 +118,7 @@ class Arms:
         bed: Bed,  # from `skills`
         seed: int,  # of training and of random masks
         *,
-        kind: str,  # LT, random, per layer, cut, no rewind, dense
+        kind: str,  # of the arms above
         share: float,  # of the weights
         lr: float,  # learning rate
         scale: float = 1.0,  # of the differences
@@ -133,12 +140,14 @@ class Arms:
                 made[skill] = whole.scale(scale)
             elif kind == "cut":
                 made[skill] = kept(whole, chosen)
-            elif kind == "no rewind":
-                with kept(whole, chosen).applied(model):
-                    more = self._train(model, bed, seed, skill, lr, chosen)
+            elif kind in ("no rewind", "cut, new head"):
+                again = kind == "no rewind"  # the chosen entries and the head, or the head alone
+                with kept(whole, chosen).applied(model, with_abs=again):
+                    more = self._train(model, bed, seed, skill, lr, chosen if again else {})
                 made[skill] = replace(kept(whole, chosen), abs={}) + more
             else:
-                made[skill] = self._train(model, bed, seed, skill, lr, chosen)
+                made[skill] = self._train(model, bed, seed, skill, lr, chosen,
+                                          phases=1 + (kind == "LT longer"))
         return model, made
 
 
@@ -152,7 +161,7 @@ def kept(
         d, indices=d.indices[where[n]], values=d.values[where[n]])
         for n, d in delta.diffs.items() if n in chosen})
 
-# %% ../../nbs/experiments/lt_sft.ipynb #77015c8f
+# %% ../../nbs/experiments/lt_sft.ipynb #8452933e
 def added(
     model: nn.Module,  # the base
     deltas: Mapping[str, SparseDelta],  # skill -> delta
@@ -192,12 +201,13 @@ def _methods(cfg: Config) -> dict[str, Method]:
     kinds["dense"] = ("dense", 1.0, 1.0)
     kinds |= {f"random {s:.1%}": ("random", s, 1.0) for s in cfg.rand}
     some = cfg.rand[len(cfg.rand) // 2]
-    kinds |= {kind: (kind, some, 1.0) for kind in ("per layer", "cut", "no rewind")}
+    kinds |= {kind: (kind, some, 1.0) for kind in (
+        "per layer", "cut", "cut, new head", "no rewind", "LT longer")}
     kinds |= {f"dense x {f:g}": ("dense", 1.0, f) for f in cfg.scales}
     return {name: Method(partial(arms.make, kind=kind, share=share, scale=scale), grid(lr=cfg.lrs))
             for name, (kind, share, scale) in kinds.items()}
 
-# %% ../../nbs/experiments/lt_sft.ipynb #09c0b843
+# %% ../../nbs/experiments/lt_sft.ipynb #a5e8b446
 def best_of(
     table: pd.DataFrame,  # from the experiment
     prefix: str,  # of the methods to choose among
@@ -239,9 +249,17 @@ def _claims(cfg: Config, report: Report, table: pd.DataFrame) -> None:
         Versus("in pairs, entries that moved most beat random ones", f"LT {some}",
                f"random {some}", "pairs", "better on all tasks", "random-SFT rows", few),
         Versus("alone, phase 2 beats phase 1 cut off", f"LT {some}", "cut", "alone", *ours),
+        Versus("alone, it beats that with a head trained for it", f"LT {some}", "cut, new head",
+               "alone", *ours),
+        Versus("in pairs, it beats that with a head trained for it", f"LT {some}",
+               "cut, new head", "pairs", *ours, few),
         Versus("alone, rewinding beats going on", f"LT {some}", "no rewind", "alone", *ours,
-               "a guess: going on, the chosen entries move further"),
+               "going on, the chosen entries train for twice as many steps"),
+        Versus("alone, rewinding and as many steps beat going on", "LT longer", "no rewind",
+               "alone", *ours, few),
         Versus("in pairs, rewinding beats going on", f"LT {some}", "no rewind", "pairs", *ours),
+        Versus("in pairs, rewinding and as many steps beat going on", "LT longer", "no rewind",
+               "pairs", *ours, few),
         Versus("alone, a global threshold beats one per tensor", f"LT {some}", "per layer",
                "alone", *ours, few),
     ], unit="points")
@@ -249,12 +267,12 @@ def _claims(cfg: Config, report: Report, table: pd.DataFrame) -> None:
                  measured=frontier(table, f"random {some}"), above=0, unit="points",
                  source="not compared in the paper", why=few)
 
-# %% ../../nbs/experiments/lt_sft.ipynb #16b34068
+# %% ../../nbs/experiments/lt_sft.ipynb #9d37e138
 def _plot(cfg: Config, report: Report, table: pd.DataFrame) -> Any:
     "Left: accuracy against density. Right: the claims."
     import matplotlib.pyplot as plt
 
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5.6), layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12.5, 6.4), layout="constrained")
     mean = table.groupby("method")[["alone", "pairs", "all"]].mean()
     shares, names = [*cfg.shares, 1.0], [*(f"LT {s:.1%}" for s in cfg.shares), "dense"]
     for column, color, label in (("alone", "blue", "alone"), ("pairs", "vermillion", "+ one other"),

@@ -26,19 +26,19 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .. import processes, weights
 from ..train import Callback, Training
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #389c060b
+# %% ../../nbs/sparse/01_lt_sft.ipynb #2b6ca44d
 def select(
     moved: Mapping[str, Tensor],  # by how much each entry moved, >= 0
     k: int,  # how many entries, over all tensors
     taken: Mapping[str, Tensor] | None = None,  # flat positions that can't be chosen again
 ) -> dict[str, Tensor]:  # name -> int64 flat positions, increasing; k in all
-    "The k entries that moved most. ValueError for too many, or movements that are not finite."
+    "The k entries that moved most. ValueError for too many, NaN, infinity, or movements below 0."
     taken = taken or {}
     free = sum(m.numel() for m in moved.values()) - sum(len(t) for t in taken.values())
     if not 0 <= k <= free:
         raise ValueError(f"k = {k}: there are {free} entries to choose from")
-    if bad := [name for name, m in moved.items() if not torch.isfinite(m).all()]:
-        raise ValueError(f"the movement of {bad[0]} is not finite: training diverged")
+    if bad := [n for n, m in moved.items() if not (torch.isfinite(m) & (m >= 0)).all()]:
+        raise ValueError(f"movements of {bad[0]} are negative, or training diverged")
     if k == 0:
         return {}
     bits = {n: m.detach().reshape(-1).float().view(torch.int32) for n, m in moved.items()}
@@ -62,17 +62,40 @@ def select(
             chosen[name] = found
     return chosen
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #0e01b062
+# %% ../../nbs/sparse/01_lt_sft.ipynb #522a75b2
+def _positions(params: Mapping[str, Tensor], chosen: Mapping[str, Tensor],
+               maskable: set[str]) -> dict[str, Tensor]:
+    "Chosen positions beside their tensors. ValueError where nothing can be trained."
+    for name, at in chosen.items():
+        p = params.get(name)
+        if p is None or not p.requires_grad or name not in maskable:
+            raise ValueError(f"chosen: {name} is no maskable, trainable parameter of the model")
+        if not p.is_contiguous():
+            raise ValueError(f"{name} is not contiguous, as flat positions need it: set "
+                             "p.data = p.data.contiguous()")
+        if at.dtype != torch.int64 or len(at) and not 0 <= at.min() <= at.max() < p.numel():
+            raise ValueError(f"chosen: {name} needs int64 positions from 0 to {p.numel() - 1}")
+    return {n: at.to(params[n].device) for n, at in chosen.items()}
+
+
+def _check_held(optimizer: Any, v: Tensor, params: Iterable[Tensor]) -> None:
+    held = {id(p) for g in getattr(optimizer, "param_groups", ()) for p in g["params"]}
+    if id(v) not in held and any(id(p) in held for p in params):
+        raise RuntimeError("this optimiser does not hold the chosen entries: train_fn has to "
+                           "make its own, from model.parameters(), each time it is called")
+
+
 def _at(chosen: dict[str, Tensor], name: str, p: Tensor) -> Tensor:
     "The chosen positions, where the tensor is: training may have moved the model."
     chosen[name] = chosen[name].to(p.device)
     return chosen[name]
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #b819eefd
+# %% ../../nbs/sparse/01_lt_sft.ipynb #388a0d72
 class VectorPhase:
     """Train chosen entries as one vector. A context, and the hook between backward and step.
 
-    With several processes the hook gathers gradients: `RuntimeError` if it was never called.
+    With several processes the hook gathers gradients: RuntimeError if it was never called, and
+    for an optimiser that does not hold the vector. ValueError for positions that can't be.
     """
 
     def __init__(
@@ -84,8 +107,8 @@ class VectorPhase:
     ):
         params = dict(model.named_parameters())
         self.model, self.strength, self.maskable = model, strength, set(maskable)
+        self.chosen = _positions(params, chosen, self.maskable)
         self.params = {name: params[name] for name in chosen}
-        self.chosen = {n: i.to(params[n].device) for n, i in chosen.items()}
         self.others = [p for n, p in params.items() if p.requires_grad and n not in self.maskable]
         self.calls, self.late = 0, processes.world_size() > 1
 
@@ -120,8 +143,9 @@ class VectorPhase:
             p.grad = None
 
     @torch.no_grad()
-    def _write(self, *_: Any) -> None:
+    def _write(self, optimizer: Any = None, *_: Any) -> None:
         "Put the vector's values into the model's tensors."
+        _check_held(optimizer, self.v, self.params.values())
         for name, p in self.params.items():
             values = self.v[slice(*self.spans[name])].to(p.device, p.dtype)
             p.view(-1).index_copy_(0, _at(self.chosen, name, p), values)
@@ -133,8 +157,7 @@ class VectorPhase:
         for name, p in self.params.items():
             self._gather(name, p)
         if self.strength:
-            pairs = [(self.v, self.first), *zip(self.others, self.starts, strict=True)]
-            for p, start in pairs:
+            for p, start in zip((self.v, *self.others), (self.first, *self.starts), strict=True):
                 if p.grad is not None:
                     p.grad.add_((p - start.to(p.device)).sign(), alpha=self.strength)
 
@@ -145,12 +168,11 @@ class VectorPhase:
         self.model._parameters.pop("sft_values", None)
         for p in self.frozen:
             p.requires_grad_(True)
-        self.values = {n: self.v.detach()[slice(*s)] for n, s in self.spans.items()}
         if kind is None and not self.calls and (self.late or self.strength):
             raise RuntimeError("train_fn never called grad_hook(): call it between backward and "
                                "the optimiser's step")
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #12337c52
+# %% ../../nbs/sparse/01_lt_sft.ipynb #b7c07291
 TINY = 1e-7  # smaller changes are not kept
 
 
@@ -164,9 +186,11 @@ def _digest(t: Tensor) -> str:
 class _Record:
     "What is applied to a model: (delta, with_abs, what was there), and its base's digests."
 
-    def __init__(self):
-        self.stack: list[tuple[Any, bool, list]] = []
-        self.digests: dict[str, str] = {}
+    def __init__(self, stack: Iterable = (), digests: Mapping[str, str] | None = None):
+        self.stack, self.digests = list(stack), dict(digests or {})
+
+    def __deepcopy__(self, memo: Any) -> "_Record":  # a copied model has the same deltas on it
+        return _Record(self.stack, self.digests)
 
 
 def _record(model: nn.Module) -> _Record:
@@ -232,12 +256,9 @@ class Changes:
         "Each tensor's change, written out."
         return {n: d.to_dense(d.values.dtype) for n, d in self.diffs.items()}
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #sdd7c552
+# %% ../../nbs/sparse/01_lt_sft.ipynb #96be6c3e
 class SparseDelta(Changes):
-    """A sparse fine-tuning: what to add to a base, and its heads.
-
-    Raises ValueError for changes that are not finite.
-    """
+    "A sparse fine-tuning: what to add to a base, and its heads."
 
     def __add__(self, other: "SparseDelta") -> "SparseDelta":
         differ = [n for n in self.base if other.base.get(n, self.base[n]) != self.base[n]]
@@ -304,10 +325,12 @@ class SparseDelta(Changes):
         "Read one. FileNotFoundError or the hub's own error if there is none."
         return _load(source)
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #6c2edfb8
+# %% ../../nbs/sparse/01_lt_sft.ipynb #53bb1ba9
 def _checked(params: Mapping[str, Tensor], delta: SparseDelta, names: Iterable[str]) -> None:
     "ValueError for tensors that the model lacks, or has in another shape."
     for name in names:
+        if name in delta.diffs and name in params and not params[name].is_contiguous():
+            raise ValueError(f"{name} is not contiguous: set p.data = p.data.contiguous()")
         shape = delta.diffs[name].shape if name in delta.diffs else tuple(delta.abs[name].shape)
         if name not in params or tuple(params[name].shape) != shape:
             has = tuple(params[name].shape) if name in params else "no such tensor"
@@ -392,7 +415,7 @@ def _load(source: str | Path) -> SparseDelta:
     heads = {n.removeprefix("abs."): t for n, t in tensors.items() if n.startswith("abs.")}
     return SparseDelta(weights.unpack(diffs), heads, json.loads(about["base"]), int(about["total"]))
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #f1ed621a
+# %% ../../nbs/sparse/01_lt_sft.ipynb #918692e2
 TrainFn = Callable[[nn.Module, int, Callable[[], None]], None]
 
 
@@ -402,16 +425,15 @@ def fitting(
     loss_fn: Callable | None = None,  # (model, batch) -> loss
     **more: Any,  # of `train.fit`: seed, device, callbacks...
 ) -> TrainFn:  # train_fn(model, steps, grad_hook)
-    "The course's training loop as a `train_fn`."
-    class Hook(Callback):
-        def __init__(self, call: Callable[[], None]):
-            self.call = call
-
-        def before_step(self, state: Any) -> None:
-            self.call()
+    "The course's training loop as a `train_fn`. ValueError: several processes that clip."
+    if training.clip is not None and processes.world_size() > 1:
+        raise ValueError(f"clip = {training.clip}: with several processes the norm would be that "
+                         "of all gradients, not of the chosen ones; leave it out")
 
     def train_fn(model: nn.Module, steps: int, grad_hook: Callable[[], None]) -> None:
-        callbacks = [Hook(grad_hook), *more.get("callbacks", ())]
+        hook = Callback()
+        hook.before_step = lambda state: grad_hook()
+        callbacks = [hook, *more.get("callbacks", ())]
         training.fit(model, data, loss_fn, steps=steps, **{**more, "callbacks": callbacks})
 
     return train_fn
@@ -444,20 +466,28 @@ def _scope(model: nn.Module, maskable: Iterable[str] | None) -> list[str]:
         raise ValueError("there is no maskable parameter: all are frozen")
     return names
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #729090c7
+# %% ../../nbs/sparse/01_lt_sft.ipynb #d72af7d7
+def _trainable(model: nn.Module, maskable: Sequence[str]) -> dict[str, Tensor]:
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if missing := [n for n in maskable if n not in params]:
+        raise ValueError(f"maskable: {missing[0]} is no trainable parameter of the model")
+    return params
+
+
 @contextlib.contextmanager
 def _rewound(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    "Copies of parameters, which are put back at the end, and so are the buffers."
+    "Copies of parameters, which are put back at the end, and so are buffers; no gradients."
     params = dict(model.named_parameters())
     start = {n: params[n].detach().clone() for n in names}
     buffers = {n: b.clone() for n, b in model.named_buffers()}
+    model.zero_grad()  # of an earlier backward: a loop may add to it
     try:
         yield start
     finally:
         with torch.no_grad():
             for name, value in start.items():
                 params[name].copy_(value)
-                params[name].grad = None
+            model.zero_grad()
             for name, b in model.named_buffers():
                 b.copy_(buffers[name])
 
@@ -470,13 +500,13 @@ def movements(
     strength: float = 0.0,  # of the L1 term's gradient: lambda / N
 ) -> dict[str, Tensor]:  # |change| of each maskable tensor
     "Phase 1: train everything, see how far each entry moves, rewind."
-    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    params = _trainable(model, maskable)
     with _rewound(model, params) as start:
         with VectorPhase(model, {}, [], strength) as hook:  # no vector: all are trained
             train_fn(model, steps, hook)
         return {n: (p := params[n].detach()).sub(start[n].to(p.device)).abs() for n in maskable}
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #6ffec3df
+# %% ../../nbs/sparse/01_lt_sft.ipynb #faf40a6b
 def tune(
     model: nn.Module,  # left as it was found
     maskable: Sequence[str],  # names of parameters
@@ -485,31 +515,32 @@ def tune(
     steps: int,  # of phase 2
     strength: float = 0.0,  # of the L1 term's gradient: lambda / N
 ) -> SparseDelta:  # from where the model is
-    "Phase 2: train chosen entries and heads, take the difference, rewind."
-    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    """Phase 2: train chosen entries and heads, take the difference, rewind.
+
+    Raises ValueError if training diverged, or for names or positions that can't be trained.
+    """
+    params = _trainable(model, maskable)
     heads, diffs = [n for n in params if n not in maskable], {}
-    before = {n: params[n].detach().view(-1)[i.to(params[n].device)] for n, i in chosen.items()}
+    hook = VectorPhase(model, chosen, maskable, strength)
     with _rewound(model, heads):
         try:
-            with VectorPhase(model, chosen, maskable, strength) as hook:
+            with hook:
                 train_fn(model, steps, hook)
-            for n, i in chosen.items():
-                diff = hook.values[n] - before[n].to(hook.values[n])
+            if not all(torch.isfinite(t).all() for t in (hook.v, *map(params.get, heads))):
+                raise ValueError("phase 2 diverged: its weights are not finite; lower the rate")
+            moved = hook.v.detach() - hook.first.to(hook.v.device)
+            for n, span in hook.spans.items():
+                diff, at = moved[slice(*span)], hook.chosen[n].to(moved.device)
                 keep = diff.abs() > TINY
-                diffs[n] = weights.SparseDelta(i.to(diff.device)[keep], diff[keep],
-                                               tuple(params[n].shape))
+                diffs[n] = weights.SparseDelta(at[keep], diff[keep], tuple(params[n].shape))
             found = {n: params[n].detach().clone() for n in heads}
         finally:
-            with torch.no_grad():
-                for n, i in chosen.items():
-                    p = params[n].view(-1)
-                    p[i.to(p.device)] = before[n].to(p.device)
-                for p in params.values():
-                    p.grad = None
+            hook.v.data = hook.first.to(hook.v.device)
+            hook._write()
     total = sum(params[n].numel() for n in maskable)
     return SparseDelta(diffs, found, base_digests(model, diffs), total)
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #b6685a39
+# %% ../../nbs/sparse/01_lt_sft.ipynb #5cecaba5
 def _budget(total: int, num_params: Any, density: float | None) -> int:
     "K, checked."
     if num_params is not None and density is not None:
@@ -520,8 +551,7 @@ def _budget(total: int, num_params: Any, density: float | None) -> int:
             raise ValueError(f"density = {density}: a share of the {total} maskable entries "
                              "lies in [0, 1]")
         return round(density * total)
-    whole = isinstance(num_params, int) and not isinstance(num_params, bool)
-    if not whole or not 0 <= num_params <= total:
+    if type(num_params) is not int or not 0 <= num_params <= total:
         raise ValueError(f"num_params = {num_params!r}: there are {total} maskable entries, give "
                          "an integer from 0 to that")
     return num_params
@@ -586,7 +616,7 @@ class SparseFineTuner:
             delta = replace(delta, abs={}) + found
         return delta
 
-# %% ../../nbs/sparse/01_lt_sft.ipynb #d4c15e23
+# %% ../../nbs/sparse/01_lt_sft.ipynb #ba1f0931
 def phase_steps(
     n_samples: int,  # of the training data
     batch_size: int,  # samples per optimiser step
@@ -594,7 +624,10 @@ def phase_steps(
     min_steps: int | None = None,  # at least
     max_steps: int | None = None,  # at most
 ) -> int:  # optimiser steps
-    "Length of a phase. ValueError if nothing says how long, or min_steps > max_steps."
+    "Length of a phase. ValueError for none, numbers below 1, or min_steps > max_steps."
+    given = [x for x in (n_samples, batch_size, max_epochs, max_steps) if x is not None]
+    if min(given) <= 0:
+        raise ValueError(f"samples, batch size, epochs and steps must be positive, not {given}")
     if max_epochs is None and max_steps is None:
         raise ValueError("the length of a phase is missing: give max_epochs or max_steps")
     low, high = min_steps or 1, math.inf if max_steps is None else max_steps
@@ -607,13 +640,12 @@ def phase_steps(
 
 def prepare_body(
     model: nn.Module,  # of transformers, changed in place
-    untie: bool = True,  # give the output its own, frozen copy of the embedding
 ) -> nn.Module:  # the same
     "Freeze normalisation layers; untie the output embedding and freeze it."
     for module in model.modules():
         if "Norm" in type(module).__name__:
             module.requires_grad_(False)
-    output = model.get_output_embeddings() if untie and hasattr(model, "config") else None
+    output = model.get_output_embeddings() if hasattr(model, "config") else None
     if output is not None and output.weight is model.get_input_embeddings().weight:
         output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = False

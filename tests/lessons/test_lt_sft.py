@@ -195,6 +195,71 @@ def test_a_loop_that_forgets_the_hook():
             forgetful, dense_steps=2, sparse_steps=2)
 
 
+def test_an_optimiser_from_outside():
+    "It does not hold the chosen entries: an empty delta would come out."
+    net = mlp()
+    made = torch.optim.SGD(net.parameters(), lr=0.3)
+    before = copy.deepcopy(net.state_dict())
+
+    def train_fn(model, steps, grad_hook):
+        for _ in range(steps):
+            made.zero_grad()
+            nn.functional.cross_entropy(model(X), Y).backward()
+            made.step()
+
+    with pytest.raises(RuntimeError, match="make its own"):
+        SparseFineTuner(net, 9, maskable=["layers"]).fit(train_fn, dense_steps=2, sparse_steps=2)
+    assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
+    with VectorPhase(net, {"layers.0.weight": torch.tensor([1])}, ["layers.0.weight"]):
+        torch.optim.SGD(mlp().parameters(), lr=0.3).step()  # of another model
+
+
+@pytest.mark.parametrize("k", [0, 9])
+def test_a_phase_2_that_diverges(k):
+    net, rates = mlp(), iter([0.1, float("inf")])
+    before = copy.deepcopy(net.state_dict())
+
+    def train_fn(model, steps, grad_hook):
+        loop(lr=next(rates))(model, steps, grad_hook)
+
+    with pytest.raises(ValueError, match="phase 2 diverged"):
+        SparseFineTuner(net, k, maskable=["layers"]).fit(train_fn, dense_steps=3, sparse_steps=9)
+    assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
+
+
+def test_positions_that_cannot_be_trained():
+    net, weight = mlp(), "layers.0.weight"
+    for chosen, words in [({"head.weight": torch.tensor([1])}, "head.weight is no maskable"),
+                          ({weight: torch.tensor([48])}, "from 0 to 47"),
+                          ({weight: torch.ones(48, dtype=torch.bool)}, "int64")]:
+        with pytest.raises(ValueError, match=words):
+            tune(net, [weight], chosen, SGD, 2)
+    with pytest.raises(ValueError, match="layers.9 is no trainable"):
+        movements(net, ["layers.9"], SGD, 2)
+    with pytest.raises(ValueError, match="negative"):
+        select({"a": torch.tensor([1.0, -3.0])}, 1)
+    delta = some_delta(net, 0)
+    net.layers[0].weight.data = net.layers[0].weight.data.t().contiguous().t()
+    for work in (lambda: delta.apply(net),
+                 lambda: tune(net, [weight], {weight: torch.tensor([1])}, SGD, 2)):
+        with pytest.raises(ValueError, match="not contiguous"):
+            work()
+
+
+def test_a_copy_of_a_model_has_the_same_deltas_on_it():
+    net = mlp()
+    before, a, b = copy.deepcopy(net.state_dict()), some_delta(net, 0), some_delta(net, 1)
+    with a.applied(net):
+        other = copy.deepcopy(net)
+        with pytest.warns(UserWarning, match="added twice"):
+            a.apply(other)
+        b.apply(other)
+        for delta in (a, a, b):
+            delta.revert(other)
+    for model in (net, other):
+        assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
 def test_rounds_share_the_budget_and_keep_earlier_entries():
     net = mlp()
     sft, delta = fit(net, 10, n_iterations=3)
@@ -393,6 +458,9 @@ def test_lengths_of_phases():
         phase_steps(100, 10)
     with pytest.raises(ValueError, match="min_steps = 9 > max_steps = 8"):
         phase_steps(100, 10, 1, 9, 8)
+    for numbers in ((100, 0, 1), (100, 10, -1), (100, 10, None, None, 0)):
+        with pytest.raises(ValueError, match="must be positive"):
+            phase_steps(*numbers)
     for steps in ({"sparse_steps": 3}, {"dense_steps": 3, "sparse_steps": 0}):
         with pytest.raises(ValueError, match="length of each phase"):
             SparseFineTuner(mlp(), 3, maskable=["layers"]).fit(SGD, **steps)
