@@ -3,7 +3,6 @@
 The same for a GPU stands in `tests/gpu/test_cola.py`; there the cache alone does not pay.
 """
 
-import pytest
 import torch
 from clock import in_turn, row
 
@@ -12,14 +11,13 @@ from adaptlab.experiments.cola import SMALL, questions
 from adaptlab.testtime.cola import PathBatch, layer_path, random_edit_paths
 
 
-@pytest.fixture(scope="module")
-def work():
-    "Six questions, 12 paths for each."
+def test_against_one_by_one():
+    "Four questions, 12 paths for each."
     model, tokenizer = models.load("smollm2", device="cpu")
-    sample = questions(SMALL.replace(n_samples=6), tokenizer, 0)
+    sample = questions(SMALL.replace(n_samples=4), tokenizer, 0)
     inputs = [q.prompt_ids + q.answer_ids[:-1] for q in sample]
     keep = [len(q.answer_ids) for q in sample]
-    jobs = [(i, path) for i in range(6) for path in random_edit_paths(30, 12, max_edits=1, seed=i)]
+    jobs = [(i, path) for i in range(4) for path in random_edit_paths(30, 12, max_edits=1, seed=i)]
 
     def alone():
         found = []
@@ -29,26 +27,16 @@ def work():
                                logits_to_keep=keep[i]).logits
         return found
 
-    return model, inputs, keep, jobs, alone
-
-
-def test_shared_prefixes(work):
-    model, inputs, keep, jobs, alone = work
-
     def shared():
         runs = [PathBatch(model, [x], [k]) for x, k in zip(inputs, keep, strict=True)]
         return [runs[i](path)[0] for i, path in jobs]
 
-    assert all(torch.equal(a, b) for a, b in zip(shared(), alone(), strict=True))
-    row("CoLa, 72 paths, shared prefixes", *in_turn(shared, alone, rounds=2), bound=1.0)
-
-
-def test_side_by_side(work):
-    model, inputs, keep, jobs, alone = work
-
     def together():
         return list(PathBatch(model, inputs, keep).each(jobs))
 
-    for a, b in zip(together(), alone(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
-    row("CoLa, 72 paths, side by side", *in_turn(together, alone, rounds=2), bound=1.0)
+    for one, own, side in zip(alone(), shared(), together(), strict=True):
+        assert torch.equal(own, one)
+        torch.testing.assert_close(side, one, atol=1e-3, rtol=1e-3)
+    one, own, side = in_turn(alone, shared, together, rounds=2)
+    row(f"CoLa, {len(jobs)} paths, shared prefixes", own, one, bound=1.0)
+    row(f"CoLa, {len(jobs)} paths, side by side", side, one, bound=1.0)
