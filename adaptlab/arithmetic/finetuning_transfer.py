@@ -8,7 +8,8 @@ __all__ = ['VOCABULARY', 'Vocab', 'padded', 'unmatched', 'DiffVector', 'diff_vec
            'read_vocabulary', 'check_tokens', 'merged_config', 'Transfer', 'transfer_finetuning', 'TransferOptions',
            'main', 'TransferInit']
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #3a2676af
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #d4a0f48c
+import copy
 import json
 import math
 import re
@@ -142,9 +143,19 @@ class DiffVector:
         "Open what `save` wrote; tensors are read when they are needed."
         return cls(checkpoints.open_state(path))
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #8a702d47
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #cb9d3fc2
 #| code-fold: true
-#| code-summary: "How states of other precision or vocabulary are made comparable"
+#| code-summary: "How one model given twice is noticed, and states are made comparable"
+def _same_memory(*pair: Any) -> bool:
+    "Are both the same tensors? A `state_dict()` goes along when its model is trained."
+    a, b = (s.state_dict() if isinstance(s, nn.Module) else s for s in pair)
+    if a is b or not all(isinstance(s, dict) for s in (a, b)):
+        return a is b
+    plain = {n: t for n, t in a.items() if type(t) in (Tensor, nn.Parameter) and t.data_ptr()}
+    return bool(plain) and all(type(b.get(n)) in (Tensor, nn.Parameter)
+                               and b[n].data_ptr() == t.data_ptr() for n, t in plain.items())
+
+
 def _comparable(state: LazyState, other: LazyState, dtype: torch.dtype) -> LazyState:
     "Widened where the other is stored in another precision, and without talk of vocabularies."
     def about() -> dict[str, Any]:
@@ -159,7 +170,7 @@ def _comparable(state: LazyState, other: LazyState, dtype: torch.dtype) -> LazyS
     plain = LazyState(state.specs, state.read, state.aliases, state.label, about)
     return plain if all(kind(n) == s.dtype for n, s in state.specs.items()) else plain.cast(kind)
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #d7b093ff
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #24d0bd39
 Vocab = Literal["zero-pad", "error"]
 
 
@@ -176,10 +187,11 @@ def diff_vector(
     the diff has the other sign. `transfer_finetuning`, which knows a third model, warns.
 
     Raises ValueError for names or shapes that differ, integers that differ (quantised weights),
-    and when it is read for NaN or infinity. Warns if both are the same object.
+    and when it is read for NaN or infinity. Warns if both are the same tensors.
     """
-    if base is finetuned:
-        warnings.warn("base and fine-tune are the same object: the diff is zero", stacklevel=2)
+    if _same_memory(base, finetuned):
+        warnings.warn("base and fine-tune are the same tensors: the diff is zero. A state dict "
+                      "follows its model: copy it before training", stacklevel=2)
     tuned = checkpoints.open_state(finetuned)
     start = _grown(checkpoints.open_state(base), tuned, vocab)
     skipped = _left_alone([tuned, start], strict)
@@ -189,7 +201,7 @@ def diff_vector(
         raise ValueError("there is no floating-point tensor to compare: dequantise the models")
     return DiffVector(state, skipped)
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #4eb42ec8
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #eda804c5
 def apply_diff(
     target: checkpoints.Source,  # another base; not changed
     diff: DiffVector,  # what to add
@@ -199,12 +211,14 @@ def apply_diff(
     lazy: bool = False,  # True: compute a tensor when it is read
 ) -> Mapping[str, Tensor]:  # new weights, in the target's dtypes
     "`target + scale * diff`, rounded once. Raises as `diff_vector`, and for a scale not finite."
+    if not isinstance(diff, DiffVector):
+        raise TypeError(f"diff is a {type(diff).__name__}: make it by diff_vector(base, finetuned)")
     state = _grown(checkpoints.open_state(target), diff.state, vocab)
     skip = _left_alone([state, diff.state], strict)
     return weights.add(state, diff.state, scale, skip=tuple(skip), precision=torch.float64,
                        lazy=lazy)
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #ff66c523
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #a0d927c9
 def recovered_fraction(
     transferred: float,  # score of target + diff
     base: float,  # score of the target as it is
@@ -226,7 +240,9 @@ class Barrier(NamedTuple):
 
     @property
     def value(self) -> float:
-        "How far the loss rises above the straight line between its ends; at least 0."
+        "How far the loss rises above the line between its ends; at least 0. ValueError for NaN."
+        if not all(map(math.isfinite, self.losses)):
+            raise ValueError(f"losses {self.losses} are not finite: there is no height")
         first, last = self.losses[0], self.losses[-1]
         return max(loss - ((1 - t) * first + t * last) if 0 < t < 1 else 0.0
                    for t, loss in zip(self.gammas, self.losses, strict=True))
@@ -236,7 +252,7 @@ def put_in(
     model: nn.Module,  # changed in place
     values: Mapping[str, Tensor],  # a whole state; of tied tensors one name is enough
 ) -> nn.Module:  # the same model
-    "Load weights. ValueError if some are missing."
+    "Load weights. ValueError if some are missing, or have another shape."
     own = weights.as_state(model)
     names = _tied(own)
     with torch.no_grad():
@@ -244,6 +260,8 @@ def put_in(
             found = next((values[n] for n in names.get(name, [name]) if n in values), None)
             if found is None:
                 raise ValueError(f"the weights lack {name}: they are not of this model")
+            if found.shape != tensor.shape:
+                raise ValueError(f"{name} is {[*found.shape]}, in the model {[*tensor.shape]}")
             tensor.copy_(found)
     return model
 
@@ -269,7 +287,7 @@ def linear_barrier(
         put_in(model, before)
     return Barrier(gammas, losses)
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #6183d500
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #81d17a9e
 class TransferMatrix(NamedTuple):
     "Every diff on every base."
 
@@ -293,14 +311,14 @@ def transfer_matrix(
 ) -> TransferMatrix:  # all scores
     "Transfer each fine-tune to each base. ValueError unless both have the same names in one order."
     names = list(bases)
-    if names != list(fts) or not names:
+    if not isinstance(bases, Mapping) or names != list(fts) or not names:
         raise ValueError(f"bases {names}, fine-tunes {list(fts)}: give one of each, in one order")
     diffs = [diff_vector(base=bases[n], finetuned=fts[n]) for n in names]
     scores = [[float(eval_fn(apply_diff(bases[n], d, scale))) for n in names] for d in diffs]
     base, tuned = ([float(eval_fn(group[n])) for n in names] for group in (bases, fts))
     return TransferMatrix(names, base, tuned, scores)
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #be13a3a1
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #f645e90f
 def iterative_recycling(
     bases: Sequence[Weights],  # versions, oldest first
     finetune_fn: Callable[[dict[str, Tensor]], Weights],  # weights to start from -> tuned weights
@@ -315,13 +333,16 @@ def iterative_recycling(
         raise ValueError("bases must be a list of versions, oldest first, with at least one")
     if mode not in ("iterative", "direct"):
         raise ValueError(f"mode = {mode!r}: give 'iterative' or 'direct'")
+
+    def tuned(start: dict[str, Tensor]) -> Weights:  # a copy: the next one may reuse a model
+        return copy.deepcopy(weights.as_state(finetune_fn(start)).load())
+
     results, diff = [], None
     for i, base in enumerate(bases):
         own = {n: t.clone() for n, t in weights.as_state(base).load().items()}
-        results.append(finetune_fn(apply_diff(base, diff, scale) if diff else own))
-        if i + 1 < len(bases):
-            plain = finetune_fn(own) if diff and mode == "direct" else results[-1]
-            diff = diff_vector(base, plain)
+        results.append(tuned(apply_diff(base, diff, scale) if diff else own))
+        more = bool(diff) and mode == "direct" and i + 1 < len(bases)
+        diff = diff_vector(base, tuned(own) if more else results[-1])
     return results
 
 # %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #d7fe9deb
@@ -474,7 +495,7 @@ def _warn_of_swap(base: LazyState, diff: LazyState, target: LazyState) -> None:
         warnings.warn("the new base is nearer to the fine-tune than to the old base: were they "
                       "swapped? If not, the bases may be too far apart for this diff", stacklevel=3)
 
-# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #79b489e9
+# %% ../../nbs/arithmetic/02_finetuning_transfer.ipynb #80a88ac9
 #| code-fold: true
 #| code-summary: "Names on the hub, and models that do not belong together"
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -499,7 +520,7 @@ def _local(source: Any) -> Any:
 
 def _check(sources: Sequence[Any], states: Sequence[LazyState], vocab: str, strict: bool) -> None:
     "Raise or warn for three models that do not belong together."
-    if sources[0] is sources[1] or (isinstance(sources[0], Path) and sources[0] == sources[1]):
+    if _same_memory(*sources[:2]) or (isinstance(sources[0], Path) and sources[0] == sources[1]):
         warnings.warn("old base and fine-tune are the same: the diff is zero", stacklevel=3)
     if strict:
         _check_models(states)

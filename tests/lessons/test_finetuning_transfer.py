@@ -17,6 +17,7 @@ from torch import nn
 from adaptlab import adapter_files, adapters, checkpoints, evaluate, recipes, weights
 from adaptlab.arithmetic import finetuning_transfer as method
 from adaptlab.arithmetic.finetuning_transfer import (
+    Barrier,
     DiffVector,
     TransferInit,
     apply_diff,
@@ -103,7 +104,8 @@ def test_what_must_come_back():
         diff = diff_vector(base, tuned)
         assert same(apply_diff(base, diff), tuned)
         assert same(apply_diff(target, diff, 0.0), target)
-        assert same(apply_diff(target, diff_vector(base, dict(base))), target)
+        assert same(apply_diff(target, diff_vector(base, {n: t.clone() for n, t in base.items()})),
+                target)
 
 
 def test_a_chain_of_bfloat16_operations_is_another_result():
@@ -387,8 +389,16 @@ def test_other_bad_input(three, tmp_path):
     for scale in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite"):
             apply_diff(base, diff, scale)
-    with pytest.warns(UserWarning, match="same object"):
+    with pytest.warns(UserWarning, match="same tensors"):
         diff_vector(base, base)
+    net = nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match="copy it before"):
+        diff_vector(net.state_dict(), net)  # it was no copy
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        diff_vector({n: t.clone() for n, t in net.state_dict().items()}, net)
+    with pytest.raises(TypeError, match="diff_vector"):
+        apply_diff(base, base)
     with pytest.warns(UserWarning, match="the same"):
         transfer_finetuning(three[0], three[0], three[2])
     with pytest.raises(ValueError, match="zero-pad"):
@@ -502,6 +512,13 @@ def test_barrier():
     assert same(net.state_dict(), before)
     with pytest.raises(ValueError, match="two ends"):
         linear_barrier(net, *ends, loss, n=1)
+    with pytest.raises(ValueError, match="not finite"):
+        print(linear_barrier(net, *ends, lambda m: float("nan")).value)
+    with pytest.raises(ValueError, match="not finite"):
+        print(Barrier([0.0, 0.5, 1.0], [1.0, float("nan"), 1.0]).value)
+    name, wide = next((n, t) for n, t in before.items() if t.dim() == 2)
+    with pytest.raises(ValueError, match="in the model"):
+        put_in(net, before | {name: wide[:1]})  # would be spread over all rows
     with pytest.raises(ValueError, match="lack head"):
         put_in(net, {n: t for n, t in before.items() if "head" not in n})
 
@@ -517,6 +534,8 @@ def test_matrix():
         transfer_matrix(bases, {}, float)
     with pytest.raises(ValueError, match="in one order"):
         transfer_matrix({}, {}, float)
+    with pytest.raises(ValueError, match="one of each"):
+        transfer_matrix(["a"], ["a"], float)
     with pytest.raises(ValueError, match="in one order"):
         transfer_matrix(bases, dict(reversed(tuned.items())), float)
 
@@ -551,6 +570,21 @@ def test_recycling_by_the_algorithm(mode):
     assert all(same(a, b) for a, b in zip(still, bases, strict=True))
 
 
+@pytest.mark.parametrize("mode", ["iterative", "direct"])
+def test_recycling_with_one_model_that_is_trained_again(mode):
+    net = nn.Linear(3, 1, bias=False)
+
+    def again(start):
+        with torch.no_grad():
+            put_in(net, start).weight.copy_(tune({"w": start["weight"]})["w"])
+        return net.state_dict()  # not a copy
+
+    bases = [{"weight": b["w"][None]} for b in versions(3)]
+    found = iterative_recycling(bases, again, mode)
+    wanted = iterative_recycling(versions(3), tune, mode)
+    assert all(torch.equal(a["weight"][0], b["w"]) for a, b in zip(found, wanted, strict=True))
+
+
 def test_recycling_refuses():
     for bases in ([], versions(1)[0]):
         with pytest.raises(ValueError, match="list of versions"):
@@ -559,6 +593,8 @@ def test_recycling_refuses():
         iterative_recycling(versions(2), tune, "both")
     with pytest.raises(ValueError, match="w is"):
         iterative_recycling(versions(2), lambda w: {"w": torch.ones(4)})
+    with pytest.raises(ValueError, match="w is"):  # also where no other version follows
+        iterative_recycling(versions(1), lambda w: {"w": torch.ones(4)})
 
 
 def test_an_adapter_on_the_new_base(tmp_path):
