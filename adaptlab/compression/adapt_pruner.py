@@ -66,7 +66,7 @@ def kv_group_taylor_scores(
     parts.append(score(attn.o_proj.weight).sum(0))
     return sum(part.view(n, -1).sum(1) for part in parts).abs()
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #49147d71
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #1d0bda33
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": lambda x, y: -F.cosine_similarity(x, y, dim=-1),
     "euclidean": lambda x, y: (y - x).norm(dim=-1),
@@ -79,19 +79,19 @@ def _watch(layers: Sequence[nn.Module], metric: str) -> Iterator[Callable[[], Te
     "While the block runs, note each layer's change of its input; yields what gives the means."
     if metric not in METRICS:
         raise ValueError(f"metric = {metric!r}: it must be one of {', '.join(METRICS)}")
-    sums: list[list[Tensor]] = [[] for _ in layers]
+    seen: list[list[Tensor]] = [[] for _ in layers]
 
     def note(i: int, _module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         x = args[0] if args else kwargs["hidden_states"]
         y = out[0] if isinstance(out, tuple) else out
         with torch.no_grad():
             value = METRICS[metric](x.detach().float(), y.detach().float())
-        sums[i].append(value.double().mean())
+        seen[i].append(value.double().flatten())
 
     handles = [layer.register_forward_hook(partial(note, i), with_kwargs=True)
                for i, layer in enumerate(layers)]
     try:
-        yield lambda: torch.stack([torch.stack(s).mean().cpu() for s in sums])
+        yield lambda: torch.stack([torch.cat(x).mean().cpu() for x in seen])  # over all tokens
     finally:
         for handle in handles:
             handle.remove()
@@ -136,7 +136,7 @@ def layer_importance(
             model.base_model(input_ids=ids, use_cache=False)  # without the output layer
     return measured()
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #3057ef20
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #19ad6c71
 def normalise_importance(
     importance: Tensor,  # raw importance [N]
 ) -> Tensor:  # [N], mean 0, largest absolute value 1
@@ -160,9 +160,9 @@ def update_sparsity(
     max_sparsity: float = 0.99,  # no layer goes beyond
 ) -> Tensor:  # the new cumulative sparsity [N]
     "One step of the layers' sparsity. Raises `ValueError` for a negative amplitude or increment."
-    if not increment > 0 or not amplitude >= 0:
-        raise ValueError(f"increment = {increment}, amplitude = {amplitude}: need increment > 0, "
-                         "amplitude >= 0")
+    if not increment > 0 or not amplitude >= 0 or s.shape != imp_hat.shape:
+        raise ValueError(f"increment = {increment}, amplitude = {amplitude}, {len(s)} layers and "
+                         f"{len(imp_hat)} importances: need increment > 0, amplitude >= 0")
     return (s + increment - amplitude * imp_hat).clamp(0, max_sparsity)
 
 # %% ../../nbs/compression/01_adapt_pruner.ipynb #5e3617cc
@@ -180,10 +180,11 @@ def planned_shape(
     neurons = min(current.neurons, floor(initial.neurons))
     return LayerShape(max(1, current.kv_groups - due), max(1, neurons))
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #543980d4
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #9e444863
 def _measure(p: "AdaptPruner", batches: Sequence[Tensor]) -> tuple[Tensor, float, dict]:
     "Importance, loss, and the gradients of all weights that can be cut, from one pass."
-    layers, losses, sums = decoder_layers(p.model), [], {}
+    layers, total, sums = decoder_layers(p.model), 0.0, {}
+    count = sum(len(ids) for ids in batches)
     weights = [w for i, layer in enumerate(layers) for w in layer_weights(i, layer)]
     scale = 2**12 if weights[0].dtype is torch.float16 else 1  # or small gradients become 0
 
@@ -194,7 +195,8 @@ def _measure(p: "AdaptPruner", batches: Sequence[Tensor]) -> tuple[Tensor, float
             sums[w] = _wide(w.grad).div_(scale)
         w.grad = None
 
-    with modules.untouched(p.model), _watch(layers, p.layer_metric) as measured:
+    with modules.untouched(p.model), _watch(layers, p.layer_metric) as measured, \
+            torch.enable_grad():
         p.model.eval().requires_grad_(False)
         needed = weights if p.criterion not in ("magnitude", "random") else []
         handles = [w.requires_grad_(True).register_post_accumulate_grad_hook(collect)
@@ -204,15 +206,25 @@ def _measure(p: "AdaptPruner", batches: Sequence[Tensor]) -> tuple[Tensor, float
                 loss = p.model(input_ids=ids, labels=ids, use_cache=False).loss
                 if not torch.isfinite(loss):
                     raise ValueError(f"the calibration loss is {loss.item()}: no score is possible")
+                share = len(ids) / count  # the last batch may be smaller
                 if handles:
-                    (loss * scale).backward()
-                losses.append(loss.item())
+                    (loss * scale * share).backward()
+                total += share * loss.item()
         finally:
             for handle in handles:
                 handle.remove()
-        return measured(), sum(losses) / len(losses), sums
+        return measured(), total, sums
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #31f63f04
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #f817ccd7
+def _entries(criterion: Callable, w: nn.Parameter, gradient: Tensor | None) -> Tensor:
+    "What a criterion says of each entry."
+    found = criterion(_wide(w), gradient)
+    if not isinstance(found, Tensor) or found.shape != w.shape:
+        raise ValueError(f"the criterion gave {getattr(found, 'shape', type(found))} for a weight "
+                         f"{tuple(w.shape)}: it must give each entry's importance")
+    return found
+
+
 def _look(p: "AdaptPruner", batches: Sequence[Tensor], step: int) -> tuple:
     "Importance, loss, and for each layer the scores of its groups and neurons."
     importance, loss, gradients = _measure(p, batches)
@@ -222,7 +234,7 @@ def _look(p: "AdaptPruner", batches: Sequence[Tensor], step: int) -> tuple:
         for layer in decoder_layers(p.model):
             for score, part in ((kv_group_taylor_scores, layer.self_attn),
                                 (mlp_taylor_scores, layer.mlp)):
-                found.append(score(part, lambda w: criterion(_wide(w), gradients.get(w))))
+                found.append(score(part, lambda w: _entries(criterion, w, gradients.get(w))))
     if processes.world_size() > 1:  # the mean over all of them, so that all prune the same
         parts = processes.gather([[v.cpu() for v in found]])
         found = [sum(each) / len(parts) for each in zip(*parts, strict=True)]
@@ -247,7 +259,7 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
         vars(model.config).update(settings)
         raise
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #5a6f8a6f
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #09cb3e7b
 class PruneStep(NamedTuple):
     "One step of `AdaptPruner`."
 
@@ -286,6 +298,7 @@ def _check_settings(p: "AdaptPruner") -> None:
     for ok, text in (
         (isinstance(p.steps, int) and p.steps >= 1, f"steps = {p.steps!r}: it must be 1, 2, ..."),
         (0 <= p.amplitude < math.inf, f"amplitude = {p.amplitude}: it must not be negative"),
+        (p.batch_size >= 1, f"batch_size = {p.batch_size}: it must be 1, 2, ..."),
         (0 < p.channel_sparsity <= 1, f"channel_sparsity = {p.channel_sparsity}: not in (0, 1]"),
         (callable(p.criterion) or p.criterion in CRITERIA,
          f"criterion = {p.criterion!r}: give one of {', '.join(CRITERIA)}, or a function"),
@@ -302,7 +315,7 @@ def _check_settings(p: "AdaptPruner") -> None:
         raise ValueError(f"target_params = {p.target_params:,}: with one KV group and one neuron "
                          f"per layer the model still has {least:,}; choose a larger target")
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #043998da
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #bd0c4aca
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "granite", "smollm3")
 
 
@@ -369,6 +382,8 @@ class AdaptPruner:
                 batches = _check_ids(ids, model).split(self.batch_size)
                 importance, loss, scores = _look(self, batches, step)
                 imp_hat = self.normalise(importance).to(s)
+                if imp_hat.shape != s.shape or not imp_hat.isfinite().all():
+                    raise ValueError(f"normalise gave {imp_hat}: {len(s)} finite numbers needed")
                 s = _advance(self, s, imp_hat)
                 _cut_to(self, s, scores, kept)
                 history.append(PruneStep(loss, imp_hat, s, _count(model)))
@@ -474,7 +489,7 @@ class WSDSchedule(torch.optim.lr_scheduler.LRScheduler):
         done = max(0.0, (step - begin) / max(1, self.total_steps - begin))
         return [max(lr - (lr - self.min_lr) * done, self.min_lr) for lr in self.base_lrs]
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #013f85fa
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #886c9c8f
 class Stage(NamedTuple):
     "What a stage's training needs to know."
 
@@ -519,8 +534,9 @@ def adapt_accel(
     any stage gives the model its own parameters back (so both are held until the end). Raises as
     `AdaptPruner` and `stage_targets`.
     """
-    if done and params_before is None:
-        raise ValueError(f"done = {done}: give params_before, the size of the whole model, too")
+    if not 0 <= done <= stages or done and params_before is None:
+        raise ValueError(f"done = {done}: give 0 to {stages} stages, and with them params_before, "
+                         "the size of the whole model")
     targets = stage_targets(params_before or _count(model), target_params, stages)
     edges = [sum(stage_data_shares(stages, shares)[:i]) for i in range(stages)] + [1.0]
     per_stage = AdaptPruner(model, target_params, **settings).steps  # what can't be: fails here

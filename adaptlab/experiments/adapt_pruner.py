@@ -164,18 +164,18 @@ def _pruned(model: nn.Module, bed: Bed) -> list[dict[str, Any]]:
         {"item": i, "layer": i, "kept": 100 * x.neurons / whole.neurons, **x._asdict()}
         for i, (x, whole) in enumerate(shapes)]
 
-# %% ../../nbs/experiments/adapt_pruner.ipynb #17d91e95
+# %% ../../nbs/experiments/adapt_pruner.ipynb #4fd48680
 PRUNE_CASES = [
     Versus("pruning by measured layers beats the same from every layer at equal size", "adaptive",
            "uniform", "nats", "+1 to +7 points of accuracy over LLM-Pruner, FLAP and SliceGPT",
            "abstract, LLaMA-3.1-8B", "one layer sets the scale; the others are nearly uniform"),
     Versus("measuring the layers beats sparing the first and the last one", "adaptive",
            "ends spared", "nats", "not compared", "",
-           "one layer sets the scale of the importance, so that the last one is hardly spared"),
+           "both spare the first layer; that they differ at the last one does not show"),
     Versus("measuring the layers beats the same importances dealt by lot", "adaptive", "shuffled",
            "nats", "not compared", "", "one draw of the lot"),
     Versus("several steps, measured anew, beat one step", "adaptive", "one step", "nats",
-           "50 steps", "code", "a fifth is little enough for the scores of the whole model"),
+           "50 steps", "code", "a fifth may be little enough for the scores of the whole model"),
 ]
 
 

@@ -460,6 +460,15 @@ def padded():
         (lambda: AdaptPruner(llama(), target_ratio=0.5, channel_sparsity=1.1), "channel_spars"),
         (lambda: AdaptPruner(llama(), target_ratio=0.5, criterion="hessian"), "taylor"),
         (lambda: AdaptPruner(llama(), target_ratio=0.5, layer_metric="angle"), "cosine"),
+        (lambda: AdaptPruner(llama(), target_ratio=0.5, batch_size=0), "batch_size"),
+        (lambda: AdaptPruner(llama(), target_ratio=0.5, normalise=torch.sum).run(draw), "3 finite"),
+        (lambda: AdaptPruner(llama(), target_ratio=0.5, normalise=lambda x: x * math.nan).run(
+            draw), "3 finite"),
+        (lambda: AdaptPruner(llama(), target_ratio=0.5, criterion=lambda w, g: (w * g).sum(1)).run(
+            draw), "each entry"),
+        (lambda: update_sparsity(torch.zeros(3), torch.zeros(2), 0.1, 0.1), "3 layers and 2"),
+        (lambda: adapt_accel(llama(), 40_000, 2, print, draw, done=3, params_before=9), "0 to 2"),
+        (lambda: adapt_accel(llama(), 40_000, 2, print, draw, done=-1, params_before=9), "0 to 2"),
         (lambda: AdaptPruner(nn.Linear(2, 2), 1), "model_type = None"),
         (lambda: AdaptPruner(recipes.tiny_bert(), 1), "model_type = 'bert'"),
         (lambda: decoder_layers(nn.Linear(2, 2)), "no list of layers"),
@@ -497,6 +506,30 @@ def padded():
 def test_bad_input_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_the_batch_size_does_not_matter(size):
+    "Four samples in one batch, in four, or in three and one: all tokens count alike."
+    runs = [AdaptPruner(llama(), target_ratio=0.6, batch_size=k).run(draw) for k in (4, size)]
+    torch.testing.assert_close(runs[0].history[0].importance, runs[1].history[0].importance,
+                               atol=1e-5, rtol=1e-5)
+    assert abs(runs[0].history[0].loss - runs[1].history[0].loss) < 1e-5
+    assert runs[0].shapes == runs[1].shapes
+    for a, b in zip(runs[0].kept, runs[1].kept, strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_importance_is_a_mean_over_tokens():
+    x, y = draw(1), draw(2)[:1]
+    each = torch.stack([layer_importance(llama(), [row[None]]) for row in (*x, *y)])
+    torch.testing.assert_close(layer_importance(llama(), [x, y]), each.mean(0))
+
+
+def test_it_runs_where_gradients_are_off():
+    with torch.no_grad():
+        found = AdaptPruner(llama(), target_ratio=0.7).run(draw)
+    assert found.shapes == AdaptPruner(llama(), target_ratio=0.7).run(draw).shapes
 
 
 @pytest.mark.parametrize(
