@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../../nbs/modular/03_pyra.ipynb #674c69b0
+# %% ../../nbs/modular/03_pyra.ipynb #db44fa92
 def _at(x: Tensor, rows: Tensor) -> Tensor:
     "Rows of each sample: [B, r, D]."
     return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
@@ -37,7 +37,10 @@ class MergePlan(NamedTuple):
         self,
         x: Tensor,  # [B, N, D]
     ) -> tuple[Tensor, Tensor, Tensor]:  # even tokens that stay, those that leave, all odd ones
-        "Take the tokens apart."
+        "Take the tokens apart. ValueError for other tokens than were matched."
+        if x.ndim != 3 or x.shape[:2] != (len(self.src), self.n):
+            raise ValueError(f"x has shape {list(x.shape)}: give the [{len(self.src)}, {self.n}, "
+                             "width] of the tokens that were matched")
         even, odd = x[:, ::2], x[:, 1::2]
         return _at(even, self.unm), _at(even, self.src), odd
 
@@ -67,7 +70,9 @@ class MergePlan(NamedTuple):
         self,
         x: Tensor,  # [B, N - r, D], merged
     ) -> Tensor:  # [B, N, D]
-        "Every token's place again, with what it was merged into."
+        "Every token's place again, with what it was merged into. ValueError if x is not merged."
+        if x.shape[1] != (left := self.n - self.src.shape[1]):
+            raise ValueError(f"x has {x.shape[1]} tokens: give the {left} that are left")
         return _at(x, merge_source(self, None).argmax(1))
 
 # %% ../../nbs/modular/03_pyra.ipynb #09e64158
@@ -107,7 +112,7 @@ def bipartite_soft_matching(
         unm = unm.sort(-1).values if class_token else unm
         return MergePlan(src, partner.gather(1, src), unm, metric.shape[1], distill_token)
 
-# %% ../../nbs/modular/03_pyra.ipynb #3c9694f8
+# %% ../../nbs/modular/03_pyra.ipynb #ad4366c5
 def _wavg(plan: MergePlan, x: Tensor, size: Tensor | None, modulation: nn.Module | None
           ) -> tuple[Tensor, Tensor]:
     "`merge_wavg` without its checks."
@@ -118,10 +123,11 @@ def _wavg(plan: MergePlan, x: Tensor, size: Tensor | None, modulation: nn.Module
     alone, sizes, others = plan.split(size)
     leaving, odd_sum = plain * sizes, odd * others
     if modulation is not None:
+        partners = _at(odd, plan.dst)  # of x, which backward has anyway, not of odd_sum
         if getattr(modulation, "size_weighted", True):
-            leaving = modulation(leaving, _at(odd_sum, plan.dst))
+            leaving = modulation(leaving, partners * _at(others, plan.dst))
         else:
-            leaving = modulation(plain, _at(odd, plan.dst)) * sizes
+            leaving = modulation(plain, partners) * sizes
     total = others.scatter_add(1, plan.dst[..., None], sizes)
     odd_sum = odd_sum.scatter_add(1, plan.dst[..., None].expand_as(leaving), leaving)
     return plan.put(stay, (odd_sum / total).to(x.dtype)), plan.put(alone, total)
@@ -134,9 +140,9 @@ def merge_wavg(
     modulation: nn.Module | None = None,  # (leaving, partners) -> leaving; None: plain merging
 ) -> tuple[Tensor, Tensor]:  # x' [B, N - r, D], sizes [B, N - r, 1]
     "Average merged tokens, weighted by their sizes. ValueError for other shapes or sizes <= 0."
-    if x.ndim != 3 or x.shape[1] != plan.n:
-        raise ValueError(f"x has shape {list(x.shape)}: give the [batch, {plan.n}, width] of the "
-                         "tokens that were matched")
+    if x.ndim != 3 or x.shape[:2] != (len(plan.src), plan.n):
+        raise ValueError(f"x has shape {list(x.shape)}: give the [{len(plan.src)}, {plan.n}, "
+                         "width] of the tokens that were matched")
     if size is not None and (size.shape != (*x.shape[:2], 1) or not (size > 0).all()):
         raise ValueError("sizes must be > 0, one for each token: [batch, tokens, 1]")
     return _wavg(plan, x, size, modulation)
@@ -151,7 +157,7 @@ def merge_source(
         source = torch.eye(plan.n, device=plan.src.device).expand(len(plan.src), -1, -1)
     return plan.merge(source, "amax")
 
-# %% ../../nbs/modular/03_pyra.ipynb #5cdbb0ee
+# %% ../../nbs/modular/03_pyra.ipynb #df5955e9
 class PYRAModulator(nn.Module):
     """Re-scale tokens that are about to be merged (section 3.3).
 
@@ -179,11 +185,15 @@ class PYRAModulator(nn.Module):
         partners: Tensor,  # [B, r, D] M_t, what they join
     ) -> Tensor:  # [B, r, D]
         "M_s + (2 sigmoid(delta_r) - 1) 2 sigmoid(delta_D) M_s."
+        if partners.shape != leaving.shape:
+            raise ValueError(f"{list(leaving.shape)} tokens leave, {list(partners.shape)} are "
+                             "their partners: give one for each")
         if leaving.shape[1] != self.r:
             raise ValueError(f"{leaving.shape[1]} tokens leave here, but the modulator was made "
                              f"for {self.r}: apply a schedule that fits the images")
         M = self.norm((leaving + partners).to(self.W_D.dtype))
-        delta_D = self.W_r.T @ M  # [B, 1, D]: a sum over tokens, one number per channel
+        # a sum over tokens, one number per channel; bmm, as matmul would copy M
+        delta_D = torch.bmm(self.W_r.T.expand(len(M), -1, -1), M)  # [B, 1, D]
         delta_r = M @ self.W_D.T  # [B, r, 1]: a sum over channels, one number per token
         return leaving + (2 * delta_r.sigmoid() - 1) * (2 * delta_D.sigmoid() * leaving)
 
@@ -218,7 +228,7 @@ def merging_schedule(
         left -= removed[-1]
     return removed
 
-# %% ../../nbs/modular/03_pyra.ipynb #0502b6dd
+# %% ../../nbs/modular/03_pyra.ipynb #19cdb534
 def parse_r(
     depth: int,  # blocks
     r: int | tuple[int, float] | Sequence[int],  # in each; (mean, slope); or one number per block
@@ -226,6 +236,8 @@ def parse_r(
     """Tokens to remove in each block. A pair (mean, slope), the slope a float, falls or rises
     linearly; a short list is filled up with 0. ValueError for r < 0 or a longer list.
     """
+    if isinstance(r, (bool, float, str)):
+        raise ValueError(f"r = {r!r}: give a whole number, a pair, or a list")
     if isinstance(r, tuple) and len(r) == 2 and isinstance(r[1], float):
         low = int(r[0] * (1 - r[1]))
         step = (2 * r[0] - 2 * low) / max(1, depth - 1)

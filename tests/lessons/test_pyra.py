@@ -232,6 +232,18 @@ def test_no_merge(x, size, words):
         merge_wavg(plan, x, size)
 
 
+def test_other_tokens_than_were_matched_are_refused():
+    plan = bipartite_soft_matching(torch.randn(2, 9, 4), 3)
+    for x in (torch.randn(2, 12, 5), torch.randn(1, 9, 5), torch.randn(4, 9, 5)):
+        for use in (plan.merge, plan.split, lambda x: merge_wavg(plan, x)):
+            with pytest.raises(ValueError, match=r"give the \[2, 9, width\]"):
+                use(x)
+    with pytest.raises(ValueError, match="give the 6 that are left"):
+        plan.unmerge(torch.randn(2, 9, 5))
+    with pytest.raises(ValueError, match="give one for each"):
+        PYRAModulator(5, 3)(torch.randn(2, 3, 5), torch.randn(2, 1, 5))
+
+
 def test_matching_is_done_in_float32_and_takes_zeros():
     torch.manual_seed(0)
     metric = torch.randn(2, 20, 8).bfloat16()
