@@ -41,7 +41,7 @@ def _stored(scale: float) -> float:
     half = float(np.float16(scale)) if abs(scale) < 65504 else math.inf
     return half if scale == 0 or 2.0**-14 <= abs(half) < math.inf else float(np.float32(scale))
 
-# %% ../../nbs/arithmetic/04_compeft.ipynb #b55b8b83
+# %% ../../nbs/arithmetic/04_compeft.ipynb #c5e407f5
 @dataclass(frozen=True, eq=False)
 class TernaryVector:
     "Signs at some places of a flat vector, and their size. ValueError if these do not fit."
@@ -60,6 +60,8 @@ class TernaryVector:
                              f"{tuple(i.shape)} and {n.dtype} {tuple(n.shape)}")
         if len(i) and (i[0] < 0 or i[-1] >= self.size or not (i[1:] > i[:-1]).all()):
             raise ValueError(f"indices must increase strictly and lie in [0, {self.size})")
+        if self.entries and sum(math.prod(e.shape) for e in self.entries) != self.size:
+            raise ValueError(f"the tensors in entries don't have {self.size} entries together")
         if not (math.isfinite(self.scale) and self.scale >= 0):
             raise ValueError(f"scale = {self.scale!r}: give a finite number >= 0")
         object.__setattr__(self, "scale", _stored(float(self.scale)))
@@ -89,7 +91,7 @@ class TernaryVector:
         return {e.name: SparseDelta(self.indices[i:j] - int(start), signs[i:j], e.shape, self.scale)
                 for e, start, i, j in zip(self.entries, ends, cuts, cuts[1:], strict=False)}
 
-# %% ../../nbs/arithmetic/04_compeft.ipynb #638b037b
+# %% ../../nbs/arithmetic/04_compeft.ipynb #30c1bbb5
 Task = Tensor | Mapping[str, Tensor]  # a vector, or a state (lazy ones, too)
 
 
@@ -99,8 +101,8 @@ def _state(tau: Task) -> tuple[weights.LazyState, tuple[Entry, ...]]:
         tau = {"": tau}
     state = weights.as_state(tau)
     if wrong := [n for n, s in state.specs.items() if not s.is_float]:
-        raise TypeError(f"a task vector holds floating-point tensors, but {weights.few(wrong)}: "
-                        "leave them out")
+        raise TypeError(f"a task vector holds floating-point numbers, these are not: "
+                        f"{weights.few([n or 'the tensor' for n in wrong])}. Leave them out")
     names = sorted(n for n in state if n not in state.aliases)
     entries = tuple(Entry(n, state.specs[n].shape) for n in names)
     if not sum(s.numel for s in state.specs.values()):
@@ -430,12 +432,14 @@ def task_of(
                          "Give reference=<the weights before training>, or exclude them")
     return {n: state[n].float() - float(kinds[n] == "one") for n in kinds}, kinds
 
-# %% ../../nbs/arithmetic/04_compeft.ipynb #ca1bf8b9
+# %% ../../nbs/arithmetic/04_compeft.ipynb #93c09dc7
 def expert_tensors(
     vectors: Sequence[TernaryVector],  # as compressed or loaded
     base: Any = None,  # weights before training; needed where a change counts from these
 ) -> dict[str, Tensor]:  # in the base's dtype where it counts from the base, else float32
-    "Reference plus change of every tensor. ValueError if the base is needed and missing."
+    "Reference plus change of every tensor. ValueError without vectors, or a base that is needed."
+    if not vectors:
+        raise ValueError("there is nothing to put back: compress, or load vectors first")
     known = weights.as_state(base) if isinstance(base, (nn.Module, Mapping)) else None
     kinds, found = {e.name: e.reference for v in vectors for e in v.entries}, {}
     for name, delta in ((n, d) for v in vectors for n, d in v.deltas().items()):
@@ -451,23 +455,46 @@ def expert_tensors(
         found[name] = start if kind != "base" else start.to(known.specs[name].dtype)
     return found
 
-
+# %% ../../nbs/arithmetic/04_compeft.ipynb #63192f01
 def _put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     "Overwrite weights in place."
     if hasattr(model, "peft_config"):
         from peft import set_peft_model_state_dict
 
+        own = peft_state(model)
+    else:
+        own = model.state_dict(keep_vars=True)
+    if unknown := [n for n, t in tensors.items() if n not in own or own[n].shape != t.shape]:
+        raise ValueError(f"the model has no {weights.few(unknown)}, or of another shape: give the "
+                         "one that was compressed, or its base")
+    if hasattr(model, "peft_config"):
         set_peft_model_state_dict(model, dict(tensors), adapter_name=model.active_adapter)
         return
-    own = model.state_dict(keep_vars=True)
-    if unknown := [n for n in tensors if n not in own]:
-        raise ValueError(f"the model has no {weights.few(unknown)}: give the one that was "
-                         "compressed, or its base")
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
 
-# %% ../../nbs/arithmetic/04_compeft.ipynb #8453899d
+# %% ../../nbs/arithmetic/04_compeft.ipynb #309edc6c
+def _check_alphas(alphas: Sequence[float]) -> None:
+    if not alphas or not all(math.isfinite(a) and a > 0 for a in alphas):
+        raise ValueError(f"alphas = {alphas!r}: give finite numbers above 0")
+
+
+def _number(score: Any, alpha: float) -> float:
+    if math.isnan(score):
+        raise ValueError(f"eval_fn gives NaN at alpha = {alpha}: no best can be told")
+    return float(score)
+
+
+def _few_entries(tau: Mapping[str, Tensor], density: float) -> TopEntries:
+    "Of one tensor; one that is too small to keep an entry goes back to its reference."
+    (t,) = tau.values()
+    if t.numel() > 1 and density * t.numel() >= 1:
+        return top_entries(tau, density)
+    found = top_entries(tau, 1.0)
+    return replace(found, indices=found.indices[:0], values=found.values[:0], sigma=0.0)
+
+# %% ../../nbs/arithmetic/04_compeft.ipynb #28a15887
 class ComPEFTCompressor:
     "Compress experts, put them back. ValueError for an unfit density, alpha or reference."
 
@@ -490,15 +517,15 @@ class ComPEFTCompressor:
         self,
         source: nn.Module | Mapping[str, Tensor],  # a PEFT model, a model, or a state
         density: float | None = None,  # None: this compressor's
-    ) -> list[TopEntries]:  # one; of `per_tensor`, one for each tensor that keeps something
+    ) -> list[TopEntries]:  # one; of `per_tensor`, one for each tensor
         "The largest entries of what the expert has changed. Raises as `top_entries`."
         tau, kinds = task_of(source, self.reference, self.exclude)
         k, entire = density or self.density, weights.as_state(tau)
         parts = [tau]
         if self.per_tensor:
-            parts = [{n: tau[n]} for n, s in sorted(entire.specs.items())
-                     if n not in entire.aliases and k * s.numel >= 1 and s.numel > 1]
-        found = [top_entries(part, k) for part in parts]
+            parts = [{n: tau[n]} for n in sorted(entire) if n not in entire.aliases]
+        found = [_few_entries(part, k) if self.per_tensor else top_entries(part, k)
+                 for part in parts]
         return [replace(t, entries=tuple(e._replace(reference=kinds[e.name]) for e in t.entries))
                 for t in found]
 
@@ -511,7 +538,7 @@ class ComPEFTCompressor:
         return self.vectors
 
     def decompress(self) -> dict[str, Tensor]:  # every tensor of the expert
-        "Reference plus change. ValueError if there is no reference for a change of the base."
+        "Reference plus change. Raises as `expert_tensors`."
         return expert_tensors(self.vectors, self.reference)
 
     def apply_(
@@ -530,19 +557,23 @@ class ComPEFTCompressor:
         densities: Sequence[float] | None = None,  # to try; None: this compressor's
     ) -> list[dict[str, float]]:  # density, alpha, score of every try
         "Take the best alpha and density; at equal scores the first. Compresses with them."
+        _check_alphas(alphas)
         module, tried, best = isinstance(source, nn.Module), [], None
         before = {n: t.detach().clone() for n, t in peft_state(source).items()} if module else {}
-        for density in densities or (self.density,):
-            top = self.top(before or source, density)
-            for alpha in alphas:
-                self.vectors = [t.ternary(alpha * t.sigma) for t in top]
-                made = self.apply_(source) if module else self.decompress()
-                tried.append({"density": density, "alpha": alpha, "score": float(eval_fn(made))})
-                if best is None or tried[-1]["score"] > best[0]:
-                    best = tried[-1]["score"], density, alpha, self.vectors
+        try:
+            for density in densities or (self.density,):
+                top = self.top(before or source, density)
+                for alpha in alphas:
+                    self.vectors = [t.ternary(alpha * t.sigma) for t in top]
+                    made = self.apply_(source) if module else self.decompress()
+                    score = _number(eval_fn(made), alpha)
+                    tried.append({"density": density, "alpha": alpha, "score": score})
+                    if best is None or score > best[0]:
+                        best = score, density, alpha, self.vectors
+        finally:
+            if module:
+                _put(source, before)
         _, self.density, self.alpha, self.vectors = best
-        if module:
-            _put(source, before)
         return tried
 
 # %% ../../nbs/arithmetic/04_compeft.ipynb #a9c660c8
@@ -562,7 +593,7 @@ def _mask(places: np.ndarray, size: int) -> np.ndarray:
     bits[places] = True
     return np.packbits(bits)
 
-# %% ../../nbs/arithmetic/04_compeft.ipynb #dc85a294
+# %% ../../nbs/arithmetic/04_compeft.ipynb #233f59a7
 @dataclass(frozen=True, eq=False)
 class TernaryBitmask:
     "A ternary vector as two masks. ValueError if these overlap or have other lengths."
@@ -578,6 +609,8 @@ class TernaryBitmask:
         if self.positive.shape != (words,) or self.negative.shape != (words,):
             raise ValueError(f"{self.size} entries take masks of {words} bytes, got "
                              f"{self.positive.shape} and {self.negative.shape}")
+        if not (math.isfinite(self.scale) and self.scale >= 0):
+            raise ValueError(f"scale = {self.scale!r}: give a finite number >= 0")
         if (self.positive & self.negative).any():
             raise ValueError("an entry can't be positive and negative: the masks overlap")
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'SCALES', 'experiment', 'FULL', 'Config', 'ExpertBed', 'trained_expert', 'put', 'ways']
 
-# %% ../../nbs/experiments/compeft.ipynb #ae770df3
+# %% ../../nbs/experiments/compeft.ipynb #885f867d
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ from ..bench.testbeds import Bed, accuracy, digits
 from ..checkpoints import load_state, save_state
 from ..train import Training
 
-# %% ../../nbs/experiments/compeft.ipynb #a22b9313
+
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     "Settings of the ComPEFT experiment."
@@ -120,7 +120,7 @@ def put(
             base = 0 if bed.reference == "auto" else bed.start[name]
             model.get_parameter(name).copy_(base + part.view_as(bed.expert[name]))
 
-# %% ../../nbs/experiments/compeft.ipynb #51c9c3de
+# %% ../../nbs/experiments/compeft.ipynb #321ca31a
 SCALES = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4)  # multiples of the kept values
 
 
@@ -138,7 +138,6 @@ def _note(model: nn.Module, size: float, vectors: Sequence[TernaryVector] = (), 
 def _best(model: nn.Module, bed: ExpertBed, flat: Tensor, sizes: Sequence[float],
           rest: Tensor | float = 0) -> float:
     "Load the multiple of a change (plus the rest) that scores best on the images to choose with."
-
     def score(size: float) -> float:
         put(model, bed, size * flat + rest)
         return bed.score(model, bed.choose)
@@ -172,8 +171,7 @@ def _compeft(model: nn.Module, bed: ExpertBed, seed: int, densities: Sequence[fl
 
 def _signs(model: nn.Module, bed: ExpertBed, seed: int, k: float, rule: str) -> nn.Module:
     "Other sizes, and other places."
-    flat = bed.flat
-    top = top_entries(flat, k)
+    top = top_entries(flat := bed.flat, k)
     if rule in ("mean", "whole_way"):
         v = top.ternary(getattr(top, rule))
         put(model, bed, v.to_dense())
@@ -205,7 +203,7 @@ def _look(model: nn.Module, bed: ExpertBed) -> dict[str, float]:
             _change(bed, now), _change(bed, bed.expert), dim=0))
     return found | {"times": 2 * len(bed.flat) / max(1, found["bytes"])}
 
-# %% ../../nbs/experiments/compeft.ipynb #69fd78fd
+# %% ../../nbs/experiments/compeft.ipynb #ae5e2726
 def ways(
     cfg: Config,  # density of the claims, and of the curves
 ) -> dict[str, Method]:  # everything that is compared on full residuals
@@ -247,8 +245,7 @@ def _claims(cfg: Config, kind: str) -> list[Versus]:
     return [
         *first,
         _case("a tuned size beats pruning only, at the same places", own, f"pruned {k}"),
-        _case("values beat signs, if both are re-scaled", "pruned, tuned", own,
-             why="not explained"),
+        _case("values beat signs, if both are re-scaled", "pruned, tuned", own),
         _case("a tuned size beats the mean of the kept entries (STC)", own, "STC"),
         _case("a tuned size beats the rule that needs no data", own, "whole way",
              source="the rule is ours", why="the rule takes nearly the size that is found"),

@@ -321,6 +321,9 @@ def test_the_search_takes_the_best_and_leaves_the_model():
     (lambda: TernaryVector(torch.tensor([1]), torch.ones(2).bool(), 1.0, 3), ValueError, "bool"),
     (lambda: TernaryVector(torch.tensor([1]), torch.ones(1).bool(), -1.0, 3), ValueError, "scale"),
     (lambda: ComPEFTCompressor(2.0), ValueError, "density"),
+    (lambda: ComPEFTCompressor().decompress(), ValueError, "compress, or load"),
+    (lambda: TernaryVector(torch.tensor([1]), torch.ones(1).bool(), 1.0, 3,
+                           (compeft.Entry("a", (2,)),)), ValueError, "entries"),
     (lambda: task_of({"weight": noise(3)}), ValueError, "neither factors"),
     (lambda: task_of({"weight": noise(3)}, "init"), ValueError, "reference"),
     (lambda: task_of({"weight": noise(3)}, {"weight": noise(4)}), ValueError, "weight"),
@@ -338,6 +341,35 @@ def test_another_model_is_refused():
     packer.compress({"w": noise(4)})
     with pytest.raises(ValueError, match="no w"):
         packer.apply_(nn.Linear(2, 2))
+    packer.compress({"weight": noise(2).view(1, 2)})  # could be broadcast
+    with pytest.raises(ValueError, match="another shape"):
+        packer.apply_(nn.Linear(2, 2))
+    packer = ComPEFTCompressor(0.5)
+    packer.compress(lora(1))
+    for other in (LoraConfig(r=3, target_modules=["q_proj"]),
+                  LoraConfig(r=8, target_modules=["down_proj"])):
+        with pytest.raises(ValueError, match="the model has no"):
+            packer.apply_(get_peft_model(recipes.tiny_llama(), other))
+
+
+@pytest.mark.parametrize("alphas, score, words", [
+    ((), lambda m: 1.0, "alphas"), ((1, 0), lambda m: 1.0, "alphas"),
+    ((1, 2), lambda m: math.nan, "NaN"), ((1, 2), lambda m: 1 / 0, "zero"),
+])
+def test_a_search_that_fails_leaves_the_model(alphas, score, words):
+    base, tuned = nn.Linear(6, 5), nn.Linear(6, 5)
+    before = tuned.weight.detach().clone()
+    with pytest.raises((ValueError, ZeroDivisionError), match=words):
+        ComPEFTCompressor(reference=base).fit_alpha(tuned, score, alphas)
+    assert torch.equal(tuned.weight, before)
+
+
+def test_a_tensor_that_keeps_nothing_goes_back_to_its_reference():
+    base, tuned = nn.Linear(6, 3), nn.Linear(6, 3)
+    seen, packer = [], ComPEFTCompressor(0.2, reference=base, per_tensor=True)
+    packer.fit_alpha(tuned, lambda m: seen.append(m.bias.detach().clone()) or 1.0, (1,))
+    assert torch.equal(seen[0], base.bias) and not torch.equal(tuned.bias, base.bias)
+    assert torch.equal(packer.decompress()["bias"], base.bias)  # as the search has seen it
 
 
 def test_signs_of_all_tensors_are_made_once():
