@@ -46,7 +46,7 @@ def distances(
     first = torch.linalg.vecdot(log_p.exp(), d)
     return Distances(alpha * mean - A, A - alpha * first, alpha * variance, mean - first)
 
-# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #b8300c3b
+# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #34d4746f
 class FusionStep(NamedTuple):
     "What one step of fusion chose."
 
@@ -66,7 +66,10 @@ def _read(large: Tensor, small: Tensor, experts: Any) -> tuple[Tensor, Tensor, l
         *experts]
     if not experts:
         raise ValueError("there is no expert: give one row of logits per expert")
-    for name, x in [("small", small), *((f"expert {t}", e) for t, e in enumerate(experts))]:
+    for name, x in [("large", large), ("small", small),
+                    *((f"expert {t}", e) for t, e in enumerate(experts))]:
+        if not x.is_floating_point():
+            raise TypeError(f"{name} is {x.dtype}: logits are floating-point numbers")
         if x.shape != large.shape or x.device != large.device:
             raise ValueError(
                 f"large is {tuple(large.shape)} on {large.device}, {name} {tuple(x.shape)} on "
@@ -326,7 +329,7 @@ def _inputs(model: nn.Module, ids: Tensor, mask: Tensor, new: int) -> dict[str, 
         found["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -new:]
     return modules.to_device(found, modules.device_of(model))
 
-# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #443a9524
+# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #598fa381
 class DynamicFusionLogitsProcessor:
     """Fuses in `transformers.generate`: `large.generate(..., logits_processor=[processor])`.
 
@@ -372,7 +375,9 @@ class DynamicFusionLogitsProcessor:
         given = _inputs(model, ids, self._mask, new)
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             given["logits_to_keep"] = 1  # a prompt needs the vocabulary only at its end
-        out = model(**given, past_key_values=self._caches[i], use_cache=True)
+        with modules.modes_kept(model):
+            model.eval()  # no dropout, also right after training
+            out = model(**given, past_key_values=self._caches[i], use_cache=True)
         self._caches[i] = out.past_key_values
         return modules.logits_of(out)[:, -1].to(ids.device)
 
@@ -388,7 +393,7 @@ class DynamicFusionLogitsProcessor:
         fused = step.logits.log_softmax(-1).to(scores.dtype)  # beams add up log-probabilities
         return nn.functional.pad(fused, (0, over), value=-math.inf)
 
-# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #1ee589b1
+# %% ../../nbs/arithmetic/06_logits_fusion.ipynb #70b29252
 class DynamicLogitFusion(nn.Module):
     "A large model that small experts steer; its logits are the fused ones."
 
@@ -422,7 +427,9 @@ class DynamicLogitFusion(nn.Module):
             given = _inputs(model, input_ids, mask, input_ids.shape[1])
             if "logits_to_keep" in inspect.signature(model.forward).parameters:
                 given["logits_to_keep"] = keep
-            rows.append(modules.logits_of(modules.call(model, given))[:, -keep:])
+            with modules.modes_kept(model):
+                model.eval()  # no dropout, also right after training
+                rows.append(modules.logits_of(modules.call(model, given))[:, -keep:])
         rows, over = _common([x.to(rows[0].device) for x in rows], self.vocab_size)
         steps = [self.choose(at[0], at[1], at[2:]) for at in zip(  # 16 positions: little memory
             *(x.split(16, 1) for x in rows), strict=True)]
@@ -437,8 +444,10 @@ class DynamicLogitFusion(nn.Module):
             self.small, self.experts, self.choose, attention_mask, self.vocab_size)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         given = [processor, *options.pop("logits_processor", ())]
-        found = self.large.generate(input_ids=input_ids, attention_mask=mask,
-                                    logits_processor=given, **options)
+        with modules.modes_kept(self.large):
+            self.large.eval()
+            found = self.large.generate(input_ids=input_ids, attention_mask=mask,
+                                        logits_processor=given, **options)
         self.trace = processor.trace
         return found
 

@@ -190,6 +190,8 @@ def test_forbidden_tokens():
 
 
 def test_what_cannot_be_fused():
+    with pytest.raises(TypeError, match="floating-point"):
+        dynamic_alpha(*torch.ones(3, 2, VOCABULARY, dtype=torch.long))
     L, S, E = rows(4)
     for bad, words in ((S[:, :9], "one vocabulary"), (S[:2], "one batch")):
         with pytest.raises(ValueError, match=words):
@@ -325,6 +327,21 @@ def test_padded_vocabularies_and_short_contexts(family):
     with pytest.raises(ValueError, match="mask of these prompts"):
         DynamicFusionLogitsProcessor(small, experts, attention_mask=torch.ones(2, 5))(
             ids, torch.zeros(1, 260))
+
+
+def test_experts_come_straight_from_training():
+    "Dropout in any model would give other logits at every call."
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    large, small, expert = (GPT2LMHeadModel(GPT2Config(
+        vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=1, n_head=2)) for _ in range(3))
+    fusion, ids = DynamicLogitFusion(large, small, [expert]), torch.randint(0, VOCABULARY, (2, 5))
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    wanted, written = fusion.eval()(ids), fusion.generate(ids, **options)
+    assert torch.equal(fusion.train()(ids), wanted)
+    assert torch.equal(fusion.generate(ids, **options), written)
+    assert large.training and small.training and expert.transformer.drop.training
 
 
 def test_tokenizers_and_ratios():
