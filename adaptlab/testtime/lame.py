@@ -123,7 +123,7 @@ def _aggregate(z: Tensor, affinity: Tensor) -> Tensor:  # W z [N, K], for a matr
         return torch.zeros_like(z)
     return F.embedding_bag(affinity, z, mode="sum")
 
-# %% ../../nbs/testtime/01_lame.ipynb #753ba0d2
+# %% ../../nbs/testtime/01_lame.ipynb #2f770c10
 def _check_affinity(affinity: Tensor, log_q: Tensor) -> Tensor:
     "An affinity that fits the logits: W in their dtype, or lists."
     n, lists = len(log_q), torch.is_tensor(affinity) and affinity.dtype == torch.int64
@@ -134,6 +134,9 @@ def _check_affinity(affinity: Tensor, log_q: Tensor) -> Tensor:
     if affinity.ndim != 2 or len(affinity) != n or not (lists or affinity.shape == (n, n)):
         raise ValueError(f"affinity of shape {tuple(affinity.shape)}: {n} samples need weights "
                          f"[{n}, {n}], or {n} neighbour lists")
+    if lists and affinity.shape[1] >= max(n, 2):
+        raise ValueError(f"an int64 affinity {tuple(affinity.shape)} is read as neighbour lists, "
+                         f"of which {n} samples have {n - 1} at most: give a matrix W as float")
     low, high = _range(affinity) if affinity.numel() else (0, 0)
     if lists and not 0 <= low <= high < n:
         raise ValueError(f"neighbour lists must hold indices from 0 to {n - 1}")

@@ -859,6 +859,7 @@ L, X = batch(8, 3, 4)
         (TypeError, "float tensor", lambda: laplacian_optimization(L, None)),
         (ValueError, "0 to 7", lambda: laplacian_optimization(L, torch.full((8, 2), 8))),
         (ValueError, "8 neighbour", lambda: laplacian_optimization(L, torch.zeros(3, 2).long())),
+        (ValueError, "W as float", lambda: laplacian_optimization(L, torch.eye(8).long())),
         (ValueError, "no nn.Linear", lambda: LAME(nn.Conv2d(1, 1, 1))),
         (ValueError, "is not a layer", lambda: LAME(Net(), "fc")),
         (ValueError, "could be any", lambda: LAME(nn.ModuleDict({"a": Net(), "b": Net()}), "head")),
