@@ -20,10 +20,12 @@ from .. import adapters
 from ..adapters import Adapter, FrozenLayer
 from ..moments import Covariance, collect_covariance, linear_layers
 
-# %% ../../nbs/lowrank/04_corda.ipynb #79f19b11
+# %% ../../nbs/lowrank/04_corda.ipynb #e3e6ff76
 def _checked(C: Tensor | Covariance) -> Tensor:
-    "C in float64 (float32 where the device has none); `ValueError` unless it is a covariance."
+    "C in float64 (float32 where the device has none); `ValueError`, `TypeError` unless it is one."
     C = C.matrix if isinstance(C, Covariance) else C
+    if not isinstance(C, Tensor) or C.dim() != 2:
+        raise TypeError(f"a covariance [in, in] is needed, got {getattr(C, 'shape', type(C))}")
     C = C.detach().to(torch.float32 if C.device.type == "mps" else torch.float64)
     if not C.isfinite().all():
         raise ValueError("the covariance holds NaN or inf: check the calibration batches")
@@ -39,19 +41,18 @@ def damped(
     damp: float = 0.01,  # first λ, relative to the mean variance; doubled up to 20 times
 ) -> tuple[Tensor, Tensor, float]:  # C' [in, in], its Cholesky factor, the λ used
     "Make a covariance safely invertible. `ValueError` when no λ in reach does, or C is none."
-    if not damp > 0:
-        raise ValueError(f"damp={damp}: it must be positive")
-    C, last = _checked(C), damp * 2**20
+    if not 0 < damp < math.inf:
+        raise ValueError(f"damp={damp}: it must be positive and finite")
+    C = _checked(C)
     signs = torch.randint(2, (len(C), 16), generator=torch.Generator().manual_seed(0)) * 2 - 1
     z, mean = signs.to(C), C.diagonal().mean()
-    while damp <= last:
+    for lam in [damp * 2**k for k in range(21)]:
         Cd = C.clone()
-        Cd.diagonal().add_(damp * mean)
+        Cd.diagonal().add_(lam * mean)
         L, failed = torch.linalg.cholesky_ex(Cd)
         if not failed and (Cd @ torch.cholesky_solve(z, L) - z).norm() < 0.05 * 16**0.5:
-            return Cd, L, damp
-        damp *= 2
-    raise ValueError(f"the covariance can't be inverted, not even with damping {last:g}: "
+            return Cd, L, lam
+    raise ValueError(f"the covariance can't be inverted, not even with damping {lam:g}: "
                      "it has strongly negative eigenvalues")
 
 # %% ../../nbs/lowrank/04_corda.ipynb #2eeaf22e
@@ -112,7 +113,7 @@ def _components(
     root = torch.linalg.cholesky(U.T @ U)  # nearly the identity
     return torch.linalg.solve_triangular(root.T, U, upper=True, left=False), S
 
-# %% ../../nbs/lowrank/04_corda.ipynb #2148532b
+# %% ../../nbs/lowrank/04_corda.ipynb #ed81e20a
 def context_svd(
     W: Tensor,  # weight, [out, in]
     C: Tensor | Covariance | None,  # covariance of the layer's inputs; None only for "svd"
@@ -133,12 +134,12 @@ def truncate(
     damp: float = 0.01,  # damping of C
 ) -> Tensor:  # U_k U_kᵀ W, [out, in], of W's dtype
     "W without its smallest components (`full_decompose` of the authors' code; Fig. 2)."
-    if not 0 <= k <= min(W.shape):
+    if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= min(W.shape):
         raise ValueError(f"k={k}: keep between 0 and min(out, in)={min(W.shape)} components")
     U = _components(_wide(W), _orientation(C, method, damp), slice(k))[0]
     return (U @ (U.T @ _wide(W))).to(W.dtype)
 
-# %% ../../nbs/lowrank/04_corda.ipynb #bf9b52fa
+# %% ../../nbs/lowrank/04_corda.ipynb #6a6a29bf
 Mode = Literal["ipm", "kpm"]
 
 
@@ -168,6 +169,8 @@ def starting_factors(
     M = _orientation(C, "svd" if C is None else "corda", damp)
     chosen = slice(rank) if mode == "ipm" else slice(min(W.shape) - rank, None)
     U, S = _components(W, M, chosen, smallest=rank if mode == "kpm" else 0)
+    if not S[0] > 0:
+        raise ValueError("the weight is zero: it has no components to start from")
     root = (S[chosen].clamp_min(1e-8 * S[0]) / scaling).sqrt()
     return U.T @ W / (scaling * root[:, None]), U * root
 
@@ -286,7 +289,7 @@ def corda_adapter(
     return CordaAdapter(layer, rank, alpha, mode,
                         starting_factors(W, covariance, rank, mode, scaling, damp))
 
-# %% ../../nbs/lowrank/04_corda.ipynb #d7e1cb10
+# %% ../../nbs/lowrank/04_corda.ipynb #ba4416c0
 @dataclass(frozen=True)
 class CorDAConfig:
     "How a model is adapted."
@@ -301,8 +304,8 @@ class CorDAConfig:
         "`ValueError` for a rank, mode, alpha or damping out of range."
         _check_choice(self.r, self.mode)
         _scaling(self.r, self.alpha)
-        if not self.damp > 0:
-            raise ValueError(f"damp={self.damp}: it must be positive")
+        if not 0 < self.damp < math.inf:
+            raise ValueError(f"damp={self.damp}: it must be positive and finite")
 
 
 def get_corda_model(

@@ -449,6 +449,11 @@ NAN[2, 2] = torch.nan
     (lambda: CorDAConfig(alpha=0), ValueError, "positive"),
     (lambda: CorDAConfig(alpha=float("nan")), ValueError, "positive"),
     (lambda: CorDAConfig(damp=-1), ValueError, "positive"),
+    (lambda: CorDAConfig(damp=float("inf")), ValueError, "finite"),
+    (lambda: damped(C8, float("inf")), ValueError, "finite"),  # doubling would never end
+    (lambda: starting_factors(0 * W8, C8, 2), ValueError, "weight is zero"),
+    (lambda: starting_factors(W8, C8[0], 2), TypeError, "covariance"),
+    (lambda: truncate(W8, C8, 2.5), ValueError, "between 0 and"),
     (lambda: starting_factors(W8, C8, 9), ValueError, r"rank=9 exceeds min\(out, in\)=8"),
     (lambda: starting_factors(W8, C8, 2, scaling=0), ValueError, "scaling"),
     (lambda: starting_factors(W8, C8[:5, :5], 2), ValueError, "8 inputs"),
