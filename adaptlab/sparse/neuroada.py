@@ -177,8 +177,13 @@ class _Materialized(torch.autograd.Function):
         grad_theta = _theta_gradient(grad, x, theta, indices, rows) if need[3] else None
         return grad_x, None, grad.sum(0) if need[2] else None, grad_theta, None, None
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #d8fe7c41
+# %% ../../nbs/sparse/03_neuroada.ipynb #33a47029
 Impl = Literal["auto", "gather", "materialize"]
+
+
+def _check_integers(indices: Tensor) -> None:
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"columns must be int32 or int64, got {indices.dtype}")
 
 
 def _materialize(impl: str, tokens: int, k: int, d_in: int) -> bool:
@@ -198,15 +203,18 @@ def neuroada_linear(
 ) -> Tensor:  # [..., d_out]
     """(W + Delta) x + b, where Delta holds `theta` at `idx` (section 3 of the paper).
 
-    Raises ValueError for shapes that do not fit, columns out of range, or a W that requires a
-    gradient, which it would not get.
+    Raises ValueError for shapes that do not fit, columns out of range or twice in a row, or a W
+    that requires a gradient, which it would not get; TypeError for columns that are no integers.
     """
     fits = theta.shape == idx.shape and theta.ndim == 2 and len(theta) == len(W)
     if W.ndim != 2 or not fits or x.shape[-1] != W.shape[1]:
         raise ValueError(f"x {tuple(x.shape)}, W {tuple(W.shape)}, idx {tuple(idx.shape)}, theta "
                          f"{tuple(theta.shape)} do not fit: [..., in], [out, in], 2 x [out, k]")
+    _check_integers(idx)
     if idx.numel() and (idx.min() < 0 or idx.max() >= W.shape[1]):
         raise ValueError(f"idx holds columns outside 0 .. {W.shape[1] - 1}")
+    if (idx.sort(1).values.diff(dim=1) == 0).any():
+        raise ValueError("idx names a column twice in a row: one bypass for each connection")
     if W.requires_grad:
         raise ValueError("W must be frozen: call W.requires_grad_(False), or W.detach()")
     rows = x.reshape(-1, x.shape[-1])
@@ -245,13 +253,13 @@ def _not_below_single(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     new = fn(t)
     return t.to(new.device) if new.is_floating_point() and new.element_size() < 4 else new
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #7a8d9cf1
+# %% ../../nbs/sparse/03_neuroada.ipynb #d71418e3
 class NeuroAdaLinear(adapters.Adapter):
     """Bypass weights beside chosen connections of a frozen Linear or Conv1D (section 3).
 
     Parameter `delta`, like `indices`, in float32 or better, zero at first; buffers are int32.
     Raises ValueError for k < 1, a weight with NaN or infinity, or indices that do not fit;
-    TypeError for other kinds of layers.
+    TypeError for other kinds of layers, or indices that are no integers.
     """
 
     def __init__(
@@ -268,6 +276,7 @@ class NeuroAdaLinear(adapters.Adapter):
         _materialize(impl, 1, 1, 1)  # refuses an unknown one
         if indices is None:
             indices, rows = select_topk(weight, k), None
+        _check_integers(indices)
         self.k, self.impl = k, impl
         self.register_buffer("indices", indices.to(weight.device, torch.int32))
         self.register_buffer("rows", None if rows is None else rows.to(self.indices))
@@ -369,7 +378,7 @@ def _spread(weights: Mapping[str, Tensor], k: int, selection: str,
     return {n: Positions(f[:, None] % widths[n], f // widths[n])
             for n, f in flats.items() if len(f)}
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #ab3ed5ab
+# %% ../../nbs/sparse/03_neuroada.ipynb #e3f90dd2
 def choose_positions(
     weights: Mapping[str, Tensor],  # layer name -> [d_out, d_in]
     k: int = 1,  # bypasses per neuron: the budget is k * (number of neurons)
@@ -387,8 +396,9 @@ def choose_positions(
         raise ValueError(f"selection = {selection!r}: give one of {', '.join(Selection.__args__)}")
     if not 0 < row_fraction <= 1:
         raise ValueError(f"row_fraction = {row_fraction!r}: it must be in (0, 1]")
-    if selection == "gradient" and scores is None:
-        raise ValueError("selection = 'gradient' needs data: scores, or a dataloader to wrap()")
+    if selection == "gradient" and not set(weights) <= set(scores or ()):
+        raise ValueError("selection = 'gradient' needs data: scores of every layer, or a "
+                         "dataloader to wrap()")
     for weight in weights.values():
         _check_weight(weight)
     generator = torch.Generator().manual_seed(seed)
@@ -411,7 +421,7 @@ def choose_positions(
         found[name] = Positions(indices, rows)
     return found
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #050a36d5
+# %% ../../nbs/sparse/03_neuroada.ipynb #d5ca4858
 def gradient_scores(
     model: nn.Module,  # left as it was
     layers: Mapping[str, nn.Module],  # name -> Linear or Conv1D
@@ -420,7 +430,7 @@ def gradient_scores(
 ) -> dict[str, Tensor]:  # layer name -> [d_out, d_in], absolute summed gradients
     """|sum over batches of dL/dW| of every layer.
 
-    Raises ValueError if there is no batch, or the loss does not depend on a layer.
+    Raises ValueError if there is no batch, the loss does not depend on a layer, or NaN.
     """
     parameters = [m.weight for m in layers.values()]
     totals, n_batches = [torch.zeros_like(p) for p in parameters], 0
@@ -437,6 +447,8 @@ def gradient_scores(
             n_batches += 1
     if not n_batches:
         raise ValueError("gradient scores need data: the dataloader is empty")
+    if bad := [n for n, t in zip(layers, totals, strict=True) if not t.isfinite().all()]:
+        raise ValueError(f"the gradient of {bad[0]} is not finite: look at data and loss")
     return {name: adapters.FrozenLayer(m).as_weight(t).abs()  # transposed where the weight is
             for (name, m), t in zip(layers.items(), totals, strict=True)}
 

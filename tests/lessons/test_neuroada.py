@@ -343,6 +343,17 @@ def broken():
                                 rows=torch.tensor([1, 0])), ValueError, "ascend"),
         (lambda: neuroada_linear(torch.ones(1, 4), torch.ones(2, 3), None,
                                  torch.zeros(2, 1).long(), torch.zeros(2, 1)), ValueError, "fit"),
+        (lambda: neuroada_linear(torch.ones(1, 3), torch.ones(2, 3), None,
+                                 torch.ones(2, 2).long(), torch.zeros(2, 2)), ValueError, "twice"),
+        (lambda: neuroada_linear(torch.ones(1, 3), torch.ones(2, 3), None,
+                                 torch.ones(2, 1), torch.zeros(2, 1)), TypeError, "int32"),
+        (lambda: NeuroAdaLinear(nn.Linear(3, 2), indices=torch.tensor([[0.5], [1.0]])), TypeError,
+         "int32"),
+        (lambda: choose_positions({"a": torch.ones(2, 3)}, 1, "gradient", scores={}), ValueError,
+         "scores of every layer"),
+        (lambda: NeuroAda.wrap(net(), config(selection="gradient"), [
+            (torch.full((4, net()[0].in_features), math.nan), torch.zeros(4).long())]),
+         ValueError, "not finite"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(call, kind, words):
