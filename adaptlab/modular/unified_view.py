@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import adapters, modules
 
-# %% ../../nbs/modular/01_unified_view.ipynb #f66eeded
+# %% ../../nbs/modular/01_unified_view.ipynb #bf1524bb
 Function = Literal["relu_bottleneck", "linear", "softmax_prefix", "relu_prefix"]
 Insertion = Literal["parallel", "sequential"]
 Target = Literal["ffn", "attn", "attn_head", "block", "q", "k", "v", "up", "down"]
@@ -76,6 +76,7 @@ class DeltaConfig:
             "'block' is sequential": self.target == "block" and not sequential,
             "layernorm is for bottlenecks": self.layernorm != "none" and (prefix or layer),
             "an MLP makes prefixes only": self.mlp_dim is not None and not prefix,
+            "dropout is for bottlenecks and layers": self.dropout > 0 and prefix,
         }
         if said := [text for text, hit in wrong.items() if hit]:
             raise ValueError(f"{said[0]}; got {self}")
@@ -220,7 +221,7 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return F.linear(x, layer.weight.to(x.dtype), bias)
 
-# %% ../../nbs/modular/01_unified_view.ipynb #966301b2
+# %% ../../nbs/modular/01_unified_view.ipynb #aa4bd520
 class Prefix(nn.Module):
     "Keys and values that every query sees; from an MLP, or as they are."
 
@@ -243,6 +244,9 @@ class Prefix(nn.Module):
             self.embed = nn.Parameter(torch.randn(config.dim, d, **factory))
             self.inner = nn.Linear(d, config.mlp_dim, **factory)
             self.outer = nn.Linear(config.mlp_dim, 2 * heads * width, **factory)
+            if config.init == "lora":
+                for p in self.outer.parameters():  # its second half makes the values
+                    nn.init.zeros_(p.data[heads * width :])
 
     def forward(self) -> Tensor:  # [2, heads, l, width]: keys, values
         "The prefixes of this block."
@@ -260,7 +264,7 @@ class Prefix(nn.Module):
             self.config = replace(self.config, mlp_dim=None)
             del self.embed, self.inner, self.outer
 
-# %% ../../nbs/modular/01_unified_view.ipynb #4fd57bb9
+# %% ../../nbs/modular/01_unified_view.ipynb #94977732
 def prefix_gate(
     q: Tensor,  # [B, H, T, c] queries
     k: Tensor,  # [B, H, S, c] keys of the tokens
@@ -268,7 +272,11 @@ def prefix_gate(
     mask: Tensor | None = None,  # [B or 1, 1, T, S] bool (True: seen) or added to the logits
     scaling: float | None = None,  # of all logits; None: 1 / sqrt(c)
 ) -> Tensor:  # [B, H, T], the share of attention that the prefix takes
-    """The gate of Eq. 7, from two log-sum-exps. ValueError where no token at all can be seen."""
+    """The gate of Eq. 7, from two log-sum-exps. ValueError where no token at all can be seen,
+    TypeError for a mask of whole numbers.
+    """
+    if mask is not None and not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise TypeError(f"a mask of {mask.dtype}: give bool, mask.bool(), or floats to be added")
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
     groups = q.shape[1] // k.shape[1]
     tokens = scaling * q @ k.repeat_interleave(groups, 1).transpose(-1, -2)
@@ -576,7 +584,7 @@ def _loras(name: str, block: nn.Module, layout: Layout, configs: Deltas) -> dict
             makers[f"{name}.{path}"] = make
     return makers
 
-# %% ../../nbs/modular/01_unified_view.ipynb #01e60eb6
+# %% ../../nbs/modular/01_unified_view.ipynb #812ecc62
 def apply_delta(
     model: nn.Module,  # changed in place
     configs: DeltaConfig | Iterable[DeltaConfig],  # a preset, or presets added up
@@ -585,11 +593,17 @@ def apply_delta(
 ) -> nn.Module:  # the same model: the changes trainable, the rest frozen
     """Put changes on every block of a model; `adapters.detach` takes them out again.
 
-    Raises ValueError if no block is known, a part is missing, or the model has adapters already.
+    Raises ValueError if no block is known, a part is missing, or the model has adapters already,
+    TypeError for what is no config.
     """
     configs = (configs,) if isinstance(configs, DeltaConfig) else tuple(configs)
     if not configs:
         raise ValueError("no configs: give a preset, such as mam_adapter()")
+    if odd := [c for c in configs if not isinstance(c, DeltaConfig)]:
+        raise TypeError(f"{odd[0]!r} is no DeltaConfig: presets add up, lora(8, 16) + houlsby(8)")
+    if adapters.adapters(model):
+        raise ValueError("the model has adapters already: call adapters.detach(model), or add up "
+                         "all presets in one call")
     inner, known = adapters.unwrap(model), LAYOUTS | dict(layouts or {})
     blocks = {n: m for n, m in adapters.base_modules(inner).items() if type(m).__name__ in known}
     if not blocks:
@@ -633,15 +647,16 @@ def materialize_prefix(
             block.deltas[int(key.split("_")[1])]["mlp_dim"] = None
     return model
 
-# %% ../../nbs/modular/01_unified_view.ipynb #a62eb882
+# %% ../../nbs/modular/01_unified_view.ipynb #19752ca7
 def prefix_gates(
     model: nn.Module,  # with gated prefixes
     batch: Any,  # inputs, as `modules.call` takes them
 ) -> dict[str, Tensor]:  # attention module -> [B, H, T], share of attention on the prefix
     "How much attention the prefixes take. ValueError if there are none."
-    blocks = {n: b for n, b in _delta_blocks(model).items() if len(b.prefixes)}
+    blocks = {n: b for n, b in _delta_blocks(model).items() if any(
+        p.config.composition == "gated" for p in b.prefixes.values())}
     if not blocks:
-        raise ValueError("the model has no prefixes: apply_delta(model, prefix_tuning(...))")
+        raise ValueError("no prefix here has a gate: apply_delta(model, prefix_tuning(...))")
     found: dict[str, Tensor] = {}
     for name, block in blocks.items():
         block.note = lambda path, gate, name=name: found.update({f"{name}.{path}": gate})

@@ -352,7 +352,7 @@ def test_the_order_of_prefixes_and_of_units_does_not_matter():
 
 def test_gates_and_what_has_none():
     model, batch = made("bart")
-    with pytest.raises(ValueError, match="no prefixes"):
+    with pytest.raises(ValueError, match="no prefix here has a gate"):
         uv.prefix_gates(model, batch)
     apply_delta(model, uv.prefix_tuning(4, None))
     with torch.no_grad():
@@ -478,6 +478,48 @@ def test_joint_lora_changes_its_thirds_and_merges():
 # bad input
 
 
+def test_gates_of_prefixes_without_one_and_masks_of_numbers():
+    for config in (uv.DeltaConfig(function="softmax_prefix", target="attn_head", dim=3),
+                   *uv.multihead_parallel_adapter(3)):
+        model, batch = made("llama")
+        apply_delta(model, config)
+        with pytest.raises(ValueError, match="no prefix here has a gate"):
+            uv.prefix_gates(model, batch)
+    q, k, prefix = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 5, 8), torch.randn(4, 2, 8)
+    mask = torch.ones(2, 1, 1, 5, dtype=torch.int64)
+    with pytest.raises(TypeError, match="mask.bool"):
+        uv.prefix_gate(q, k, prefix, mask)
+    torch.testing.assert_close(uv.prefix_gate(q, k, prefix, mask.bool()),
+                               uv.prefix_gate(q, k, prefix))
+
+
+def test_a_prefix_from_an_mlp_starts_at_no_change_where_it_shall():
+    model, batch = made("llama")
+    before = model(**batch).logits
+    for function in ("relu_prefix", "softmax_prefix"):
+        config = uv.DeltaConfig(function=function, target="attn_head", dim=3, mlp_dim=8,
+                                init="lora")
+        apply_delta(model, config)
+        torch.testing.assert_close(model(**batch).logits, before)
+        (keys, values), *_ = [p() for p in model.modules() if isinstance(p, uv.Prefix)]
+        assert keys.any() and not values.any()
+        adapters.detach(model)
+
+
+def test_adapters_of_a_user_are_neither_added_to_nor_counted_nor_lost():
+    model, _ = made("llama")
+    apply_delta(model, uv.lora(2, 2))
+    for change in (lambda: apply_delta(model, uv.houlsby(2)),
+                   lambda: uv.count_delta_parameters(uv.houlsby(2), model)):
+        with pytest.raises(ValueError, match="the model has adapters already"):
+            change()
+    assert len(adapters.adapters(model)) == 2 * sum(
+        type(m).__name__ == "LlamaDecoderLayer" for m in model.modules())
+    for odd in ("lora", [uv.lora(2, 2), uv.houlsby(2)]):
+        with pytest.raises(TypeError, match="presets add up"):
+            apply_delta(made("llama")[0], odd)
+
+
 @pytest.mark.parametrize("options, words", [
     ({"dim": 0}, "whole number >= 1"), ({"dim": 2.0}, "dim = 2.0"), ({"dim": True}, "dim = True"),
     ({"function": "softmax_prefix", "target": "attn_head", "dim": -1}, "whole number >= 0"),
@@ -492,6 +534,7 @@ def test_joint_lora_changes_its_thirds_and_merges():
     ({"target": "block"}, "sequential"), ({"mlp_dim": 0}, "whole number"),
     ({"function": "linear", "target": "v", "init": "lora", "insertion": "sequential"}, "sequenti"),
     ({"function": "relu_prefix", "target": "attn_head", "layernorm": "in"}, "for bottlenecks"),
+    ({"function": "softmax_prefix", "target": "attn_head", "dropout": 0.5}, "dropout is for"),
 ])
 def test_points_outside_of_the_space(options, words):
     with pytest.raises(ValueError, match=words):
