@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import modules, weights
 
-# %% ../../nbs/lowrank/01_lora_limits.ipynb #a59f8638
+# %% ../../nbs/lowrank/01_lora_limits.ipynb #27e3648e
 class LoRAGradients(NamedTuple):
     "The gradients of one call."
 
@@ -36,15 +36,21 @@ def rotate(
     rope: tuple[Tensor, Tensor] | None,  # cosine and sine, [L, d] each; None: nothing is rotated
     back: bool = False,  # the transposed rotation, for gradients
 ) -> Tensor:  # [..., L, d]
-    "Rotary position embedding as in Llama: the two halves of the last dimension are pairs."
+    """Rotary position embedding as in Llama: the two halves of the last dimension are pairs.
+
+    Raises ValueError for an odd width, or angles of another shape.
+    """
     if rope is None:
         return Z
     cos, sin = (t.to(Z) for t in rope)
+    if Z.shape[-1] % 2 or {cos.shape[-2:], sin.shape[-2:]} != {Z.shape[-2:]}:
+        raise ValueError(f"rope: cosine {tuple(cos.shape)} and sine {tuple(sin.shape)} for "
+                         f"{tuple(Z.shape)}: both must be [L, d], with an even d")
     left, right = Z.chunk(2, -1)
     turned = torch.cat([-right, left], -1) * sin
     return Z * cos - turned if back else Z * cos + turned
 
-# %% ../../nbs/lowrank/01_lora_limits.ipynb #660d1336
+# %% ../../nbs/lowrank/01_lora_limits.ipynb #27f41beb
 _KEYS = ("Q", "K", "V")
 
 
@@ -58,31 +64,36 @@ def _check_adapter(name: str, W: Tensor, A: Tensor, B: Tensor) -> None:
         warnings.warn(f"{name}: rank {r} is not below the width {min(m, d)}: the update is not "
                       "low-rank", stacklevel=4)
 
-
-def _check(X: Mapping, Y: Tensor, W: Mapping, A: Mapping, B: Mapping, beta: float,
+# %% ../../nbs/lowrank/01_lora_limits.ipynb #1212380a
+def _check(X: Mapping, Y: Tensor, W: Mapping, A: Mapping, B: Mapping, alpha: float, beta: float,
            adapt: Sequence[str], causal: bool) -> None:
     "ValueError for what does not fit together."
     if not adapt or set(adapt) - set(A) or set(A) - set(_KEYS) or set(A) != set(B):
         raise ValueError(f"adapt = {tuple(adapt)}: choose from Q, K, V, and give A and B for each; "
                          f"A has {sorted(A)}, B has {sorted(B)}")
-    if not (math.isfinite(beta) and beta > 0):
-        raise ValueError(f"beta = {beta!r}: the scale of the logits must be positive and finite")
+    if not (math.isfinite(beta) and beta > 0 and math.isfinite(alpha)):
+        raise ValueError(f"beta = {beta!r}, alpha = {alpha!r}: give finite numbers, beta above 0")
+    if set(W) != set(_KEYS):
+        raise ValueError(f"W has {sorted(W)}: give the weights of Q, K and V")
     for name in A:
         _check_adapter(name, W[name], A[name], B[name])
     shapes = {n: (*X[n].shape[-2:], *W[n].shape) for n in _KEYS}  # L, m, m, d
     (lq, _, _, dq), (lk, _, _, dk), (lv, _, _, dv) = shapes.values()
+    leading = {tuple(t.shape[:-2]) for t in (*X.values(), Y)}
     if (any(s[1] != s[2] for s in shapes.values()) or dq != dk or lk != lv
-            or (causal and lq != lk) or Y.shape[-2:] != (lq, dv)):
+            or (causal and lq != lk) or Y.shape[-2:] != (lq, dv) or len(leading) > 1
+            or not Y.numel() * lk):
         raise ValueError(f"(L, m) of X and (m, d) of W are {shapes}, Y is {tuple(Y.shape)}: widths "
                          "must fit, Q and K be equally wide, with as many values as keys (causal: "
-                         "as queries, too), and Y be [..., queries, width of V]")
+                         "as queries, too), Y be [..., queries, width of V], leading sizes the same, "
+                         "nothing empty")
     groups = {"X": X, "W": W, "A": A, "B": B, "Y": {"V": Y}}
     finite = weights.read_out({f"{kind} of {n}": torch.isfinite(t).all()
                                for kind, group in groups.items() for n, t in group.items()})
     if wrong := [name for name, fine in finite.items() if not fine]:
         raise ValueError(f"{', '.join(wrong)}: some entries are not finite")
 
-# %% ../../nbs/lowrank/01_lora_limits.ipynb #a988c02f
+# %% ../../nbs/lowrank/01_lora_limits.ipynb #93f731dc
 def _project(X: Mapping, W: Mapping, A: Mapping, B: Mapping, alpha: float, beta: float,
              rope: Any) -> tuple[Tensor, Tensor, Tensor]:
     "Q (times beta), K and H, in float32 at least."
@@ -90,8 +101,15 @@ def _project(X: Mapping, W: Mapping, A: Mapping, B: Mapping, alpha: float, beta:
     for name in _KEYS:
         change = alpha / A[name].shape[0] * B[name] @ A[name] if name in A else 0
         weight = W[name] + change
-        found[name] = (X[name] @ weight).to(torch.promote_types(weight.dtype, torch.float32))
+        common = torch.promote_types(X[name].dtype, weight.dtype)
+        out = X[name].to(common) @ weight.to(common)
+        found[name] = out.to(torch.promote_types(common, torch.float32))
     return beta * rotate(found["Q"], rope), rotate(found["K"], rope), found["V"]
+
+
+def _full(t: Tensor) -> torch.autocast:
+    "Autocast off: sums over many keys need the precision that the degree was chosen for."
+    return torch.autocast(t.device.type, enabled=False)
 
 
 def _chain(X: Mapping, back: Mapping, A: Mapping, B: Mapping, alpha: float, beta: float,
@@ -106,7 +124,7 @@ def _chain(X: Mapping, back: Mapping, A: Mapping, B: Mapping, alpha: float, beta
         dA[name], dB[name] = ((scale * g).to(A[name].dtype) for g in (b.mT @ G, G @ a.mT))
     return dA, dB
 
-# %% ../../nbs/lowrank/01_lora_limits.ipynb #5ed4a093
+# %% ../../nbs/lowrank/01_lora_limits.ipynb #af3d0064
 @torch.no_grad()
 def lora_gradient_exact(
     Xq: Tensor,  # [..., L, m] what the queries are made of
@@ -125,19 +143,21 @@ def lora_gradient_exact(
 ) -> LoRAGradients:  # loss and radius in `info`
     "All gradients in closed form, with L x L matrices. ValueError for what does not fit together."
     X = dict(zip(_KEYS, (Xq, Xk, Xv), strict=True))
-    _check(X, Y, W, A, B, beta, adapt, causal)
-    Q, K, H = _project(X, W, A, B, alpha, beta, rope)
-    S = Q @ K.mT
-    radius = float(S.abs().max())
-    if causal:
-        S = S.masked_fill(S.new_ones(S.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
-    f = S.softmax(-1)
-    c = f @ H - Y
-    rho = (f @ H * c).sum(-1, keepdim=True)
-    p = f * (c @ H.mT - rho)
-    back = {"Q": p @ K, "K": p.mT @ Q, "V": f.mT @ c}
-    return LoRAGradients(*_chain(X, back, A, B, alpha, beta, rope, adapt),
-                         {"loss": float(0.5 * c.square().sum((-1, -2)).mean()), "radius": radius})
+    _check(X, Y, W, A, B, alpha, beta, adapt, causal)
+    with _full(Xq):
+        Q, K, H = _project(X, W, A, B, alpha, beta, rope)
+        S = Q @ K.mT
+        radius = float(S.abs().max())
+        if causal:
+            S = S.masked_fill(S.new_ones(S.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
+        f = S.softmax(-1)
+        c = f @ H - Y
+        rho = (f @ H * c).sum(-1, keepdim=True)
+        p = f * (c @ H.mT - rho)
+        back = {"Q": p @ K, "K": p.mT @ Q, "V": f.mT @ c}
+        dA, dB = _chain(X, back, A, B, alpha, beta, rope, adapt)
+    return LoRAGradients(dA, dB, {"loss": float(0.5 * c.square().sum((-1, -2)).mean()),
+                                  "radius": radius})
 
 # %% ../../nbs/lowrank/01_lora_limits.ipynb #4ad9ac69
 def feature_count(
@@ -174,7 +194,7 @@ def taylor_features(
         parts.append(parts[-1][..., parent] * Z[..., new] * root.to(Z.dtype))
     return torch.cat(parts, -1)
 
-# %% ../../nbs/lowrank/01_lora_limits.ipynb #c0ee1d48
+# %% ../../nbs/lowrank/01_lora_limits.ipynb #66063ad5
 def _check_degree(degree: int, d: int, max_features: int) -> None:
     "Even, and not too many features."
     if isinstance(degree, bool) or not isinstance(degree, int) or degree < 0 or degree % 2:
@@ -186,16 +206,40 @@ def _check_degree(degree: int, d: int, max_features: int) -> None:
                          "smaller (then a lower degree will do), or project to fewer dimensions")
 
 
+def _check_heads(Q: Tensor, K: Tensor, V: Tensor) -> None:
+    "ValueError for queries, keys and values that do not fit together."
+    if (Q.shape[:-2] != K.shape[:-2] or Q.shape[-1] != K.shape[-1] or K.shape[:-1] != V.shape[:-1]
+            or not Q.numel() * V.numel()):
+        raise ValueError(f"Q is {tuple(Q.shape)}, K {tuple(K.shape)}, V {tuple(V.shape)}: leading "
+                         "sizes must be the same (repeat keys that several heads share), Q and K "
+                         "of the same width, K and V of the same length, nothing empty")
+
+
+def _positive(D: Tensor) -> Tensor:
+    if not bool((D > 0).all() & D.isfinite().all()):
+        raise ValueError(f"the polynomial weights overflow or cancel in {D.dtype}: use float64, "
+                         "centre the keys, or make the logits smaller")
+    return D
+
+# %% ../../nbs/lowrank/01_lora_limits.ipynb #1e80ec9d
 def lowrank_softmax(
     Q: Tensor,  # [..., L, d] queries times beta
     K: Tensor,  # [..., L, d] keys
     degree: int,  # even
     max_features: int = 20_000,  # refuse more than these
 ) -> tuple[Tensor, Tensor]:  # U, V [..., L, k]
-    "softmax(Q K') is about U V'. ValueError for an odd degree or too many features."
+    """softmax(Q K') is about U V'.
+
+    Raises ValueError for an odd degree, too many features, or numbers that overflow.
+    """
+    _check_heads(Q, K, K)
     _check_degree(degree, Q.shape[-1], max_features)
     U, V = taylor_features(Q, degree), taylor_features(K, degree)
-    return U / (U @ V.sum(-2).unsqueeze(-1)), V
+    return U / _positive(U @ V.sum(-2).unsqueeze(-1)), V
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return (a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(-2)
 
 
 def hadamard_factors(
@@ -205,8 +249,7 @@ def hadamard_factors(
     V2: Tensor,  # [L, k2]
 ) -> tuple[Tensor, Tensor]:  # [L, k1 k2] each
     "(U1 V1') * (U2 V2') entry by entry, as one product: Kronecker products of rows."
-    pairs = ((U1, U2), (V1, V2))
-    return tuple((a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(-2) for a, b in pairs)
+    return _outer(U1, U2), _outer(V1, V2)
 
 # %% ../../nbs/lowrank/01_lora_limits.ipynb #ee455e29
 def _log_remainder(radius: float, degree: int) -> float:
@@ -284,18 +327,7 @@ def _sums(left: Tensor, right: Tensor, extras: Callable[[slice], Tensor], way: _
         yield s, found if summary is None else found + here @ summary
         summary = there.mT @ extra if summary is None else summary + there.mT @ extra
 
-# %% ../../nbs/lowrank/01_lora_limits.ipynb #0f2daa02
-def _outer(a: Tensor, b: Tensor) -> Tensor:
-    return (a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(-2)
-
-
-def _positive(D: Tensor) -> Tensor:
-    if not bool((D > 0).all() & D.isfinite().all()):
-        raise ValueError(f"the polynomial weights overflow or cancel in {D.dtype}: use float64, "
-                         "centre the keys, or make the logits smaller")
-    return D
-
-
+# %% ../../nbs/lowrank/01_lora_limits.ipynb #c9514440
 def _backward(Q: Tensor, K: Tensor, H: Tensor, residual: Callable[[slice, Tensor], Tensor],
               way: _Way) -> tuple[dict[str, Tensor], Tensor]:
     "Gradients of Q, K and H, and the residual c(rows, output), without any L x L matrix."
@@ -342,7 +374,7 @@ def _prepare(Q: Tensor, K: Tensor, degree: int | None, tol: float, center_keys: 
     rows = (512 if Q.is_cuda else 128) if causal else chunk or many
     return K, _Way(degree, causal, rows), radius
 
-# %% ../../nbs/lowrank/01_lora_limits.ipynb #ddeb1b44
+# %% ../../nbs/lowrank/01_lora_limits.ipynb #1ef6864d
 @torch.no_grad()
 def lora_gradient_fast(
     Xq: Tensor,  # [..., L, m] what the queries are made of
@@ -367,14 +399,16 @@ def lora_gradient_fast(
 ) -> LoRAGradients:  # degree, features, radius and a bound on the weights' error in `info`
     "The gradients in almost linear time. ValueError as `lora_gradient_exact`, and for the degree."
     X = dict(zip(_KEYS, (Xq, Xk, Xv), strict=True))
-    _check(X, Y, W, A, B, beta, adapt, causal)
-    Q, K, H = _project(X, W, A, B, alpha, beta, rope)
-    K, way, radius = _prepare(Q, K, degree, tol, center_keys, causal, max_features, mask, chunk)
-    back, c = _backward(Q, K, H, lambda s, out: out - Y[..., s, :], way)
+    _check(X, Y, W, A, B, alpha, beta, adapt, causal)
+    with _full(Xq):
+        Q, K, H = _project(X, W, A, B, alpha, beta, rope)
+        K, way, radius = _prepare(Q, K, degree, tol, center_keys, causal, max_features, mask, chunk)
+        back, c = _backward(Q, K, H, lambda s, out: out - Y[..., s, :], way)
+        dA, dB = _chain(X, back, A, B, alpha, beta, rope, adapt)
     info = {"loss": float(0.5 * c.square().sum((-1, -2)).mean()), "radius": radius,
             "degree": way.degree, "features": feature_count(Q.shape[-1], way.degree),
             "error": math.exp(min(700, _log_remainder(radius, way.degree))) if radius else 0.0}
-    return LoRAGradients(*_chain(X, back, A, B, alpha, beta, rope, adapt), info)
+    return LoRAGradients(dA, dB, info)
 
 # %% ../../nbs/lowrank/01_lora_limits.ipynb #fa5a3fb3
 def norm_bound(
@@ -438,7 +472,7 @@ def feature_exponent(
         found.append(log_k / log_length)
     return found
 
-# %% ../../nbs/lowrank/01_lora_limits.ipynb #cd4fabd4
+# %% ../../nbs/lowrank/01_lora_limits.ipynb #85dba570
 class _Attend(torch.autograd.Function):
     "Low-rank attention with the gradients of `_backward`."
 
@@ -448,13 +482,15 @@ class _Attend(torch.autograd.Function):
         ctx.way = way
         extras = torch.cat([torch.ones_like(H[..., :1]), H], -1)
         out = Q.new_empty(*Q.shape[:-1], H.shape[-1])
-        for s, read in _sums(Q, K, lambda s: extras[..., s, :], way):
-            out[..., s, :] = read[..., 1:] / _positive(read[..., :1])
+        with _full(Q):
+            for s, read in _sums(Q, K, lambda s: extras[..., s, :], way):
+                out[..., s, :] = read[..., 1:] / _positive(read[..., :1])
         return out
 
     @staticmethod
     def backward(ctx, given):
-        back, _ = _backward(*ctx.saved_tensors, lambda s, out: given[..., s, :], ctx.way)
+        with _full(given):
+            back, _ = _backward(*ctx.saved_tensors, lambda s, out: given[..., s, :], ctx.way)
         return *back.values(), None
 
 
@@ -485,6 +521,7 @@ class LowRankSoftmaxAttention(nn.Module):
         mask: None = None,  # no mask but `causal` is possible
     ) -> Tensor:  # [..., L, d_v]
         "softmax(beta Q K') V, approximately; float32 inside for half precision."
+        _check_heads(Q, K, V)
         if self.settings["causal"] and Q.shape[-2] != K.shape[-2]:
             raise ValueError(f"causal: {Q.shape[-2]} queries, but {K.shape[-2]} keys")
         work = torch.promote_types(Q.dtype, torch.float32)

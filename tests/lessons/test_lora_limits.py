@@ -127,6 +127,22 @@ def test_lower_precision(dtype, tolerance):
     assert told.relative_error(found, exact) < tolerance
 
 
+def test_autocast_does_not_round_the_sums():
+    given = random_problem(64, 2, 0.7, dtype=torch.float32)
+    q = (rand(2, 50, 3) * 2).float().requires_grad_()
+    layer = LowRankSoftmaxAttention(8)
+    found = [lora_gradient_exact(**given), lora_gradient_fast(**given, degree=6)]
+    out = layer(q, q, q)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = [lora_gradient_exact(**given), lora_gradient_fast(**given, degree=6)]
+        same = layer(q, q, q)
+        grad = torch.autograd.grad(same.square().sum(), q)
+    for one, other in zip(found, again, strict=True):
+        torch.testing.assert_close((one.dA, one.dB), (other.dA, other.dB), rtol=0, atol=0)
+    torch.testing.assert_close(same, out, rtol=0, atol=0)
+    torch.testing.assert_close(grad, torch.autograd.grad(out.square().sum(), q), rtol=0, atol=0)
+
+
 def test_parameters_and_gradients_are_left_alone():
     given = random_problem(20, 2, 0.5)
     for group in ("A", "B"):
@@ -323,6 +339,16 @@ q8 = torch.zeros(2, 8, 4)
     (lambda: lora_gradient_exact(**given | {"Xq": given["Xq"] / 0}), "X of Q"),
     (lambda: lora_gradient_exact(**given | {"A": given["A"] | {"V": given["A"]["V"] * math.nan}}),
      "A of V"),
+    (lambda: lora_gradient_exact(**given | {"alpha": math.nan}), "alpha"),
+    (lambda: lora_gradient_fast(**given | {"W": {"Q": given["W"]["Q"]}}), "weights of Q, K and V"),
+    (lambda: lora_gradient_fast(**given | {"Xq": given["Xq"][None].repeat(2, 1, 1)}), "leading"),
+    (lambda: lora_gradient_exact(**given | {"Xk": rand(0, 5), "Xv": rand(0, 5)}), "empty"),
+    (lambda: lora_gradient_exact(**given, rope=rope_of(29, 4)), "rope"),
+    (lambda: rotate(rand(7, 3), (rand(7, 3), rand(7, 3))), "even d"),
+    (lambda: lowrank_softmax(rand(3, 2), rand(3, 4), 2), "of the same width"),
+    (lambda: lowrank_softmax(rand(3, 2) * 1e200, rand(3, 2) * 1e200, 8), "overflow"),
+    (lambda: LowRankSoftmaxAttention(2)(q8, q8[:1], q8[:1]), "repeat keys"),
+    (lambda: LowRankSoftmaxAttention(2)(q8, q8, q8[:, :4]), "of the same length"),
     (lambda: lora_gradient_exact(**given, adapt=("Q", "O")), "adapt"),
     (lambda: lora_gradient_exact(**given, adapt=()), "adapt"),
     (lambda: lora_gradient_exact(**given | {"A": given["A"] | {"Q": rand(0, 4)}, "B": given["B"]
