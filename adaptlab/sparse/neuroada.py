@@ -75,7 +75,12 @@ def select_topk(
         parts = (p.abs() if score == "abs" else -p.abs() for p in parts)
     return torch.cat([_topk_rows(p, k) for p in parts])
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #73f2dbb1
+# %% ../../nbs/sparse/03_neuroada.ipynb #252dfcb4
+def _check_integers(indices: Tensor) -> None:
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"columns must be int32 or int64, got {indices.dtype}")
+
+
 def _entries(indices: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     "Neuron and column of every bypass, [entries], neurons ascending."
     n, k = indices.shape
@@ -177,13 +182,8 @@ class _Materialized(torch.autograd.Function):
         grad_theta = _theta_gradient(grad, x, theta, indices, rows) if need[3] else None
         return grad_x, None, grad.sum(0) if need[2] else None, grad_theta, None, None
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #33a47029
+# %% ../../nbs/sparse/03_neuroada.ipynb #486a38b8
 Impl = Literal["auto", "gather", "materialize"]
-
-
-def _check_integers(indices: Tensor) -> None:
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"columns must be int32 or int64, got {indices.dtype}")
 
 
 def _materialize(impl: str, tokens: int, k: int, d_in: int) -> bool:
@@ -214,7 +214,7 @@ def neuroada_linear(
     if idx.numel() and (idx.min() < 0 or idx.max() >= W.shape[1]):
         raise ValueError(f"idx holds columns outside 0 .. {W.shape[1] - 1}")
     if (idx.sort(1).values.diff(dim=1) == 0).any():
-        raise ValueError("idx names a column twice in a row: one bypass for each connection")
+        raise ValueError("idx names a column twice in a row")
     if W.requires_grad:
         raise ValueError("W must be frozen: call W.requires_grad_(False), or W.detach()")
     rows = x.reshape(-1, x.shape[-1])
@@ -378,7 +378,7 @@ def _spread(weights: Mapping[str, Tensor], k: int, selection: str,
     return {n: Positions(f[:, None] % widths[n], f // widths[n])
             for n, f in flats.items() if len(f)}
 
-# %% ../../nbs/sparse/03_neuroada.ipynb #e3f90dd2
+# %% ../../nbs/sparse/03_neuroada.ipynb #233d3438
 def choose_positions(
     weights: Mapping[str, Tensor],  # layer name -> [d_out, d_in]
     k: int = 1,  # bypasses per neuron: the budget is k * (number of neurons)
@@ -397,8 +397,7 @@ def choose_positions(
     if not 0 < row_fraction <= 1:
         raise ValueError(f"row_fraction = {row_fraction!r}: it must be in (0, 1]")
     if selection == "gradient" and not set(weights) <= set(scores or ()):
-        raise ValueError("selection = 'gradient' needs data: scores of every layer, or a "
-                         "dataloader to wrap()")
+        raise ValueError("selection = 'gradient' needs data: scores of every layer, or batches")
     for weight in weights.values():
         _check_weight(weight)
     generator = torch.Generator().manual_seed(seed)
