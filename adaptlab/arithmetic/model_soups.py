@@ -369,7 +369,7 @@ def interpolate(
     "A point of the straight line through two models. Raises as `uniform_soup`."
     return dict(arithmetic.interpolate(_state(sd0, "sd0"), _state(sd1, "sd1"), alpha))
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #d5ff7804
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #e0b8424f
 def angle(
     sd0: Candidate,  # a fine-tuned model
     sd1: Candidate,  # another one
@@ -396,10 +396,12 @@ def interpolation_advantage(
     if scores is None:
         scores = tuple(_score(score_fn, model, _state(s, n), n)
                        for s, n in ((sd0, "sd0"), (sd1, "sd1")))
+    if len(scores) != 2 or not all(map(math.isfinite, scores)):
+        raise ValueError(f"scores = {scores}: give the finite scores of the two ends")
     mix = _score(score_fn, model, interpolate(sd0, sd1, alpha), "the mix")
     return mix - ((1 - alpha) * scores[0] + alpha * scores[1])
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #6ca9babb
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #47b76b67
 class SoupEnsembleGap(NamedTuple):
     "The soup's loss minus the ensemble's, true and approximated."
 
@@ -411,25 +413,32 @@ class SoupEnsembleGap(NamedTuple):
     ensemble_loss: float  # L_ens
 
 
-def _dataset_logits(
+def _all_logits(
     model: nn.Module,  # the architecture
-    state: Candidate,  # weights for it
+    states: Mapping[float, Candidate],  # place on the line -> weights
     loader: Iterable,  # batches with labels
-) -> tuple[Tensor, Tensor]:
-    "Logits [N, C] in float64 and labels [N] of the model with these weights."
-    with lent(model, state):
-        pairs = [(modules.logits_of(modules.call(model, b)).double().cpu(), modules.labels_of(b))
-                 for b in loader]
-    if not pairs:
+) -> tuple[dict[float, Tensor], Tensor]:
+    "Logits [N, C] in float64 at every place and labels [N]; one pass, so a loader may shuffle."
+    logits, labels = {t: [] for t in states}, []
+    for batch in loader:
+        labels.append(modules.labels_of(batch).cpu())
+        for t, state in states.items():
+            with lent(model, state):
+                out = modules.logits_of(modules.call(model, batch)).double().cpu()
+            logits[t].append(out)
+    if not labels:
         raise ValueError("the loader yields no batch")
-    return torch.cat([p[0] for p in pairs]), torch.cat([p[1].cpu() for p in pairs])
+    found = {t: torch.cat(parts) for t, parts in logits.items()}
+    if not all(f.isfinite().all() for f in found.values()):
+        raise ValueError("logits are NaN or infinite: look at the data")
+    return found, torch.cat(labels)
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #17127db4
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #173be5ef
 def soup_ensemble_gap(
     model: nn.Module,  # the architecture, filled with each set of weights; unchanged afterwards
     sd0: Candidate,  # one end of the line
     sd1: Candidate,  # the other end
-    loader: Iterable,  # batches (x, labels), or dicts with labels; gone through five times
+    loader: Iterable,  # batches (x, labels), or dicts with labels; gone through once
     alpha: float = 0.5,  # t, the place on the line, 0 to 1
     beta: float = 1.0,  # factor on the logits
     step: float = 0.05,  # of the central difference
@@ -437,19 +446,19 @@ def soup_ensemble_gap(
     "t(1-t)/2 · (-d²L_soup/dt² + β² E Var[Δf]) against L_soup - L_ens (Section 4, cross-entropy)."
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha = {alpha}: it must lie in [0, 1]")
-    if iter(loader) is loader:
-        raise TypeError("the loader is an iterator, good for one pass: give a list or a DataLoader")
-    (f0, labels), (f1, _) = (_dataset_logits(model, s, loader) for s in (sd0, sd1))
-
-    def along(t: float) -> Tensor:
-        return f0 if t == 0 else f1 if t == 1 else _dataset_logits(
-            model, interpolate(sd0, sd1, t), loader)[0]
+    if not (math.isfinite(beta) and math.isfinite(step) and step > 0):
+        raise ValueError(f"beta = {beta}, step = {step}: give finite numbers, and a step above 0")
+    places = {alpha - step, alpha, alpha + step} - {0.0, 1.0}
+    found, labels = _all_logits(model, {0.0: sd0, 1.0: sd1} | {
+        t: interpolate(sd0, sd1, t) for t in places}, loader)
+    f0, f1 = found[0.0], found[1.0]
 
     def loss(logits: Tensor) -> float:
         return F.cross_entropy(beta * logits, labels).item()
 
-    here, ensemble = along(alpha), (1 - alpha) * f0 + alpha * f1
-    curvature = (loss(along(alpha + step)) - 2 * loss(here) + loss(along(alpha - step))) / step**2
+    here, ensemble = found[alpha], (1 - alpha) * f0 + alpha * f1
+    before, after = loss(found[alpha - step]), loss(found[alpha + step])
+    curvature = (after - 2 * loss(here) + before) / step**2
     p, change = (beta * here).softmax(1), f1 - f0
     variance = ((p * change**2).sum(1) - (p * change).sum(1) ** 2).mean().item()
     predicted = alpha * (1 - alpha) / 2 * (-curvature + beta**2 * variance)
@@ -457,17 +466,28 @@ def soup_ensemble_gap(
     return SoupEnsembleGap(soup_loss - ensemble_loss, predicted, curvature, variance,
                            soup_loss, ensemble_loss)
 
-# %% ../../nbs/arithmetic/01_model_soups.ipynb #7521be78
+# %% ../../nbs/arithmetic/01_model_soups.ipynb #da1dba50
 def recalibrate_batchnorm(
     model: nn.Module,  # the architecture; its own weights and statistics are not changed
     state_dict: Candidate,  # a soup
     loader: Iterable,  # batches x or (x, ...) of training data
 ) -> dict[str, Tensor]:  # the same weights with running statistics of their own
     "Recompute a soup's BatchNorm statistics. `ValueError` if the model has no BatchNorm."
-    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        raise ValueError(f"{type(model).__name__} has no BatchNorm layer: nothing to recalibrate")
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+             and m.track_running_stats]
+    if not norms:
+        raise ValueError(f"{type(model).__name__} has no BatchNorm with statistics of its own")
     state = _state(state_dict, "state_dict")
     own = {key: state[key].clone() for key in state}  # update_bn writes into the buffers
-    with lent(model, own):
-        torch.optim.swa_utils.update_bn(loader, model, device=modules.device_of(model))
-        return {key: value.detach().clone() for key, value in model.state_dict().items()}
+    momenta = [m.momentum for m in norms]
+    try:
+        with lent(model, own):
+            torch.optim.swa_utils.update_bn(loader, model, device=modules.device_of(model))
+            found = {key: value.detach().clone() for key, value in model.state_dict().items()}
+            if not all(int(m.num_batches_tracked) and m.running_var.isfinite().all()
+                       for m in norms):
+                raise ValueError("statistics need batches of finite numbers: look at the loader")
+            return found
+    finally:  # `update_bn` leaves them changed if the data fail
+        for m, momentum in zip(norms, momenta, strict=True):
+            m.momentum = momentum

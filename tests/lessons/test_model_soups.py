@@ -424,6 +424,15 @@ def test_gap_is_that_of_the_soups_prediction() -> None:
     assert gap.predicted == pytest.approx(0.105 * (9 * gap.variance - gap.curvature))
 
 
+def test_gap_of_a_loader_that_shuffles() -> None:
+    "Every place on the line sees the same batches: one pass, so an iterator will do, too."
+    ends = [Smooth() for _ in range(2)]
+    plain = soup_ensemble_gap(ends[0], *ends, [(X, Y)])
+    shuffled = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), 7, shuffle=True)
+    for loader in (shuffled, iter(shuffled)):
+        assert soup_ensemble_gap(ends[0], *ends, loader) == pytest.approx(plain)
+
+
 # ------------------------------------------------------------------ BatchNorm and LoRA
 
 
@@ -443,6 +452,12 @@ def test_recalibration() -> None:
     assert all(torch.equal(v, before[k]) for k, v in host.state_dict().items())
     with pytest.raises(ValueError, match="no BatchNorm"):
         recalibrate_batchnorm(START, START.state_dict(), [X])
+    norm = nn.Sequential(nn.Linear(X.shape[1], 4), nn.BatchNorm1d(4))
+    for loader, error in (([], ValueError), ([X * float("nan")], ValueError),
+                          ([{"x": X}], AttributeError)):
+        with pytest.raises(error):
+            recalibrate_batchnorm(norm, norm.state_dict(), loader)
+        assert norm[1].momentum == 0.1 and not norm[1].num_batches_tracked
 
 
 def with_lora(seed, rank=2, targets=("layers.0", "head")):
@@ -599,8 +614,14 @@ def test_other_bad_arguments() -> None:
         logit_ensemble([recipes.MLP((8, 3)), recipes.MLP((8, 1))])(X)
     with pytest.raises(ValueError, match="alpha"):
         soup_ensemble_gap(net, STATE, STATE, [(X, Y)], alpha=1.2)
-    with pytest.raises(TypeError, match="iterator"):
-        soup_ensemble_gap(net, STATE, STATE, iter([(X, Y)]))
+    for bad in ({"beta": float("nan")}, {"step": 0}):
+        with pytest.raises(ValueError, match="finite numbers"):
+            soup_ensemble_gap(START, START, START, [(X, Y)], **bad)
+    with pytest.raises(ValueError, match="NaN"):
+        soup_ensemble_gap(START, START, START, [(X * float("nan"), Y)])
+    for scores in ((1.0, float("nan")), (1.0, 2.0, 3.0)):
+        with pytest.raises(ValueError, match="two ends"):
+            interpolation_advantage(START, START, lambda s: 1.0, scores=scores)
     with pytest.raises(ValueError, match="no batch"):
         soup_ensemble_gap(net, STATE, STATE, [])
     with pytest.raises(ValueError, match="no direction"):
