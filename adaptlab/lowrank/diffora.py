@@ -51,7 +51,7 @@ def module_grid(
                          "target_modules that every block has")
     return {t: [named[b, t] for b in blocks] for t in types}
 
-# %% ../../nbs/lowrank/06_diffora.ipynb #82401cc5
+# %% ../../nbs/lowrank/06_diffora.ipynb #64bc3d67
 Relaxation = Literal["sigmoid", "softmax"]
 Scope = Literal["layer", "global"]
 Sharing = Literal["type", "none", "A", "B"]
@@ -67,10 +67,12 @@ def top_gates(
     rho: float = 0.5,  # share that is kept, 0 < rho <= 1; at least one
     scope: Scope = "layer",  # of each column, or "global": of all
 ) -> Tensor:  # bool [N, L]
-    "The largest gates, by a stable sort. ValueError for a share outside of (0, 1]."
+    "The largest gates, by a stable sort. ValueError for NaN, or a share outside of (0, 1]."
     _one_of("scope", scope, Scope)
     if not 0 < rho <= 1:
         raise ValueError(f"rho = {rho!r}: the share of modules to keep must lie in (0, 1]")
+    if gates.dim() != 2 or gates.isnan().any():
+        raise ValueError(f"gates [N, L] are needed, without NaN: got shape {tuple(gates.shape)}")
     rows = gates.detach().T if scope == "layer" else gates.detach().T.reshape(1, -1)
     keep = max(1, math.floor(rho * rows.shape[1] + 0.5))
     best = rows.sort(dim=1, descending=True, stable=True).indices[:, :keep]
@@ -98,7 +100,7 @@ class DifferentialAdaptationMatrix(nn.Module):
         self.relaxation = relaxation
         self.logits = nn.Parameter(torch.zeros(len(module_names), n_layers))
         self.mask: Tensor | None = None  # once it is discrete
-        self.searched = False
+        self.searched = self.second_order = False
 
     def relaxed(self) -> Tensor:  # [N, L] in (0, 1)
         "The continuous gates, also after rounding."
@@ -159,7 +161,7 @@ class GatedLoRALinear(adapters.LoraAdapter):
         gate = float(self.current_gate().detach())
         return {"rank": self.rank, "alpha": self.alpha, "gate": gate}
 
-# %% ../../nbs/lowrank/06_diffora.ipynb #2a02d368
+# %% ../../nbs/lowrank/06_diffora.ipynb #792e879a
 @dataclass(frozen=True, kw_only=True)
 class DiffoRAConfig:
     "Settings of DiffoRA. Raises ValueError for values that it can't have."
@@ -178,6 +180,8 @@ class DiffoRAConfig:
             raise ValueError(f"r = {self.r!r}: the rank must be an integer >= 1")
         if not 0 < self.rho <= 1:
             raise ValueError(f"rho = {self.rho!r}: the share of modules must lie in (0, 1]")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha = {self.alpha!r}: the scale must be positive and finite")
         for name, kinds in (("relaxation", Relaxation), ("scope", Scope), ("sharing", Sharing)):
             _one_of(name, getattr(self, name), kinds)
 
@@ -191,6 +195,7 @@ def attach_supernet(
     grid = module_grid(model, config.target_modules)
     dam = DifferentialAdaptationMatrix(list(grid), len(next(iter(grid.values()))),
                                        config.relaxation)
+    dam.second_order = config.second_order
 
     def make(layer: nn.Module, place: tuple[int, int]) -> GatedLoRALinear:
         made = GatedLoRALinear(layer, config.r, config.alpha)
@@ -215,7 +220,7 @@ def gated(
                          "the matrix that attach_supernet returned for it")
     return found
 
-# %% ../../nbs/lowrank/06_diffora.ipynb #76a1d7f3
+# %% ../../nbs/lowrank/06_diffora.ipynb #a47dc7dc
 class Batches:
     "Shuffled batches of columns, another order in each pass. ValueError for an empty half."
 
@@ -226,8 +231,9 @@ class Batches:
         batch_size: int = 32,  # rows of a batch; the last one of a pass is left out if smaller
         seed: int = 0,  # of the order
     ):
-        if not len(rows):
-            raise ValueError("no rows to make batches of: give more data, or another share")
+        if not len(rows) or batch_size < 1:
+            raise ValueError(f"{len(rows)} rows in batches of {batch_size}: both must be at least "
+                             "1; give more data, or another share")
         self.columns, self.rows, self.batch_size = columns, rows, min(batch_size, len(rows))
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -352,7 +358,7 @@ def _gate_step(losses: Iterable[Callable], theta: list[Tensor], gates: torch.opt
     logits.grad = None
     return value
 
-# %% ../../nbs/lowrank/06_diffora.ipynb #b112f3d0
+# %% ../../nbs/lowrank/06_diffora.ipynb #38506a44
 def search(
     model: nn.Module,  # from `attach_supernet`; its pairs are trained in place
     dam: DifferentialAdaptationMatrix,  # its gates; trained in place
@@ -364,17 +370,18 @@ def search(
     lr: float = 1e-2,  # of the weights, AdamW
     gate_lr: float = 5e-2,  # of the logits, Adam
     *,
-    second_order: bool = False,  # look through one step of the weights: three passes more
+    second_order: bool | None = None,  # three passes more; None: as the super-net's config says
     weight_decay: float = 0.0,  # of the weights; the gates never decay
 ) -> SearchHistory:  # losses, and gates over time
     """Alternate: gates on validation batches, weights on training batches.
 
-    Raises ValueError for gates that were searched or rounded before, warmup >= steps, an empty
-    loader; FloatingPointError with the step for a loss that is not finite.
+    ValueError for gates searched or rounded before, warmup >= steps, an empty loader;
+    FloatingPointError with the step for a loss that is not finite.
     """
     _check_search(model, dam, steps, warmup)
     dam.to(modules.device_of(model))
-    theta, xi = adapters.trainable_parameters(model), lr if second_order else 0.0
+    theta = adapters.trainable_parameters(model)
+    xi = lr * (dam.second_order if second_order is None else second_order)
     weights, gates = _optimizers(dam, theta, lr, gate_lr, weight_decay)
     train, val = _endless(train_loader, "train_loader"), _endless(val_loader, "val_loader")
     history = SearchHistory([], [], dam.gates().detach().repeat(steps + 1, 1, 1))
@@ -385,8 +392,7 @@ def search(
             if t >= warmup:
                 losses = (partial(loss_fn, model, b) for b in (batch, next(val)))
                 history.val_loss.append(_gate_step(losses, theta, gates, xi, t))
-            loss = loss_fn(model, batch)
-            history.train_loss.append(_finite(loss, t, "training"))
+            history.train_loss.append(_finite(loss := loss_fn(model, batch), t, "training"))
             loss.backward(inputs=theta)
             weights.step()
             weights.zero_grad()
@@ -425,17 +431,17 @@ def _groups(model: nn.Module, grid: Grid, mask: Tensor) -> tuple[list[str], list
             (own if mask[n, layer] else others.setdefault((kind, *sides), [])).append(name)
     return own, list(others.values())
 
-# %% ../../nbs/lowrank/06_diffora.ipynb #da526f5b
+# %% ../../nbs/lowrank/06_diffora.ipynb #021dd278
 def super_weights(
     model: nn.Module,  # from `attach_supernet`, searched
     dam: DifferentialAdaptationMatrix,  # its gates
-) -> dict[str, tuple[Tensor, Tensor]]:  # name -> A, relaxed gate * B
+) -> dict[str, tuple[Tensor, Tensor]]:  # name -> A, relaxed gate * scaling * B
     "The pairs of the search, for `inherit`; each change is what it was in the search."
     gates = dam.relaxed().detach()
-    return {name: (a.A.detach().clone(), gates[a.place[1], a.place[2]] * a.B.detach())
+    return {name: (a.A.detach().clone(), gates[a.place[1], a.place[2]] * a.scaling * a.B.detach())
             for name, a in gated(model, dam).items()}
 
-# %% ../../nbs/lowrank/06_diffora.ipynb #a48e32ad
+# %% ../../nbs/lowrank/06_diffora.ipynb #8ea10d75
 def build_adapted_model(
     base: nn.Module,  # without adapters; changed in place
     mask: Tensor,  # bool [N, L]
@@ -445,12 +451,12 @@ def build_adapted_model(
 ) -> nn.Module:  # the same model with LoRA pairs, to be trained
     """Pairs for the selected modules, shared ones for the rest.
 
-    Shared pairs always start fresh. Raises ValueError for a mask of another shape or a rank other
-    than the inherited one's, and as `adapters.attach`.
+    Shared pairs always start fresh. Raises ValueError for a mask of another shape, inherited pairs
+    that are missing or of another rank, and as `adapters.attach`.
     """
     own, groups = _groups(base, module_grid(base, config.target_modules), mask)
-    if inherit is not None and any(len(inherit[name][0]) != config.r for name in own):
-        raise ValueError(f"the inherited pairs have another rank than r = {config.r}")
+    if inherit is not None and any(n not in inherit or len(inherit[n][0]) != config.r for n in own):
+        raise ValueError(f"inherit lacks a selected module, or has another rank than {config.r}")
     groups = groups if config.sharing != "none" else []
     targets = {*own, *(name for group in groups for name in group)}
     make = partial(adapters.LoraAdapter, rank=config.r, alpha=config.alpha)
@@ -464,16 +470,16 @@ def build_adapted_model(
                 setattr(found[name], factor, getattr(first, factor))
     with torch.no_grad():
         for name in own if inherit is not None else ():
-            for parameter, value in zip((found[name].A, found[name].B), inherit[name], strict=True):
-                parameter.copy_(value)
+            a, (A, B) = found[name], inherit[name]
+            a.A.copy_(A), a.B.copy_(B / a.scaling)  # the same change, whatever alpha is now
     return base
 
-# %% ../../nbs/lowrank/06_diffora.ipynb #7019f452
+# %% ../../nbs/lowrank/06_diffora.ipynb #23ecbfcb
 def relu_gram(
     X: Tensor,  # [n, d], no row zero; rows of length 1 in the theorem
 ) -> Tensor:  # [n, n]
     "The infinitely wide two-layer ReLU network's Gram matrix, hidden weights trained."
-    lengths = X.norm(dim=1)
+    lengths = X.norm(dim=-1)
     if X.ndim != 2 or not (lengths > 0).all():
         raise ValueError(f"a matrix without zero rows is needed, got shape {tuple(X.shape)}")
     inner = X @ X.T

@@ -292,7 +292,7 @@ def test_halves_are_disjoint_stratified_and_not_empty():
     for columns, share in (((y[:1], y[:1]), 0.5), ((y, y), 0.001), ((y, y), 1.0)):
         with pytest.raises(ValueError, match="both halves"):
             halves(columns, 2, share=share)
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="0 rows"):
         Batches((y,), torch.tensor([], dtype=torch.long))
 
 
@@ -388,6 +388,45 @@ def test_inherited_pairs_keep_what_the_search_had():
         build_adapted_model(net, every, DiffoRAConfig(r=3), inherit=pairs)
 
 
+def test_inherited_changes_do_not_depend_on_alpha():
+    x = torch.randn(3, 1, 28, 28)
+    net = recipes.pretrained_small("vit-mnist")
+    dam = attach_supernet(net, DiffoRAConfig(r=2, alpha=4))
+    with torch.no_grad():
+        for a in adapters.adapters(net).values():
+            a.B.normal_(0, 0.1)
+    relaxed, pairs = net(x).detach(), super_weights(net, dam)
+    every = torch.ones(6, 3, dtype=torch.bool)
+    build_adapted_model(adapters.detach(net), every, DiffoRAConfig(r=2, alpha=1), inherit=pairs)
+    torch.testing.assert_close(net(x), relaxed, rtol=1e-4, atol=1e-4)
+    adapters.detach(net)
+    with pytest.raises(ValueError, match="lacks a selected module"):
+        build_adapted_model(net, every, DiffoRAConfig(r=2), inherit={})
+
+
+def test_second_order_of_the_config_is_what_the_search_does():
+    batches, logits = [(torch.randn(4, 1, 28, 28), torch.arange(4)) for _ in range(2)], {}
+    for config, given in ((False, None), (True, None), (False, True)):
+        torch.manual_seed(0)
+        net = recipes.pretrained_small("vit-mnist")
+        dam = attach_supernet(net, DiffoRAConfig(r=2, second_order=config))
+        search(net, dam, batches[:1], batches[1:], steps=4, warmup=2, second_order=given)
+        logits[config, given] = dam.logits.detach()
+    torch.testing.assert_close(logits[True, None], logits[False, True])
+    assert not torch.equal(logits[True, None], logits[False, None])
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: top_gates(torch.tensor([[float("nan")], [0.2]])), "without NaN"),
+    (lambda: top_gates(torch.rand(4)), "N, L"),
+    (lambda: DiffoRAConfig(alpha=0), "positive"),
+    (lambda: halves((torch.rand(8, 2), torch.arange(8) % 2), 0), "batches of 0"),
+    (lambda: relu_gram(torch.ones(3)), "matrix")])
+def test_numbers_that_are_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
 @pytest.mark.parametrize("mask", [torch.ones(3, 3, dtype=torch.bool), torch.ones(2, 3)])
 def test_masks_of_another_model(mask):
     with pytest.raises(ValueError, match=r"needs bool of shape \(2, 3\)"):
@@ -399,7 +438,7 @@ def test_a_discrete_supernet_is_the_selected_half():
     search(net, dam, batches(seed=1), batches(seed=2), steps=6, warmup=2)
     mask, x = discretize(net, dam, 0.5), batches(1)[0][0]
     y = net(x).detach()
-    pairs = {n: (a.A.detach(), a.B.detach()) for n, a in gated(net, dam).items()}
+    pairs = {n: (a.A.detach(), a.scaling * a.B.detach()) for n, a in gated(net, dam).items()}
     twin = build_adapted_model(Net(), mask, DiffoRAConfig(r=2, alpha=4, sharing="none"),
                                inherit=pairs)
     torch.testing.assert_close(twin(x), y, rtol=1e-5, atol=1e-6)
