@@ -6,10 +6,10 @@
 __all__ = ['NAMES', 'density_loss', 'activation_density', 'activation_modules', 'ActivationRecorder', 'deft_loss',
            'density_report', 'MLPGate']
 
-# %% ../../nbs/sparse/04_deft.ipynb #20d7969f
+# %% ../../nbs/sparse/04_deft.ipynb #29bf2c76
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import adapters, modules
 
-# %% ../../nbs/sparse/04_deft.ipynb #26adb623
+# %% ../../nbs/sparse/04_deft.ipynb #e156a1aa
 def _tokens(a: Tensor, mask: Tensor | None) -> Tensor | None:
     "Weight of every token: its share in the mean, [B, T, 1] for [B, T, F]."
     if mask is None:
@@ -72,8 +72,11 @@ def density_loss(
     weights: Tensor | None = None,  # [L], of the layers; None: all alike
 ) -> Tensor:  # scalar in [0, 1)
     "Mean over layers of the smooth density. ValueError for no layer, eps <= 0 or a wrong mask."
-    if not activations:
+    if not len(activations):
         raise ValueError("no activations: give the output of at least one activation function")
+    if weights is not None and tuple(weights.shape) != (len(activations),):
+        raise ValueError(f"weights of shape {tuple(weights.shape)} do not fit "
+                         f"{len(activations)} layers: give one number per layer")
     for a in activations:
         _check(a, eps)
     found = torch.stack([_SmoothCount.apply(a, eps, _tokens(a, mask)) for a in activations])
@@ -86,14 +89,16 @@ def activation_density(
     threshold: float = 0.0,  # what counts as off: |a| <= threshold
     mask: Tensor | None = None,  # [B, T], 0 for padding
 ) -> Tensor:  # [L], exact share of entries that are on
-    "Share of the entries with |a| > threshold, per layer."
+    "Share of the entries with |a| > threshold, per layer; NaN where `a` is not finite."
+    if not threshold >= 0:
+        raise ValueError(f"threshold = {threshold!r}: a size >= 0 is needed")
     found = []
     for a in activations:
         on, share = (a.abs() > threshold).float(), _tokens(a, mask)
-        found.append(on.mean() if share is None else (on * share).sum())
+        found.append((on.mean() if share is None else (on * share).sum()) + 0 * a.mean())
     return torch.stack(found)
 
-# %% ../../nbs/sparse/04_deft.ipynb #83d743c9
+# %% ../../nbs/sparse/04_deft.ipynb #bab7326e
 NAMES = ("act", "act_fn", "intermediate_act_fn", "activation_fn")
 
 
@@ -102,7 +107,7 @@ def activation_modules(
     names: Literal["auto"] | Sequence[str] = "auto",  # last parts of the modules' names
 ) -> dict[str, nn.Module]:  # name -> activation function of an MLP; none inside an adapter
     "The activation functions to count at. ValueError if there are none."
-    wanted = NAMES if names == "auto" else tuple(names)
+    wanted = NAMES if names == "auto" else (names,) if isinstance(names, str) else tuple(names)
     found: dict[str, nn.Module] = {}
     for name, module in adapters.base_modules(model).items():
         if any(adapters.ends_with(name, w) for w in wanted) and not any(
@@ -114,22 +119,32 @@ def activation_modules(
     return found
 
 
+def _check_finite(names: Iterable[str], values: Tensor) -> None:
+    for name, ok in zip(names, values.isfinite().tolist(), strict=True):
+        if not ok:
+            raise RuntimeError(f"the activations of {name} are not finite")
+
+
 def _stacked(found: list[tuple[str, Tensor]]) -> Tensor:
     "One number per layer; RuntimeError if one is not finite, or none of them can learn."
     made = torch.stack([v for _, v in found])
-    for (name, _), ok in zip(found, made.detach().isfinite().tolist(), strict=True):
-        if not ok:
-            raise RuntimeError(f"the activations of {name} are not finite")
+    _check_finite([n for n, _ in found], made.detach())
     if torch.is_grad_enabled() and not made.requires_grad:
         raise RuntimeError("no density depends on what is trained: the pass ran without "
                            "gradients, or under re-entrant checkpointing (use_reentrant=False)")
     return made
 
 
+def _weights(names: list[str], weights: Mapping[str, Tensor]) -> Tensor:
+    if missing := set(names) - set(weights):
+        raise ValueError(f"no weight for {sorted(missing)}: give one for every layer")
+    return torch.stack([weights[n] for n in names])
+
+
 def _side(name: str) -> str:
     return next((p for p in reversed(name.split(".")) if p in ("encoder", "decoder")), "")
 
-# %% ../../nbs/sparse/04_deft.ipynb #85a0f031
+# %% ../../nbs/sparse/04_deft.ipynb #9eccfde6
 class ActivationRecorder:
     """Watches the activation functions of a model while it is open.
 
@@ -161,12 +176,12 @@ class ActivationRecorder:
         self.found: list[tuple[str, Tensor]] = []
 
     def __enter__(self) -> "ActivationRecorder":
+        if self.hooks:
+            raise RuntimeError("this recorder is open already: make another one")
         if self.mode == "loss":  # another pass, another loss
-            first = self.model.register_forward_pre_hook(lambda *_: self.clear())
-            self.hooks.append(first)
+            self.hooks.append(self.model.register_forward_pre_hook(lambda *_: self.clear()))
         for name, module in self.modules.items():
-            self.hooks.append(module.register_forward_hook(
-                lambda m, i, a, name=name: self._seen(name, a)))
+            self.hooks.append(module.register_forward_hook(partial(self._seen, name)))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -176,7 +191,7 @@ class ActivationRecorder:
         if error and error[0] is not None:
             self.clear()
 
-    def _seen(self, name: str, a: Tensor) -> None:
+    def _seen(self, name: str, module: nn.Module, inputs: Any, a: Tensor) -> None:
         _check(a, self.eps)
         if self.mode == "loss":
             made = _SmoothCount.apply(a, self.eps, _tokens(a, self.mask))
@@ -191,7 +206,7 @@ class ActivationRecorder:
             raise RuntimeError("nothing was recorded: run the model inside the recorder first")
         made = _stacked(self.found)
         if weights is not None:
-            made = made * torch.stack([weights[n] for n, _ in self.found])
+            made = made * _weights([n for n, _ in self.found], weights)
         at = [_side(n) for n, _ in self.found]
         if not {"encoder", "decoder"} <= set(at):
             return {"": made.mean()}
@@ -208,9 +223,10 @@ class ActivationRecorder:
         sums: dict[str, Tensor] = {}
         for name, row in self.found:
             sums[name] = sums.get(name, 0) + row
+        _check_finite(sums, torch.stack(list(sums.values())).sum(1))
         return {name: (s[:-1] / s[-1]).cpu() for name, s in sums.items()}
 
-# %% ../../nbs/sparse/04_deft.ipynb #cdfa9770
+# %% ../../nbs/sparse/04_deft.ipynb #8c8e9390
 def deft_loss(
     loss_fn: Callable = modules.cross_entropy,  # (model, batch) -> loss of the task
     weight: float = 1.0,  # lambda
@@ -225,32 +241,39 @@ def deft_loss(
         return loss_fn
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        mask = batch["attention_mask"] if masked else None
+        mask = _mask_of(batch) if masked else None
         with ActivationRecorder(model, names, eps=eps, mask=mask) as recorder:
             return loss_fn(model, batch) + weight * recorder.loss()
 
     return loss
 
 
+def _mask_of(batch: Any) -> Tensor:
+    if not isinstance(batch, Mapping) or "attention_mask" not in batch:
+        raise ValueError("masked=True needs batches with an attention_mask, which tells padding")
+    return batch["attention_mask"]
+
+
 def _check_weight(weight: float) -> None:
     if not 0 <= weight < float("inf"):
         raise ValueError(f"weight = {weight!r}: the weight of the density loss must be >= 0")
 
-# %% ../../nbs/sparse/04_deft.ipynb #5e9395c3
+# %% ../../nbs/sparse/04_deft.ipynb #4522dc2e
 def density_report(
     model: nn.Module,  # runs in eval mode
     batches: Iterable[Any],  # dicts for the model, or (x, y), or x
-    thresholds: Sequence[float] = (0.0, 1e-3, 1e-2, 0.1),  # the first one is 0
+    thresholds: Sequence[float] = (0.0, 1e-3, 1e-2, 0.1),  # beside 0, which is always there
     names: Literal["auto"] | Sequence[str] = "auto",  # see `activation_modules`
     masked: bool = False,  # leave out padding, by each batch's attention_mask
 ) -> list[dict[str, Any]]:  # per layer: density, density@threshold..., mac_fraction
     "Which share of the activations is on. Warns where an activation function is never zero."
     device = modules.device_of(model)
+    thresholds = (0.0, *(t for t in thresholds if t != 0))
     recorder = ActivationRecorder(model, names, "density", thresholds=thresholds)
     with modules.modes_kept(model), torch.no_grad(), recorder:
         model.eval()
         for batch in batches:
-            recorder.mask = batch["attention_mask"] if masked else None
+            recorder.mask = _mask_of(batch) if masked else None
             modules.call(model, modules.to_device(batch, device))
     rows = []
     for name, at in recorder.density().items():
@@ -262,7 +285,7 @@ def density_report(
                       "look at the thresholds", stacklevel=2)
     return rows
 
-# %% ../../nbs/sparse/04_deft.ipynb #72256967
+# %% ../../nbs/sparse/04_deft.ipynb #bc471efe
 @cache
 def _trainer() -> type:
     from transformers import Trainer
@@ -279,7 +302,7 @@ def _trainer() -> type:
             self.densities: list[dict[str, Tensor]] = []
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            mask = inputs["attention_mask"] if self.masked else None
+            mask = _mask_of(inputs) if self.masked else None
             with ActivationRecorder(model, mask=mask, **self.watch) as recorder:
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
                 if model.training:

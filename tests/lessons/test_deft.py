@@ -106,6 +106,10 @@ def test_what_rounds_to_zero():
     (lambda: ActivationRecorder(nn.Linear(2, 2)), ValueError, "no module called act"),
     (lambda: ActivationRecorder(net(), mode="both"), ValueError, "mode = 'both'"),
     (lambda: MLPGate(nn.Linear(2, 2), skip=1.5), ValueError, "skip = 1.5"),
+    (lambda: density_loss(acts(3), weights=torch.ones(len(acts(3)) + 1)), ValueError, "per layer"),
+    (lambda: activation_density(acts(3), -1), ValueError, "threshold = -1"),
+    (lambda: density_report(net(), [torch.full((2, 4), torch.nan)]), RuntimeError, "0.act are not"),
+    (lambda: density_report(net(), [torch.ones(2, 4)], masked=True), ValueError, "attention_mask"),
 ])
 def test_bad_input(call, error, words):
     with pytest.raises(error, match=words):
@@ -210,6 +214,24 @@ def test_an_adapters_own_activation_is_not_counted():
     model = net()
     adapters.attach(model, WithAct, ["fc2"])
     assert list(activation_modules(model)) == ["0.act", "1.act", "2.act"]
+
+
+def test_the_exact_density_is_reported_whatever_the_thresholds():
+    model, x = net(), torch.randn(5, 4)
+    ours, usual = density_report(model, [x], thresholds=(0.5,)), density_report(model, [x])
+    assert [r["density"] for r in ours] == [r["density"] for r in usual]
+    assert list(ours[0]) == ["layer", "density", "density@0.5", "mac_fraction"]
+
+
+def test_a_recorder_is_opened_once_and_wants_every_weight():
+    model = net()
+    with ActivationRecorder(model) as recorder:
+        with pytest.raises(RuntimeError, match="open already"), recorder:
+            pass
+        model(torch.randn(5, 4))
+        with pytest.raises(ValueError, match="no weight for"):
+            recorder.loss(weights={"0.act": torch.ones(())})
+    assert not any(m._forward_hooks for m in model.modules())
 
 
 def test_report_adds_up_over_batches_and_warns_of_silu():
