@@ -43,7 +43,7 @@ def _start(x: Tensor, v: Tensor, k: int, init: str, generator: torch.Generator) 
         far = gap if len(chosen) == 1 else torch.minimum(far, gap)
     return torch.cat(chosen, 1).sort(1).values
 
-# %% ../../nbs/sparse/02_sketchtune.ipynb #cb5d242e
+# %% ../../nbs/sparse/02_sketchtune.ipynb #146b49d2
 def weighted_kmeans_1d(
     rows: Tensor,  # [R, n], each row a problem of its own
     weights: Tensor,  # [n] or [R, n], at least 0: how much a point counts
@@ -61,6 +61,8 @@ def weighted_kmeans_1d(
                          f"{tuple(rows.shape)} and {tuple(weights.shape)}")
     if not (torch.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
         raise ValueError("weights must be finite, at least 0, and not all 0")
+    if not torch.isfinite(rows).all():
+        raise ValueError("the rows hold NaN or infinity")
     if k < 1 or init not in Init.__args__:
         raise ValueError(f"k = {k}, init = {init!r}: k >= 1, and one of {Init.__args__} is needed")
     x, order = _wide(rows).contiguous().sort(1)
@@ -105,7 +107,7 @@ def hessian_factor(
                          "calibrate on more inputs")
     return U
 
-# %% ../../nbs/sparse/02_sketchtune.ipynb #274aeae1
+# %% ../../nbs/sparse/02_sketchtune.ipynb #5f986371
 def assign_codes(
     W: Tensor,  # [o, i] weight, in the order in which columns are processed
     lut: Tensor,  # [o, g, k] tables
@@ -113,7 +115,15 @@ def assign_codes(
     groups: Tensor | None = None,  # [i], the table of each column; None: g equal runs of columns
     block: int = 128,  # columns per product
 ) -> Tensor:  # [o, i] uint8
-    "Greedy codes: round a column, let the later ones make up for its error (GPTQ's order)."
+    """Greedy codes: round a column, let the later ones make up for its error (GPTQ's order).
+
+    Raises ValueError for tables, or a factor, that do not fit the weight.
+    """
+    if len(lut) != len(W) or W.shape[1] % lut.shape[1] or factor is not None and (
+            factor.shape != 2 * W.shape[1:]):
+        raise ValueError(f"weight {tuple(W.shape)}, tables {tuple(lut.shape)}, factor "
+                         f"{factor if factor is None else tuple(factor.shape)}: [o, i], "
+                         "[o, g, k] with g a divisor of i, [i, i]")
     R, lut, i = _wide(W).clone(), _wide(lut), W.shape[1]
     if groups is None:
         groups = torch.arange(i) * lut.shape[1] // i
@@ -451,7 +461,7 @@ def sketched(
     "The sketched layers of a model."
     return {n: m for n, m in model.named_modules() if isinstance(m, SketchedLinear)}
 
-# %% ../../nbs/sparse/02_sketchtune.ipynb #c8849075
+# %% ../../nbs/sparse/02_sketchtune.ipynb #dd873a86
 def sketch_state_dict(
     model: nn.Module,  # with sketched layers
 ) -> dict[str, Tensor]:  # "<layer>.lut" -> tables
@@ -466,7 +476,7 @@ def load_sketch_state_dict(
     model: nn.Module,  # sketched with the codes that the tables were trained for
     state: Mapping[str, Tensor],  # of `sketch_state_dict`
 ) -> None:
-    "Swap the task. ValueError for missing or foreign names, or other shapes; then nothing moves."
+    "Swap the task. ValueError for other names or shapes, NaN, infinity; then nothing moves."
     own = {f"{n}.lut": m.lut for n, m in sketched(model).items()}
     if wrong := set(own) ^ set(state):
         raise ValueError(f"{len(wrong)} names are in the model or in the file only, "
@@ -475,6 +485,8 @@ def load_sketch_state_dict(
         if state[name].shape != lut.shape:
             raise ValueError(f"{name!r} is {tuple(state[name].shape)} in the file, "
                              f"{tuple(lut.shape)} in the model: bits or groups differ")
+        if not torch.isfinite(state[name]).all():
+            raise ValueError(f"{name!r} holds NaN or infinity: that training diverged")
     with torch.no_grad():
         for name, lut in own.items():
             lut.copy_(state[name])

@@ -549,3 +549,18 @@ def test_full_scale_path_with_a_tiny_model(tmp_path, recorded):
     table = report.tables["language"]
     assert set(table["method"]) == {"before", "sketch g=1", "sketch g=2", "LoRA", "RTN + LoRA"}
     assert set(table["part"]) == {"new", *cfg.tasks} and len(report.claims) == 2 * 8
+
+
+def test_values_that_are_not_finite_and_tables_that_do_not_fit():
+    with pytest.raises(ValueError, match="rows hold NaN"):
+        weighted_kmeans_1d(torch.full((2, 5), float("nan")), torch.ones(5), 2)
+    W = torch.randn(4, 10)
+    for lut, factor in ((torch.randn(4, 3, 4), None), (torch.randn(3, 1, 4), None),
+                        (torch.randn(4, 1, 4), torch.eye(9))):
+        with pytest.raises(ValueError, match="divisor of i"):
+            assign_codes(W, lut, factor)
+    model = nn.Sequential(SketchedLinear(learn_sketch(W, bits=2)))
+    before = sketch_state_dict(model)
+    with pytest.raises(ValueError, match="diverged"):
+        load_sketch_state_dict(model, {n: t * float("nan") for n, t in before.items()})
+    assert all(torch.equal(t, before[n]) for n, t in sketch_state_dict(model).items())
