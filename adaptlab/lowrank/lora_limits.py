@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import modules, weights
 
-# %% ../../nbs/lowrank/01_lora_limits.ipynb #27e3648e
+# %% ../../nbs/lowrank/01_lora_limits.ipynb #eaa841a2
 class LoRAGradients(NamedTuple):
     "The gradients of one call."
 
@@ -50,7 +50,7 @@ def rotate(
     turned = torch.cat([-right, left], -1) * sin
     return Z * cos - turned if back else Z * cos + turned
 
-# %% ../../nbs/lowrank/01_lora_limits.ipynb #27f41beb
+
 _KEYS = ("Q", "K", "V")
 
 
@@ -64,7 +64,7 @@ def _check_adapter(name: str, W: Tensor, A: Tensor, B: Tensor) -> None:
         warnings.warn(f"{name}: rank {r} is not below the width {min(m, d)}: the update is not "
                       "low-rank", stacklevel=4)
 
-# %% ../../nbs/lowrank/01_lora_limits.ipynb #1212380a
+# %% ../../nbs/lowrank/01_lora_limits.ipynb #421b8c00
 def _check(X: Mapping, Y: Tensor, W: Mapping, A: Mapping, B: Mapping, alpha: float, beta: float,
            adapt: Sequence[str], causal: bool) -> None:
     "ValueError for what does not fit together."
@@ -85,7 +85,7 @@ def _check(X: Mapping, Y: Tensor, W: Mapping, A: Mapping, B: Mapping, alpha: flo
             or not Y.numel() * lk):
         raise ValueError(f"(L, m) of X and (m, d) of W are {shapes}, Y is {tuple(Y.shape)}: widths "
                          "must fit, Q and K be equally wide, with as many values as keys (causal: "
-                         "as queries, too), Y be [..., queries, width of V], leading sizes the same, "
+                         "as queries, too), Y be [..., queries, width of V], leading sizes alike, "
                          "nothing empty")
     groups = {"X": X, "W": W, "A": A, "B": B, "Y": {"V": Y}}
     finite = weights.read_out({f"{kind} of {n}": torch.isfinite(t).all()
