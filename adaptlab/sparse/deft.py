@@ -98,7 +98,7 @@ def activation_density(
         found.append((on.mean() if share is None else (on * share).sum()) + 0 * a.mean())
     return torch.stack(found)
 
-# %% ../../nbs/sparse/04_deft.ipynb #bab7326e
+# %% ../../nbs/sparse/04_deft.ipynb #60d1f691
 NAMES = ("act", "act_fn", "intermediate_act_fn", "activation_fn")
 
 
@@ -118,7 +118,7 @@ def activation_modules(
                          "its activation functions, or make them modules where they are calls")
     return found
 
-
+# %% ../../nbs/sparse/04_deft.ipynb #6938f1c0
 def _check_finite(names: Iterable[str], values: Tensor) -> None:
     for name, ok in zip(names, values.isfinite().tolist(), strict=True):
         if not ok:
@@ -135,6 +135,11 @@ def _stacked(found: list[tuple[str, Tensor]]) -> Tensor:
     return made
 
 
+def _check_closed(hooks: list) -> None:
+    if hooks:
+        raise RuntimeError("this recorder is open already: make another one")
+
+
 def _weights(names: list[str], weights: Mapping[str, Tensor]) -> Tensor:
     if missing := set(names) - set(weights):
         raise ValueError(f"no weight for {sorted(missing)}: give one for every layer")
@@ -144,7 +149,7 @@ def _weights(names: list[str], weights: Mapping[str, Tensor]) -> Tensor:
 def _side(name: str) -> str:
     return next((p for p in reversed(name.split(".")) if p in ("encoder", "decoder")), "")
 
-# %% ../../nbs/sparse/04_deft.ipynb #9eccfde6
+# %% ../../nbs/sparse/04_deft.ipynb #7382af4d
 class ActivationRecorder:
     """Watches the activation functions of a model while it is open.
 
@@ -176,8 +181,7 @@ class ActivationRecorder:
         self.found: list[tuple[str, Tensor]] = []
 
     def __enter__(self) -> "ActivationRecorder":
-        if self.hooks:
-            raise RuntimeError("this recorder is open already: make another one")
+        _check_closed(self.hooks)
         if self.mode == "loss":  # another pass, another loss
             self.hooks.append(self.model.register_forward_pre_hook(lambda *_: self.clear()))
         for name, module in self.modules.items():
@@ -197,7 +201,7 @@ class ActivationRecorder:
             made = _SmoothCount.apply(a, self.eps, _tokens(a, self.mask))
         else:
             each = [activation_density([a], t, self.mask) for t in self.thresholds]
-            made = torch.cat([torch.cat(each), torch.tensor([1.0], device=a.device)]) * len(a)
+            made = torch.cat([*each, torch.ones(1, device=a.device)]) * len(a)
         self.found.append((name, made))
 
     def sides(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
