@@ -82,7 +82,7 @@ class StrangerLinear(LoLDULinear):
         noise = torch.randn(W.shape, generator=g).to(W) * W.std()
         return super().basis(noise)
 
-# %% ../../nbs/experiments/loldu.ipynb #fcd9884e
+# %% ../../nbs/experiments/loldu.ipynb #4a12e568
 QV = ("q_proj", "v_proj")
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 
@@ -126,7 +126,7 @@ CASES = [
            "ViT table", "64 pivots of a layer are few directions, and not chosen by the task"),
     Versus("on all layers it beats LoRA of rank 1 with less than half of its numbers",
            "LoLDU r=64, all", "LoRA r=1, all", "accuracy", "fewer numbers, better", "abstract",
-           "LoRA's one direction per layer is learnt"),
+           "the runs of LoRA differ widely between seeds"),
     Versus("triangular directions of the weight beat those of a random matrix",
            "LoLDU r=64, all", "stranger", "accuracy", "the basis comes from the weight",
            "section 3", "another matrix's LU directions may serve as well"),

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from .. import adapters, modules
 
-# %% ../../nbs/lowrank/03_loldu.ipynb #a8bfe687
+# %% ../../nbs/lowrank/03_loldu.ipynb #b893251a
 class LDU(NamedTuple):
     "W[perm] = L diag(d) U."
 
@@ -41,8 +41,9 @@ def ldu(
     if W.ndim != 2 or not W.is_floating_point():
         raise TypeError(f"a matrix of floating-point weights is needed, got {W.dtype} of shape "
                         f"{tuple(W.shape)}: dequantise the layer first")
-    if not torch.isfinite(W).all():
-        raise ValueError("the weight holds NaN or infinity: repair the checkpoint first")
+    if not W.numel() or not torch.isfinite(W).all():
+        raise ValueError(f"the weight {tuple(W.shape)} is empty, or holds NaN or infinity: repair "
+                         "the checkpoint first")
     W = W.detach()
     W = W.float() if W.element_size() < 4 else W  # pivots in half precision are noise
     packed, exchanges, _ = torch.linalg.lu_factor_ex(W)  # takes zero pivots, too
@@ -62,7 +63,7 @@ def ldu(
     U[zero] = torch.eye(k, W.shape[1], dtype=W.dtype, device=W.device)[zero]
     return LDU(torch.tensor(order, device=W.device), L, d, U)
 
-# %% ../../nbs/lowrank/03_loldu.ipynb #84b8631e
+# %% ../../nbs/lowrank/03_loldu.ipynb #473ca7c0
 Init = Literal["ldu", "uniform", "normal", "constant", "zeros", "ones", "s_uniform", "s_normal"]
 
 
@@ -85,8 +86,9 @@ def _check(rank: Any, i: int, o: int, alpha: float | None) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(i, o):
         raise ValueError(f"rank = {rank!r}: a layer of {i} inputs and {o} outputs has 1 to "
                          f"{min(i, o)} pivots")
-    if alpha is not None and not math.isfinite(alpha):
-        raise ValueError(f"alpha = {alpha!r}: give a finite number")
+    if alpha is not None and not (math.isfinite(alpha) and alpha):
+        raise ValueError(f"alpha = {alpha!r}: give a finite number that is not 0, as no pivot has "
+                         "a gradient at scale 0")
 
 # %% ../../nbs/lowrank/03_loldu.ipynb #6e693f24
 class LoLDULinear(adapters.Adapter):

@@ -78,6 +78,7 @@ def test_half_precision_is_factored_in_float32():
     (torch.ones(3), TypeError, "shape"), (torch.ones(2, 2, dtype=torch.int8), TypeError, "int8"),
     (torch.tensor([[1.0, float("nan")]]), ValueError, "NaN"),
     (torch.tensor([[1.0, float("inf")]]), ValueError, "infinity"),
+    (torch.zeros(0, 3), ValueError, "empty"),
 ])
 def test_what_has_no_factors_is_refused(W, error, words):
     with pytest.raises(error, match=words):
@@ -188,6 +189,7 @@ def test_what_is_trained_and_what_a_file_holds(tmp_path):
 @pytest.mark.parametrize("options, words", [
     ({"rank": 0}, "1 to 4 pivots"), ({"rank": 5}, "1 to 4 pivots"), ({"rank": 2.0}, "rank = 2.0"),
     ({"init": "best"}, "give one of ldu"), ({"alpha": float("nan")}, "finite"),
+    ({"alpha": 0.0}, "not 0"),
 ])
 def test_settings_that_no_layer_can_have(options, words):
     with pytest.raises(ValueError, match=words):
