@@ -185,7 +185,7 @@ def _kinds(model: nn.Module, extra: Sequence[str]) -> dict[str, str]:
     return {name: trainable_kind(name, p, modules[name.rpartition(".")[0]], extra)
             for name, p in adapters.base_parameters(model).items()}
 
-# %% ../../nbs/sparse/05_difffit.ipynb #aa55f87a
+# %% ../../nbs/sparse/05_difffit.ipynb #759e7a7f
 @dataclass(frozen=True, kw_only=True)
 class DiffFitConfig:
     "What is trained. ValueError for an unknown location or a start that is not > 0."
@@ -201,6 +201,9 @@ class DiffFitConfig:
 
     def __post_init__(self):
         _check_init(self.gamma_init)
+        for field in ("gamma_locations", "extra_trainable"):
+            if isinstance(getattr(self, field), str):  # its letters would be taken as names
+                raise ValueError(f"{field} = {getattr(self, field)!r}: give a tuple of names")
         unknown = [x for x in self.gamma_locations if x not in (self.names or LOCATIONS)]
         if unknown:
             raise ValueError(f"gamma_locations = {unknown}: give some of "

@@ -365,3 +365,9 @@ def test_full_scale_path_with_a_tiny_model(tmp_path):
     for lacking, words in (({"latents": ""}, "latents"), ({"weights": ""}, "weights")):
         with pytest.raises(ValueError, match=words):
             told._flowers(0, cfg.replace(**lacking))
+
+
+@pytest.mark.parametrize("field", ["gamma_locations", "extra_trainable"])
+def test_one_name_is_no_tuple_of_letters(field):
+    with pytest.raises(ValueError, match="tuple of names"):
+        DiffFitConfig(**{field: "attn"})
