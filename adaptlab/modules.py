@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['resolve_device', 'device_of', 'to_device', 'modes_kept', 'frozen', 'untouched', 'call', 'logits_of', 'labels_of',
-           'shifts_labels', 'cross_entropy', 'Conv1D', 'layer_inputs']
+           'shifts_labels', 'cross_entropy', 'Conv1D', 'layer_inputs', 'replace']
 
 # %% ../nbs/core/03_modules.ipynb #646f97f4
 import contextlib
@@ -307,3 +307,18 @@ def layer_inputs(
     if missing:
         raise ValueError(f"layer {missing[0]!r} is not run when the model is called")
     return {name: caught[name] for name in layers}
+
+# %% ../nbs/core/03_modules.ipynb #c64c569a
+def replace(
+    model: nn.Module,  # changed in place
+    new: Mapping[nn.Module, nn.Module],  # old module -> what takes its place
+) -> None:
+    "Put modules in the place of others. ValueError for one that the model does not hold."
+    here = {parent: dict(parent._modules) for parent in model.modules()}
+    held = {child for children in here.values() for child in children.values()}
+    if lost := [type(old).__name__ for old in new if old not in held]:
+        raise ValueError(f"{lost[0]}: no module of the model holds it; give modules inside of it")
+    for parent, children in here.items():
+        for name, child in children.items():
+            if child in new:
+                parent._modules[name] = new[child].train(child.training)

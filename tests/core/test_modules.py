@@ -9,8 +9,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from adaptlab.modules import (
-    call, cross_entropy, device_of, frozen, labels_of, layer_inputs, logits_of, modes_kept,
-    resolve_device, shifts_labels, to_device, untouched,
+    call,
+    cross_entropy,
+    device_of,
+    frozen,
+    labels_of,
+    layer_inputs,
+    logits_of,
+    modes_kept,
+    replace,
+    resolve_device,
+    shifts_labels,
+    to_device,
+    untouched,
 )
 
 SMALL = dict(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
@@ -203,3 +214,18 @@ def test_layers_that_are_not_there():
         layer_inputs(model, "spar", torch.ones(2, 4))
     with pytest.raises(ValueError, match="at least one"):
         layer_inputs(model, [], torch.ones(2, 4))
+
+
+def test_a_module_is_replaced_wherever_it_hangs():
+    shared, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, other)})
+    other.eval()
+    new, newer = nn.Linear(2, 2), nn.Linear(2, 2)
+    replace(model, {shared: new, other: newer})
+    assert model["a"] is new and list(model["b"]) == [new, newer]
+    assert new.training and not newer.training
+    with pytest.raises(ValueError, match="Linear.*inside"):
+        replace(model, {new: shared, other: shared})  # `other` is gone: nothing changes
+    assert model["a"] is new
+    with pytest.raises(ValueError, match="inside"):
+        replace(model, {model: shared})
