@@ -1000,7 +1000,7 @@ def detach(
 # %% ../nbs/core/11_adapters.ipynb #ee482b84
 from contextlib import contextmanager
 
-# %% ../nbs/core/11_adapters.ipynb #f6423951
+# %% ../nbs/core/11_adapters.ipynb #84eced52
 @contextmanager
 def gathered(
     adapter: Adapter,  # its parameters may be sharded over processes
@@ -1055,9 +1055,9 @@ def _check_mergeable(name: str, adapter: Adapter) -> None:
                         "otherwise than the adapted one. detach(model), and adapt other layers")
     problem = plain_problem(adapter.layer) if "weight" in adapter.layer._parameters else None
     if problem and not adapter.frozen.aside:
-        raise TypeError(f"layer {name!r}: the change can't be folded in, {problem}. Save the "
-                        "adapters, load the base in full precision without offloading, load the "
-                        "adapters there and merge")
+        advice = getattr(adapter.layer, "merge_advice", "Save the adapters, load the base in full "
+                         "precision without offloading, load the adapters there and merge")
+        raise TypeError(f"layer {name!r}: the change can't be folded in, {problem}. {advice}")
 
 
 def _merge(name: str, adapter: Adapter) -> None:

@@ -1286,7 +1286,7 @@ def _run(loop: _Loop) -> int:
         callback(state)
     return start
 
-# %% ../nbs/core/09_train.ipynb #afac2efa
+# %% ../nbs/core/09_train.ipynb #499d796f
 def fit(
     model: nn.Module,  # trained in place; only parameters with requires_grad move
     data: Any,  # map-style Dataset, list, tensors or arrays (one, tuple, dict), DataLoader
@@ -1340,6 +1340,7 @@ def fit(
             set_seed(_mixed(seed, rank))  # its own dropout masks
         source = plan.source(data, collate_fn, rank, world, accelerator.device)
         model.train()
+        model.zero_grad(set_to_none=True)  # a gradient from before is no part of this training
         try:
             loop = _Loop(accelerator, model, source, loss_fn or _default_loss, plan, recipe,
                          callbacks)

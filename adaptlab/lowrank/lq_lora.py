@@ -420,7 +420,7 @@ def assign_bits(
             return torch.from_numpy(chosen)
     raise ValueError(f"the solver found nothing for a budget of {budget} bits: {found.message}")
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #d84c33b3
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #a6366202
 class _Product(torch.autograd.Function):
     "x Q' + b; of the weight, only codes are kept for the backward pass."
 
@@ -439,6 +439,8 @@ class _Product(torch.autograd.Function):
 
 class QuantizedLinear(nn.Linear):
     "A frozen linear layer whose weight is packed. Bytes, so that `.half()` leaves them alone."
+
+    merge_advice = "`lq_lora.dequantize(model)` makes a dense model with the change in it"
 
     def __init__(
         self,
@@ -530,7 +532,7 @@ class LQLoRALinear(adapters.LowRank):
         "What a file needs."
         return {"alpha": self.alpha, "rank": self.rank, "dropout": self.dropout}
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #8c2285e6
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #691cdcc6
 @dataclass(frozen=True, kw_only=True)
 class LQConfig:
     "What is put on which layers. ValueError for what can't be."
@@ -550,14 +552,6 @@ class LQConfig:
                              "several and the bits per weight")
 
 
-def _exchange(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
-    "Put new layers in the place of old ones, wherever these hang."
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if id(child) in new:
-                parent._modules[key] = new[id(child)].train(child.training)
-
-
 def quantize_layers(
     model: nn.Module,  # changed in place
     weights: Mapping[str, QuantizedTensor | QuantConfig],  # layer -> its weight, or only a layout
@@ -568,8 +562,8 @@ def quantize_layers(
         Q = weights[name]
         if isinstance(Q, QuantConfig):
             Q = quantize(adapters.FrozenLayer(layer).matrix(), Q)
-        new[id(layer)] = QuantizedLinear(Q, layer.bias)
-    _exchange(model, new)
+        new[layer] = QuantizedLinear(Q, layer.bias)
+    modules.replace(model, new)
     return model
 
 # %% ../../nbs/lowrank/05_lq_lora.ipynb #dc251423
@@ -601,7 +595,7 @@ def get_lq_lora_model(
         name: partial(LQLoRALinear, lq=lq, alpha=config.alpha, dropout=config.dropout)
         for name, lq in found.items()})
 
-# %% ../../nbs/lowrank/05_lq_lora.ipynb #525f198c
+# %% ../../nbs/lowrank/05_lq_lora.ipynb #58a20ba2
 class Storage(NamedTuple):
     "Bytes of the quantised layers."
 
@@ -669,9 +663,9 @@ def dequantize(
         dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         dense.weight = nn.Parameter(W.to(dtype))
         dense.bias = layer.bias
-        new[id(layer)] = dense
+        new[layer] = dense
     if found or trained:
         adapters.detach(model)
-    _exchange(model, new)
+    modules.replace(model, new)
     adapters.write_parameters(model, trained)
     return model

@@ -384,7 +384,7 @@ def collect_hessians(
     once = {id(c): 2 * c.total / c.samples for c in found.values()}  # shared by q, k and v
     return {name: once[id(c)] for name, c in found.items()}
 
-# %% ../../nbs/sparse/02_sketchtune.ipynb #aac02bba
+# %% ../../nbs/sparse/02_sketchtune.ipynb #0fd3c058
 def _fed_together(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> list[list[str]]:
     "Names in the order in which layers run; those fed by one tensor stand together."
     seen: dict[int, tuple[Tensor, list[str]]] = {}  # inputs are kept, so that ids stay theirs
@@ -405,15 +405,7 @@ def _fed_together(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any)
             hook.remove()
     return [names for _, names in seen.values()]
 
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    "Put a module in another's place, under each of its names."
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
-
-# %% ../../nbs/sparse/02_sketchtune.ipynb #0a042fe2
+# %% ../../nbs/sparse/02_sketchtune.ipynb #e4428f80
 def sketch_model(
     model: nn.Module,  # changed in place
     batches: Iterable | None,  # calibration inputs; None: plain k-means, nearest entries
@@ -448,7 +440,7 @@ def sketch_model(
         for name in names:
             layer = layers[name]
             made = SketchedLinear.from_linear(layer, hessians.get(name), **settings)
-            _replace(model, layer, made.train(layer.training))
+            modules.replace(model, {layer: made})
     model.requires_grad_(False)
     for layer in sketched(model).values():
         layer.lut.requires_grad_(True)
@@ -491,14 +483,13 @@ def load_sketch_state_dict(
         for name, lut in own.items():
             lut.copy_(state[name])
 
-# %% ../../nbs/sparse/02_sketchtune.ipynb #1fea8edc
+# %% ../../nbs/sparse/02_sketchtune.ipynb #b3f22033
 def merge_sketches(
     model: nn.Module,  # changed in place
     dtype: torch.dtype | None = None,  # of the dense weights; None: the tables' own
 ) -> nn.Module:  # the same model, with ordinary linear layers
     "Decode every sketch, for libraries that know linear layers only."
-    for layer in sketched(model).values():
-        _replace(model, layer, layer.merge(dtype).train(layer.training))
+    modules.replace(model, {layer: layer.merge(dtype) for layer in sketched(model).values()})
     return model
 
 

@@ -1,5 +1,6 @@
 """The training loop: equal to the plain loop, to two processes, and to itself after a kill."""
 
+import copy
 import json
 import math
 import os
@@ -1162,3 +1163,14 @@ def test_settings_in_a_checkpoint_are_readable(tmp_path):
     progress = json.loads((tmp_path / "step-000000006" / "progress.json").read_text())
     assert progress["step"] == 6 and progress["settings"]["steps"] == 6
     assert math.isclose(progress["rows"][-1]["loss"], progress["rows"][-1]["loss"])
+
+
+def test_gradients_from_before_are_not_counted():
+    torch.manual_seed(0)
+    fresh = nn.Linear(4, 3)
+    stale = copy.deepcopy(fresh)
+    data = torch.randn(32, 4), torch.randint(3, (32,))
+    (1000 * stale(data[0])).square().mean().backward()
+    for model in (fresh, stale):
+        train.fit(model, data, steps=2, batch_size=8, device="cpu", progress=False)
+    assert torch.equal(fresh.weight, stale.weight)
