@@ -511,7 +511,9 @@ class _LossModule(nn.Module):
             raise ValueError(f"loss_fn must return a scalar tensor (or the pair mean loss, count), "
                              f"got {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss)}")
         if not loss.requires_grad:
-            raise ValueError("the loss does not depend on any trainable parameter")
+            raise ValueError("the loss does not depend on any trainable parameter: look for a "
+                             "no_grad or a detach on its way, or for adapters that are merged "
+                             "(adapters.unmerge)")
         return loss.reshape(()) if loss.ndim else loss, count
 
 # %% ../nbs/core/09_train.ipynb #ecdd669f
