@@ -22,7 +22,7 @@ from adaptlab.lowrank.corda import (
 peft = pytest.importorskip("peft")
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LAYERS, SAMPLES, LENGTH, RANK = 4, 8, 256, 16
+LAYERS, SAMPLES, LENGTH, RANK = 2, 8, 256, 16
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def test_against_the_forward_pass(base):
 
     batches = [batch] * 6  # the first batch is also asked whether the closed form applies
     ours, plain = in_turn(lambda: don_nod_scores(model, batches),
-                          lambda: [forward() for _ in batches], rounds=3)
+                          lambda: [forward() for _ in batches], rounds=2)
     row("DONOD, 48 samples of SmolLM2, against the forward pass", ours, plain, bound=2.0)
 
 
@@ -63,4 +63,4 @@ def test_against_literal_steps(base):
     torch.testing.assert_close(ours.nod, theirs[:, 1], rtol=1e-3, atol=0)
     torch.testing.assert_close(ours.don, theirs[:, 0], rtol=1e-2, atol=1e-9)
     row("DONOD, closed form against literal steps",
-        *in_turn(lambda: don_nod_scores(model, [two]), literal, rounds=3), bound=1.0)
+        *in_turn(lambda: don_nod_scores(model, [two]), literal, rounds=2), bound=1.0)
