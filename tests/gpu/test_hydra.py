@@ -32,7 +32,8 @@ def test_trains_and_merges(dtype, bias):
     inject_hydra(model, config)
     sides = adapters.layer_features(model.model.layers[0].mlp.down_proj)
     assert adapters.count_parameters(model)[0] == 2 * parameter_count(*sides, config)
-    step = step_of(model, {"input_ids": ids, "labels": ids}, rate=1e-2)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    step = step_of(model, batch, rate=1e-2)
     for _ in range(3):
         step()
     with torch.no_grad():
@@ -67,8 +68,8 @@ def test_full_shape():
                    for p, s in ((4, 8), (7, 0)))
     rows = 2 if DRY else FULL.glue_training.batch_size
     labels = torch.arange(rows, device=DEVICE) % 2
-    short, long = ({"input_ids": token_ids(rows, length), "labels": labels}
-                   for length in (128, FULL.max_length))
+    short, long = ({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+                   for ids in (token_ids(rows, 128), token_ids(rows, FULL.max_length)))
     ours, theirs = in_turn(step_of(hydra, short), step_of(lora, short), rounds=5)
     row(f"FULL: a step, {rows} x 128 tokens", ours, reference=theirs,
         against="LoRA with as many numbers")
