@@ -253,12 +253,12 @@ def _claims(cfg: Config, kind: str) -> list[Versus]:
         _case("a fifth of the signs beats all signs", own, "all signs"),
     ]
 
-# %% ../../nbs/experiments/compeft.ipynb #f844e693
+# %% ../../nbs/experiments/compeft.ipynb #f93fa261
 def _plot(cfg: Config, tables: dict[str, pd.DataFrame]) -> Any:
     "Accuracy against bytes, of both experts."
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, len(tables), figsize=(11, 4.4), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, len(tables), figsize=(9, 4.8), sharey=True, layout="constrained")
     for ax, (kind, table) in zip(axes, tables.items(), strict=True):
         mean = table.groupby("method")[["bytes", "accuracy"]].mean()
         for label, color in (("ComPEFT", "blue"), ("pruned", "orange")):
@@ -272,7 +272,7 @@ def _plot(cfg: Config, tables: dict[str, pd.DataFrame]) -> Any:
         ax.axhline(mean.loc["base", "accuracy"], color="grey", ls=":", label="base")
         ax.set(xscale="log", xlabel="bytes on disk (log scale)", title=f"{kind} expert")
     axes[0].set_ylabel("accuracy on turned digits (%)")
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return fig
 
 # %% ../../nbs/experiments/compeft.ipynb #69544314
