@@ -161,7 +161,7 @@ def decode(
     o, g, _ = lut.shape
     return lut.gather(2, codes.view(o, g, -1).long()).view(codes.shape)
 
-# %% ../../nbs/sparse/02_sketchtune.ipynb #37c59026
+# %% ../../nbs/sparse/02_sketchtune.ipynb #d8029403
 def _check(W: Tensor, bits: int, groups: int, power: float) -> None:
     if W.ndim != 2 or not W.is_floating_point() or W.element_size() < 2:
         raise TypeError(f"a matrix of floating-point weights is needed, got {W.dtype} of shape "
@@ -174,7 +174,7 @@ def _check(W: Tensor, bits: int, groups: int, power: float) -> None:
         raise ValueError(f"groups_per_row = {groups!r} must divide the {W.shape[1]} columns")
     if not power >= 0:
         raise ValueError(f"power = {power}: it must be at least 0")
-    if 2**bits > W.shape[1] // groups:
+    if 2**bits >= W.shape[1] // groups:
         warnings.warn(f"tables of {2**bits} entries for {W.shape[1] // groups} weights compress "
                       "nothing", stacklevel=3)
 
@@ -227,15 +227,22 @@ def learn_sketch(
     codes = assign_codes(W[:, order], lut, U if compensate else None, groups)
     return Sketch(lut, torch.empty_like(codes).index_copy(1, order, codes))
 
-# %% ../../nbs/sparse/02_sketchtune.ipynb #f8051014
+# %% ../../nbs/sparse/02_sketchtune.ipynb #72d24440
 def output_error(
     W: Tensor,  # [o, i] weight
     approx: Tensor,  # [o, i] what stands for it
     hessian: Tensor,  # [i, i] second moments of the inputs
 ) -> float:  # 0: none; 1: as bad as a layer of zeros
-    "Squared error of a layer's outputs, as a share of their squared size."
+    """Squared error of a layer's outputs, as a share of their squared size.
+
+    Infinite if W's outputs are 0 and others are not. Raises ValueError for shapes that do not fit.
+    """
+    if W.ndim != 2 or approx.shape != W.shape or hessian.shape != 2 * W.shape[1:]:
+        raise ValueError(f"weight {tuple(W.shape)}, approximation {tuple(approx.shape)}, Hessian "
+                         f"{tuple(hessian.shape)}: [o, i], [o, i], [i, i] are needed")
     gap, W, H = _wide(W) - _wide(approx), _wide(W), _wide(hessian)
-    return float(((gap @ H) * gap).sum() / ((W @ H) * W).sum())
+    lost, whole = ((gap @ H) * gap).sum(), ((W @ H) * W).sum()
+    return float(lost / whole) if lost != 0 else 0.0
 
 # %% ../../nbs/sparse/02_sketchtune.ipynb #55e9152f
 def pack_codes(
@@ -258,7 +265,7 @@ def unpack_codes(
     "The inverse of `pack_codes`."
     return torch.stack((packed >> 4, packed & 15), -1).flatten(-2)
 
-# %% ../../nbs/sparse/02_sketchtune.ipynb #950f7ce1
+# %% ../../nbs/sparse/02_sketchtune.ipynb #86bd3ec5
 SLAB = 2**20  # weights that are decoded at a time on a CPU
 
 
@@ -286,20 +293,23 @@ class _SketchProduct(torch.autograd.Function):
         need_x, need_lut = ctx.needs_input_grad[:2]
         rows, g = x.reshape(-1, x.shape[-1]).to(grad.dtype), grad.reshape(-1, grad.shape[-1])
         dx = torch.zeros_like(rows) if need_x else None
-        dlut = torch.zeros_like(lut) if need_lut else None
+        wide = torch.promote_types(lut.dtype, torch.float32)  # half precision loses small terms
+        dlut = torch.zeros_like(lut, dtype=wide) if need_lut else None
         for s in _slabs(lut, packed):
             codes = unpack_codes(packed[s]).view(*lut[s].shape[:2], -1).long()
             if need_x:
                 dx.addmm_(g[:, s], lut[s].gather(2, codes).flatten(1).to(g.dtype))
             if need_lut:
-                dense = (g[:, s].T @ rows).to(lut.dtype)
+                dense = (g[:, s].T @ rows).to(wide)
                 dlut[s].scatter_add_(2, codes, dense.view_as(codes))
-        return None if dx is None else dx.view_as(x).to(x.dtype), dlut, None
+        return (None if dx is None else dx.view_as(x).to(x.dtype),
+                None if dlut is None else dlut.to(lut.dtype), None)
 
-# %% ../../nbs/sparse/02_sketchtune.ipynb #dfe8cfe9
+# %% ../../nbs/sparse/02_sketchtune.ipynb #e0f3cd9d
 class SketchedLinear(nn.Module):
-    """A linear layer whose weight is a sketch; the tables are trained.
+    """A linear layer whose weight is a sketch; the tables are trained, in their own dtype.
 
+    `layer.bfloat16()` casts the tables, as any parameter: cast the model before it is sketched.
     Raises ValueError for codes beyond the tables, groups that don't divide the columns, an odd
     number of columns, or a bias of another length.
     """
@@ -357,7 +367,7 @@ class SketchedLinear(nn.Module):
             layer.bias = nn.Parameter(self.bias.detach().to(W.dtype).clone())
         return layer
 
-# %% ../../nbs/sparse/02_sketchtune.ipynb #cb7b5cc4
+# %% ../../nbs/sparse/02_sketchtune.ipynb #d96f87a7
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -378,7 +388,7 @@ def collect_hessians(
     model: nn.Module,  # any model; it is left as it was
     batches: Iterable,  # as `collect_covariance` takes them: dicts, tensors, tuples
     target_modules: Any,  # names, pattern or predicate
-) -> dict[str, Tensor]:  # layer -> 2/n sum of x x^T over tokens, n sequences, [i, i]
+) -> dict[str, Tensor]:  # layer -> 2/n sum of x x^T over tokens, n sequences; float64 [i, i]
     "Hessians of the layers' squared output errors. ValueError for a layer that never runs."
     found = collect_covariance(model, batches, target_modules)
     once = {id(c): 2 * c.total / c.samples for c in found.values()}  # shared by q, k and v
@@ -405,7 +415,27 @@ def _fed_together(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any)
             hook.remove()
     return [names for _, names in seen.values()]
 
-# %% ../../nbs/sparse/02_sketchtune.ipynb #e4428f80
+# %% ../../nbs/sparse/02_sketchtune.ipynb #579f14aa
+def _check_layers(model: nn.Module, layers: Mapping[str, nn.Module], config: SketchConfig) -> None:
+    "Nothing is touched before every layer is known to be fit."
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(id(p), []).append(name)
+    for name, layer in layers.items():
+        if not isinstance(layer, (nn.Linear, modules.Conv1D)) or adapters.plain_problem(layer):
+            raise TypeError(f"layer {name!r} is {type(layer).__name__}: plain linear layers only")
+        if len(both := owners[id(layer.weight)]) > 1:
+            raise ValueError(f"{both[0]!r} and {both[1]!r} share one weight, and a sketch would "
+                             "part them: leave it out of target_modules, or untie it first by "
+                             "layer.weight = nn.Parameter(layer.weight.detach().clone())")
+        i = adapters.layer_features(layer)[0]
+        if i % 2:
+            raise ValueError(f"layer {name!r} has {i} inputs: an odd number can't be packed")
+        _check(adapters.FrozenLayer(layer).matrix(), config.bits, config.groups_per_row,
+               config.power)
+
+# %% ../../nbs/sparse/02_sketchtune.ipynb #dbc80324
 def sketch_model(
     model: nn.Module,  # changed in place
     batches: Iterable | None,  # calibration inputs; None: plain k-means, nearest entries
@@ -414,33 +444,30 @@ def sketch_model(
 ) -> nn.Module:  # the same model: tables trainable, the rest frozen
     """Replace the target layers by `SketchedLinear`s.
 
-    Raises ValueError for layers that no calibration batch reaches, TypeError for others than
-    linear layers. Nothing has changed if a layer can't be sketched with these settings.
+    Raises ValueError for layers that no calibration batch reaches, or that share a weight with
+    another one, TypeError for others than linear layers. After an error the model is as it was.
     """
     layers = adapters.match_layers(model, config.target_modules)
-    for name, layer in layers.items():
-        if not isinstance(layer, (nn.Linear, modules.Conv1D)) or adapters.plain_problem(layer):
-            raise TypeError(f"layer {name!r} is {type(layer).__name__}: plain linear layers only")
-        i = adapters.layer_features(layer)[0]
-        if i % 2:
-            raise ValueError(f"layer {name!r} has {i} inputs: an odd number can't be packed")
-        _check(adapters.FrozenLayer(layer).matrix(), config.bits, config.groups_per_row,
-               config.power)
+    _check_layers(model, layers, config)
     settings = {k: v for k, v in vars(config).items() if k != "target_modules"}
     batches = None if batches is None else list(batches)
     if batches == []:
         raise ValueError("no calibration batches: give some, or None for plain k-means")
-    steps = [list(layers)]
+    steps, made = [list(layers)], {}
     if batches and sequential:
         steps = _fed_together(model, layers, batches[0])
         if lost := set(layers) - {n for names in steps for n in names}:
             raise ValueError(f"layer {min(lost)!r} never ran on the calibration batches")
-    for names in steps:
-        hessians = collect_hessians(model, batches, names) if batches else {}
-        for name in names:
-            layer = layers[name]
-            made = SketchedLinear.from_linear(layer, hessians.get(name), **settings)
-            modules.replace(model, {layer: made})
+    try:
+        for names in steps:
+            hessians = collect_hessians(model, batches, names) if batches else {}
+            for name in names:
+                new = SketchedLinear.from_linear(layers[name], hessians.get(name), **settings)
+                modules.replace(model, {layers[name]: new})
+                made[new] = layers[name]
+    except Exception:  # no half-sketched model: the first layers again
+        modules.replace(model, made)
+        raise
     model.requires_grad_(False)
     for layer in sketched(model).values():
         layer.lut.requires_grad_(True)

@@ -564,3 +564,74 @@ def test_values_that_are_not_finite_and_tables_that_do_not_fit():
     with pytest.raises(ValueError, match="diverged"):
         load_sketch_state_dict(model, {n: t * float("nan") for n, t in before.items()})
     assert all(torch.equal(t, before[n]) for n, t in sketch_state_dict(model).items())
+
+
+@pytest.mark.parametrize("names", [("0", "2"), ("2",)])
+def test_two_layers_with_one_weight_are_refused(names):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    net[2].weight = net[0].weight
+    with pytest.raises(ValueError, match="'0' and '2' share one weight"):
+        sketch_model(net, None, SketchConfig(bits=2, target_modules=names))
+    assert not sketched(net) and net[0].weight.requires_grad
+    net[2].weight = nn.Parameter(net[2].weight.detach().clone())  # as the message says
+    assert len(sketched(sketch_model(net, None, SketchConfig(bits=2, target_modules=names))))
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_model_is_as_it_was_after_an_error(sequential):
+    "The second layer's Hessian has no inverse: one of its inputs is a copy of another."
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    with torch.no_grad():
+        net[0].weight[1:] = net[0].weight[:1]
+        net[0].bias[1:] = net[0].bias[:1]
+    first, x = net[0], torch.randn(400, 16)
+    with pytest.raises(ValueError, match="raise it"):
+        sketch_model(net, [x], SketchConfig(bits=2, damp=0.0, target_modules=("0", "1")),
+                     sequential)
+    assert net[0] is first and not sketched(net)
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_the_share_of_a_layer_of_zeros_and_shapes():
+    W, zero, H = torch.randn(4, 10), torch.zeros(4, 10), torch.eye(10)
+    assert output_error(zero, zero, H) == 0 and output_error(zero, W, H) == float("inf")
+    assert output_error(W, W, H) == 0 and output_error(W, zero, H) == 1
+    for bad in ((W, W[:1], H), (W, W, H[:1]), (W[0], W[0], H)):
+        with pytest.raises(ValueError, match="are needed"):
+            output_error(*bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tables_in_half_precision_sum_in_float32(dtype):
+    "Thousands of ones: half precision would stop counting at 256 or 2048."
+    sketch = Sketch(torch.randn(2, 1, 2), torch.zeros(2, 8192, dtype=torch.uint8))
+    layer = SketchedLinear(sketch).to(dtype)
+    layer(torch.ones(1, 8192, dtype=dtype)).sum().backward()
+    assert layer.lut.dtype == layer.lut.grad.dtype == dtype
+    assert layer.lut.grad.tolist() == [[[8192, 0]], [[8192, 0]]]
+
+
+def test_no_rows_and_checkpointing():
+    torch.manual_seed(0)
+    layer = SketchedLinear(learn_sketch(torch.randn(6, 32)), torch.randn(6))
+    assert layer(torch.ones(0, 5, 32)).shape == (0, 5, 6)
+    layer(torch.ones(0, 5, 32)).sum().backward()
+    assert layer.lut.grad.count_nonzero() == 0
+    x = torch.randn(3, 32)
+    wanted, = torch.autograd.grad(layer(x).square().sum(), layer.lut)
+    again = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    found, = torch.autograd.grad(again.square().sum(), layer.lut)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_fresh_model_takes_tables_and_codes(llama, tmp_path):
+    model, batches = llama
+    fresh, config = copy.deepcopy(model), SketchConfig(groups_per_row=2)
+    sketch_model(model, batches, config)
+    checkpoints.save_state(model.state_dict(), tmp_path / "base.safetensors")
+    sketch_model(fresh, None, config)
+    assert not torch.allclose(fresh(**batches[0]).logits, model(**batches[0]).logits)
+    fresh.load_state_dict(checkpoints.load_state(tmp_path / "base.safetensors"))
+    assert torch.equal(fresh(**batches[0]).logits, model(**batches[0]).logits)
