@@ -20,21 +20,49 @@ from torch import Tensor, nn
 from .. import adapters
 from ..modules import Conv1D
 
-# %% ../../nbs/sparse/05_difffit.ipynb #aefec231
-def _width(layer: nn.Module) -> int:
-    "Outputs of a layer, or of the last linear layer in a branch."
-    if isinstance(layer, (nn.Sequential, nn.ModuleList)):
-        raise TypeError(f"{type(layer).__name__} runs all that is put into it: scale its last "
-                        "layer instead")
-    ends = [m for m in layer.modules() if isinstance(m, (nn.Linear, Conv1D))]
-    if not ends:
-        raise TypeError(f"{type(layer).__name__} has no linear layer: give its width")
-    return adapters.layer_features(ends[-1])[1]
-
-
+# %% ../../nbs/sparse/05_difffit.ipynb #a363ddca
 def _check_init(init: Any) -> None:
     if isinstance(init, bool) or not isinstance(init, (int, float)) or not 0 < init < math.inf:
         raise ValueError(f"gamma_init = {init!r}: a scale starts at a finite number > 0, usually 1")
+
+
+def _check_numbers(**counts: Any) -> None:
+    "ValueError for what is no whole number >= 0."
+    for name, n in counts.items():
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise ValueError(f"{name} = {n!r}: give a whole number, 0 or more")
+
+# %% ../../nbs/sparse/05_difffit.ipynb #45a5f6c6
+def _width(layer: nn.Module, given: int | None) -> int:
+    "Outputs of a layer, or of the last linear layer in a branch; what is given must agree."
+    kind, own = type(layer).__name__, adapters.layer_features(layer)[1]
+    if isinstance(layer, (nn.Sequential, nn.ModuleList)):
+        raise TypeError(f"{kind} runs all that is put into it: scale its last layer instead")
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        raise TypeError(f"{kind} has its channels first, a scale goes along the last axis")
+    if given is not None:
+        _check_numbers(width=given)
+        if given < 1 or own not in (None, given):
+            raise ValueError(f"width = {given}: {kind} has {own or 'at least 1'} outputs")
+        return given
+    ends = [m for m in layer.modules() if isinstance(m, (nn.Linear, Conv1D))]
+    if not ends:
+        raise TypeError(f"{kind} has no linear layer: give its width")
+    return adapters.layer_features(ends[-1])[1]
+
+# %% ../../nbs/sparse/05_difffit.ipynb #88eea138
+def _row_index(rows: Any, width: int) -> Tensor:
+    "The outputs in `rows`. ValueError for what is no list of disjoint ranges within the width."
+    try:
+        ranges = sorted((int(a), int(b)) for a, b in rows)
+    except (TypeError, ValueError):
+        raise ValueError(f"rows = {rows!r}: give [start, stop] pairs") from None
+    if not ranges or not all(0 <= a < b <= width for a, b in ranges):
+        raise ValueError(f"rows = {rows!r}: give at least one range; the layer has outputs 0 to "
+                         f"{width}")
+    if any(a < stop for (_, stop), (a, _) in zip(ranges, ranges[1:], strict=False)):
+        raise ValueError(f"rows = {rows!r}: ranges must not overlap, an output has one scale")
+    return torch.cat([torch.arange(a, b) for a, b in rows])
 
 # %% ../../nbs/sparse/05_difffit.ipynb #4558cb3d
 class _Scaled(torch.autograd.Function):
@@ -53,12 +81,13 @@ class _Scaled(torch.autograd.Function):
         rows = tuple(range(y.ndim - 1))
         return found, torch.addcmul(scale.new_zeros(1), grad, y).sum(rows) if own else None
 
-# %% ../../nbs/sparse/05_difffit.ipynb #661848aa
+# %% ../../nbs/sparse/05_difffit.ipynb #0d03ed58
 class ScaledBranch(adapters.Adapter):
     """gamma * (what a layer or a branch returns + an own bias).
 
-    Raises ValueError for a start that is not > 0 or rows outside of the layer, TypeError for a
-    container, and for a quantised layer without a bias unless `add_bias` gives it one.
+    Raises ValueError for a start that is not > 0, a negative count, a width that is not the
+    layer's, nothing to train, or rows that overlap or are not there; TypeError for a container, a
+    convolution, and a quantised layer without a bias unless `add_bias` gives it one.
     """
 
     supports: ClassVar[tuple[type, ...]] = (nn.Module,)
@@ -79,15 +108,13 @@ class ScaledBranch(adapters.Adapter):
         bias = getattr(layer, "bias", None)
         if quantised and not add_bias and not (bias is not None and bias.is_floating_point()):
             raise TypeError(f"{quantised}, and it has no bias to train: add_bias=True makes one")
+        _check_numbers(factors=factors)
+        if not factors and not add_bias:
+            raise ValueError("factors = 0 and no new bias: nothing is left to train")
         self.init, self.factors, self.add_bias = init, factors, add_bias
-        self.width = width or _width(layer)
+        self.width = _width(layer, width)
+        index = None if rows is None else _row_index(rows, self.width).to(self.factory["device"])
         self.rows = None if rows is None else [[int(a), int(b)] for a, b in rows]
-        index = None
-        if rows is not None:
-            if not all(0 <= a < b <= self.width for a, b in self.rows):
-                raise ValueError(f"rows = {rows!r}: the layer has outputs 0 to {self.width}")
-            index = torch.cat([torch.arange(a, b) for a, b in self.rows])
-            index = index.to(self.factory["device"])
         self.register_buffer("index", index, persistent=False)
         n = self.width if index is None else len(index)
         self.gamma = nn.Parameter(torch.full((factors, n), float(init), **self.factory))
@@ -185,10 +212,30 @@ def _kinds(model: nn.Module, extra: Sequence[str]) -> dict[str, str]:
     return {name: trainable_kind(name, p, modules[name.rpartition(".")[0]], extra)
             for name, p in adapters.base_parameters(model).items()}
 
-# %% ../../nbs/sparse/05_difffit.ipynb #759e7a7f
+# %% ../../nbs/sparse/05_difffit.ipynb #84ab5d95
+def _check_choice(config: "DiffFitConfig") -> None:
+    "ValueError for names or numbers of blocks that are none, empty or there twice."
+    lists = {f"names[{k!r}]": some for k, some in (config.names or {}).items()}
+    lists |= {k: getattr(config, k) for k in ("gamma_locations", "extra_trainable")}
+    for field, some in lists.items():
+        if isinstance(some, str):  # its letters would be taken as names
+            raise ValueError(f"{field} = {some!r}: give a tuple of names")
+        if not all(isinstance(x, str) and x for x in some):  # "" is a part of every name
+            raise ValueError(f"{field} = {some!r}: a name has at least one letter")
+    numbers = config.gamma_layers
+    if numbers != "all" and (isinstance(numbers, (str, int)) or not numbers
+                             or any(type(i) is not int for i in numbers)):
+        raise ValueError(f"gamma_layers = {numbers!r}: give 'all' or a tuple of blocks' numbers; "
+                         "gamma_locations=() for no scales")
+    for field in ("gamma_locations", "gamma_layers"):
+        some = getattr(config, field)
+        if some != "all" and len(set(some)) < len(some):
+            raise ValueError(f"{field} = {some!r}: each once, a second one adds no scale")
+
+# %% ../../nbs/sparse/05_difffit.ipynb #d8e00be3
 @dataclass(frozen=True, kw_only=True)
 class DiffFitConfig:
-    "What is trained. ValueError for an unknown location or a start that is not > 0."
+    "What is trained. ValueError for what is unknown, empty or named twice, or a start not > 0."
 
     gamma_locations: tuple[str, ...] = ("attn", "mlp")  # where scales sit; (): BitFit
     gamma_layers: Literal["all"] | tuple[int, ...] = "all"  # which blocks get scales
@@ -201,9 +248,7 @@ class DiffFitConfig:
 
     def __post_init__(self):
         _check_init(self.gamma_init)
-        for field in ("gamma_locations", "extra_trainable"):
-            if isinstance(getattr(self, field), str):  # its letters would be taken as names
-                raise ValueError(f"{field} = {getattr(self, field)!r}: give a tuple of names")
+        _check_choice(self)
         unknown = [x for x in self.gamma_locations if x not in (self.names or LOCATIONS)]
         if unknown:
             raise ValueError(f"gamma_locations = {unknown}: give some of "
@@ -227,11 +272,15 @@ def _places(model: nn.Module, config: DiffFitConfig) -> dict[str, list[str]]:
             found.setdefault(name, []).append(location)
     return found
 
-# %% ../../nbs/sparse/05_difffit.ipynb #331ced52
+# %% ../../nbs/sparse/05_difffit.ipynb #96daf91f
 def _scale(name: str, locations: list[str], layer: nn.Module, **options: Any) -> Callable:
     "How the scale of one layer is made; q, k and v of a fused layer are thirds of its rows."
     if any(adapters.ends_with(name, e) for e in _FUSED):
-        third = adapters.layer_features(layer)[1] // 3
+        width, outputs = adapters.layer_features(layer)
+        if outputs != 3 * width:  # fewer keys than queries, say: where q ends is not known
+            raise ValueError(f"{name}: {outputs} outputs of {width} inputs are not q, k, v of one "
+                             "size: attach ScaledBranch with their rows instead")
+        third = width
         at = sorted("qkv".index(x) for x in locations)
         return partial(ScaledBranch, rows=[[i * third, (i + 1) * third] for i in at], **options)
     return partial(ScaledBranch, factors=len(locations), **options)
@@ -302,7 +351,7 @@ def trainable_summary(
     whole = sum(p.numel() for p in adapters.base_parameters(model).values())
     return found | {"all": trained, "share": round(1e6 * trained / whole)}
 
-# %% ../../nbs/sparse/05_difffit.ipynb #b17a3c5b
+# %% ../../nbs/sparse/05_difffit.ipynb #91f5a8d8
 def _line(dim: int, at: Tensor) -> Tensor:
     "Sines and cosines of positions, [N, dim]."
     angle = at[:, None] * 10000 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
@@ -315,6 +364,7 @@ def interpolate_sincos_pos_embed(
     scale: float = 0.5,  # distance of two patches: coarse side / fine side
 ) -> Tensor:  # float32 [grid * grid, embed_dim]
     "DiT's positions on a grid of another spacing (first half: column). ValueError for bad sizes."
+    _check_numbers(embed_dim=embed_dim, grid=grid)
     if embed_dim < 4 or embed_dim % 4 or grid < 1 or not 0 < scale < math.inf:
         raise ValueError(f"embed_dim = {embed_dim} must be a multiple of 4, grid = {grid} at "
                          f"least 1, and scale = {scale} above 0")
@@ -322,13 +372,15 @@ def interpolate_sincos_pos_embed(
     row, column = (p.flatten() for p in torch.meshgrid(at, at, indexing="ij"))
     return torch.cat([_line(embed_dim // 2, p) for p in (column, row)], 1).float()
 
-# %% ../../nbs/sparse/05_difffit.ipynb #fdc32c88
+# %% ../../nbs/sparse/05_difffit.ipynb #3c622265
 def param_groups(
     model: nn.Module,  # wrapped
     lr: float,  # about ten times that of full fine-tuning
     weight_decay: float = 0.0,  # of what is a table or a matrix; scales, biases, norms get none
 ) -> list[dict[str, Any]]:  # for an optimiser
-    "Trainable parameters in two groups. ValueError if nothing is trainable."
+    "Trainable parameters in two groups. ValueError if there are none, for a bad rate or decay."
+    if not 0 < lr < math.inf or not 0 <= weight_decay < math.inf:
+        raise ValueError(f"lr = {lr} must be above 0, weight_decay = {weight_decay} not below")
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         raise ValueError("nothing is trainable: DiffFit.wrap(model) first")

@@ -292,10 +292,51 @@ def test_what_the_model_does_not_have(options, error, words):
 @pytest.mark.parametrize("options, words", [
     ({"gamma_init": 0}, "gamma_init = 0"), ({"gamma_init": float("nan")}, "finite"),
     ({"gamma_init": -1.0}, "> 0"), ({"gamma_locations": ("head",)}, "give some of"),
+    ({"gamma_layers": (1, 1)}, "each once"), ({"gamma_locations": ("attn", "attn")}, "each once"),
+    ({"gamma_layers": "some"}, "'all' or a tuple"), ({"gamma_layers": 1}, "'all' or a tuple"),
+    ({"gamma_layers": ()}, "gamma_locations"), ({"gamma_layers": (True,)}, "'all' or a tuple"),
+    ({"extra_trainable": ("",)}, "at least one letter"),
+    ({"names": {"attn": "attn.proj"}, "gamma_locations": ("attn",)}, "tuple of names"),
 ])
 def test_settings_that_make_no_sense(options, words):
     with pytest.raises(ValueError, match=words):
         DiffFitConfig(**options)
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"rows": [[0, 4], [2, 6]]}, "overlap"), ({"rows": [[2, 6], [0, 3]]}, "overlap"),
+    ({"rows": []}, "at least one"), ({"rows": [0, 2]}, "pairs"), ({"rows": [[2, 2]]}, "outputs 0"),
+    ({"factors": -1}, "factors = -1"), ({"factors": 1.5}, "factors = 1.5"),
+    ({"factors": 0}, "nothing is left"), ({"width": 0}, "6 outputs"), ({"width": 1}, "6 outputs"),
+])
+def test_scales_that_make_no_sense(options, words):
+    with pytest.raises(ValueError, match=words):
+        ScaledBranch(nn.Linear(3, 6), **options)
+
+
+def test_ranges_of_outputs_may_touch_and_come_in_any_order():
+    own = ScaledBranch(nn.Linear(3, 6), rows=[[4, 6], [0, 2], [2, 3]])
+    with torch.no_grad():
+        own.gamma.copy_(torch.arange(2.0, 7)[None])
+    assert own.scale().tolist() == [4, 5, 6, 1, 2, 3]
+
+
+def test_a_fused_layer_with_fewer_keys_is_not_cut_into_thirds():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = nn.Module()
+            self.attn.qkv = nn.Linear(8, 8 + 2 * 2)  # 12 outputs: thirds would be 4 each
+
+    with pytest.raises(ValueError, match="not q, k, v of one size"):
+        DiffFit.wrap(Attention(), DiffFitConfig(gamma_locations=("q",), extra_trainable=()))
+
+
+@pytest.mark.parametrize("options", [{"lr": -1}, {"lr": 0}, {"lr": math.nan},
+                                     {"lr": 1e-3, "weight_decay": -0.1}])
+def test_rates_that_make_no_sense(options):
+    with pytest.raises(ValueError, match="must be above 0"):
+        param_groups(DiffFit.wrap(alive()), **options)
 
 
 def test_refusals():
@@ -308,6 +349,10 @@ def test_refusals():
     assert branch_ends(bare) == []
     with pytest.raises(TypeError, match="scale its last"):
         ScaledBranch(nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(TypeError, match="scale its last"):
+        ScaledBranch(nn.Sequential(nn.Linear(3, 3)), width=3)
+    with pytest.raises(TypeError, match="channels first"):  # silently wrong where sides agree
+        ScaledBranch(nn.Conv2d(3, 3, 1), width=3)
     with pytest.raises(TypeError, match="no linear layer"):
         ScaledBranch(nn.LayerNorm(3))
     with pytest.raises(ValueError, match="outputs 0 to 3"):
@@ -320,6 +365,8 @@ def test_refusals():
     for wrong in ((6, 2, 0.5), (8, 0, 0.5), (8, 2, 0.0)):
         with pytest.raises(ValueError, match="embed_dim"):
             interpolate_sincos_pos_embed(*wrong)
+    with pytest.raises(ValueError, match="grid = 2.5"):
+        interpolate_sincos_pos_embed(8, 2.5)
 
 
 # the model and the experiment
