@@ -296,7 +296,7 @@ def _correlation(pairs: pd.DataFrame, x: str, y: str) -> stats.Estimate:
     found = [f for f in found if math.isfinite(f)]  # not defined where one of them never moves
     return stats.over_seeds(found) if found else stats.Estimate(*3 * [math.nan], 0)
 
-# %% ../../nbs/experiments/model_soups.ipynb #bde78307
+# %% ../../nbs/experiments/model_soups.ipynb #05001c95
 STARS = {"best single model": ("black", "o"), "uniform soup": ("blue", "*"),
          "greedy soup": ("vermillion", "*"), "learned soup": ("green", "*"),
          "ensemble": ("purple", "D")}
@@ -306,7 +306,7 @@ def _figure(table: pd.DataFrame, dots: pd.DataFrame, by: str) -> Any:
     "The members of one sweep as dots, what is made of them as stars; differences."
     import matplotlib.pyplot as plt
 
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1, 1.05),
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.6), width_ratios=(1, 1.05),
                                       layout="constrained")
     left.scatter(dots["task"], dots["shift"], s=28, color=plots.COLORS["grey"], alpha=0.6,
                  label=f"{len(dots)} members")
@@ -317,7 +317,7 @@ def _figure(table: pd.DataFrame, dots: pd.DataFrame, by: str) -> Any:
                      color=plots.COLORS[color], ec="black", label=name, zorder=3)
     left.set(xlabel="accuracy on the task (%)", ylabel="accuracy under shift (%)")
     left.set_title("One sweep")
-    left.legend(fontsize=8)
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     pairs = {f"{name}, {where}": differences(table, name, "best single model", column, by)
              for column, where in (("task", "task"), ("shift", "shift"))
              for name in ("uniform soup", "greedy soup", "learned soup", "ensemble")}
