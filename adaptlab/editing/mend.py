@@ -96,7 +96,7 @@ def _by_edit(name: str, x: Tensor, edits: int) -> Tensor:
                          "train with grad_accum = batch_size")
     return x.reshape(edits, -1, x.shape[-1])
 
-# %% ../../nbs/editing/01_mend.ipynb #30728a6f
+# %% ../../nbs/editing/01_mend.ipynb #ff2cc777
 def _summed(x: Tensor) -> Tensor:
     "The sum over all processes that train together."
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -136,12 +136,16 @@ class RunningMoments(nn.Module):
         self,
         x: Tensor,  # [tokens, features]
     ) -> Tensor:  # like x
-        "(x - mean) / (sd + 1e-7). Raises `ValueError` before two vectors have been seen."
+        """(x - mean) / (sd + 1e-7); 0 where x never moved: nothing is known of its scale.
+
+        Raises `ValueError` before two vectors have been seen.
+        """
         if self.count < 2:
-            raise ValueError("the editor has no statistics of gradients yet: train it first, or "
-                             "call fit_normalization(batches)")
-        sd = (self.m2 / (self.count - 1)).sqrt()
-        return (x - self.mean.to(x)) / (sd.to(x) + 1e-7)
+            raise ValueError(f"the editor has statistics of {int(self.count)} tokens, two are "
+                             "needed: train it first, or call fit_normalization(batches), with "
+                             "several edits in a batch")
+        sd = (self.m2 / (self.count - 1)).sqrt().to(x)
+        return ((x - self.mean.to(x)) / (sd + 1e-7)).masked_fill(sd == 0, 0)
 
 # %% ../../nbs/editing/01_mend.ipynb #62cf3f47
 class _LowRankLayer(nn.Module):
@@ -322,13 +326,16 @@ class EditedModel:
             weight.copy_((weight.to(change.dtype) + change.to(weight.device)).to(weight.dtype))
         return changed
 
-# %% ../../nbs/editing/01_mend.ipynb #9da01331
+# %% ../../nbs/editing/01_mend.ipynb #14b01065
 def sequence_nll(
     logits: Tensor,  # [rows, tokens, classes], or [rows, classes]
     labels: Tensor,  # [rows, tokens], or [rows]; -100 does not count
 ) -> Tensor:  # [rows] mean negative log-likelihood of a row's target, nats
-    "-log p(y|x), logits in step with labels. Raises `ValueError` for a row without a target."
+    "-log p(y|x), logits in step with labels. ValueError for a row without a target, other shapes."
     labels = labels.to(logits.device)
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}: "
+                         f"{tuple(logits.shape[:-1])} is needed")
     if logits.ndim == 2:
         logits, labels = logits[:, None], labels[:, None]
     valid = labels != -100
@@ -358,7 +365,7 @@ def locality_kl(
     kl = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
     return kl.mean() if mask is None else (kl * mask).sum() / mask.sum().clamp_min(1)
 
-# %% ../../nbs/editing/01_mend.ipynb #f35b999e
+# %% ../../nbs/editing/01_mend.ipynb #b86f1b0a
 class MEND(nn.Module):
     """Edits a model with learned gradient transforms (algorithms 1 and 2 of the paper).
 
@@ -379,6 +386,9 @@ class MEND(nn.Module):
         **transform: Any,  # n_hidden, norm, mode, init of `GradientTransform`
     ):
         super().__init__()
+        if not 0 <= edit_lr < math.inf:
+            raise ValueError(f"edit_lr = {edit_lr} must be finite and not negative: the edit is "
+                             "subtracted (the official code adds it)")
         self.__dict__["model"] = model  # not registered: its parameters are not the editor's
         self.__dict__["layers"] = select_layers(model, parameters)
         self.forward_fn = forward_fn or _forward
@@ -419,7 +429,7 @@ class MEND(nn.Module):
             for batch in batches:
                 self.edit(batch)
 
-# %% ../../nbs/editing/01_mend.ipynb #5ee96dde
+# %% ../../nbs/editing/01_mend.ipynb #89e4d4b0
 def _forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     "The default way to run a model; a single logit x becomes two classes, (0, x)."
     logits = logits_of(call(model, batch))
@@ -433,6 +443,8 @@ def _edited(editor: MEND, batch: Mapping, separate: bool) -> EditedModel:
                          "and torch.inference_mode()")
     if not isinstance(batch, Mapping) or "labels" not in batch:
         raise TypeError("a batch is a dict of the model's inputs with 'labels'")
+    if not len(batch["labels"]):
+        raise ValueError("the batch has no rows: there is nothing to edit")
     mask = batch.get("attention_mask")
     if editor.loss_fn is causal_nll and mask is not None and (mask.diff(dim=1) > 0).any():
         raise ValueError("the batch is padded on the left, but labels are shifted by one: pad on "
@@ -493,7 +505,7 @@ def _of_blocks(model: nn.Module, text: str) -> dict[str, nn.Module]:
                          f"{part!r} with one in that range")
     return found
 
-# %% ../../nbs/editing/01_mend.ipynb #7ffee464
+# %% ../../nbs/editing/01_mend.ipynb #c2f9a623
 class EditLosses(NamedTuple):
     "What an edit should do, measured on one batch."
 
@@ -514,8 +526,10 @@ def edit_losses(
     model, local = editor.model, batch["locality"]
     edited = editor.edit_each(batch["edit"])
     for part in ("rephrase", "locality"):
-        if (rows := len(batch[part]["labels"])) % len(edited):
-            raise ValueError(f"{part}: {rows} rows cannot be spread over {len(edited)} edits")
+        rows = len(batch[part].get("labels", ()))
+        if not rows or rows % len(edited):
+            raise ValueError(f"{part}: {rows} rows of labels cannot be spread over {len(edited)} "
+                             "edits")
     with modes_kept(model), frozen(model):
         model.eval()
         with torch.no_grad():
@@ -590,7 +604,7 @@ class MENDTrainer:
                     "collate_fn": self.collate_fn, "optimizer": torch.optim.Adam(groups)}
         return fit(self.editor, self.dataset, self.loss, **settings | options)
 
-# %% ../../nbs/editing/01_mend.ipynb #96021667
+# %% ../../nbs/editing/01_mend.ipynb #82c1c01e
 def edit_collate(
     tokenizer: Any,  # of the model
     max_length: int | None = None,  # tokens kept per text
@@ -602,6 +616,8 @@ def edit_collate(
     def batch(items: Sequence[Item]) -> dict[str, dict[str, Tensor]]:
         for item in items:
             _check_parts(item)
+            if text := [part for part in ("edit", "rephrase") if isinstance(item[part], str)]:
+                raise ValueError(f"{text[0]!r} is a text: give a pair (prompt, target)")
         parts = ("edit", "rephrase", "locality")
         return {part: collate([item[part] for item in items]) for part in parts}
 

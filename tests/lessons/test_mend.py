@@ -641,6 +641,22 @@ def test_an_encoder_decoder_is_trained_on_its_targets():
     torch.testing.assert_close(found.locality, locality_kl(before, after, local["labels"] != -100))
 
 
+def test_a_unit_that_slept_does_not_blow_up_an_edit():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    net[0].bias.data[3] = -1.0
+    x = torch.randn(2000, 6)
+    awake = net[:2](x)[:, 3] > 0.05
+    assert awake.any()
+    editor = MEND(net, ["2"], rank=2, edit_lr=1e-2, loss_fn=sequence_nll,
+                  forward_fn=lambda model, data: model(data["x"]))
+    asleep = x[net[:2](x)[:, 3] == 0][:60]
+    editor.fit_normalization([{"x": asleep, "labels": torch.arange(60) % 3}])
+    edited = editor.eval().edit({"x": x[awake][:1], "labels": torch.tensor([1])})
+    assert edited.delta("2").abs().max() < 1  # divided by 1e-7 it was 84,774
+    assert not edited.delta("2")[:, 3].any()
+
+
 # ------------------------------------------------------------------ bad input
 
 
@@ -704,6 +720,15 @@ def no_target():
     (lambda: edit_losses(warmed(llama()), {"edit": batch()}), "rephrase"),
     (lambda: edit_losses(warmed(llama()), {**triple(4), "locality": batch(6)}), "spread over"),
     (lambda: MEND(wrapped(), rank=2), "merge_and_unload"),
+    (lambda: MEND(llama(), edit_lr=-1e-4), "not negative"),
+    (lambda: MEND(llama(), edit_lr=math.nan), "not negative"),
+    (lambda: warmed(llama()).edit({k: v[:0] for k, v in batch().items()}), "no rows"),
+    (lambda: warmed(llama()).edit({**batch(2), "labels": batch(4)["labels"]}), "do not fit"),
+    (lambda: warmed(llama()).edit({**batch(), "labels": batch()["labels"][:, :-1]}), "do not fit"),
+    (lambda: edit_losses(warmed(llama()), {**triple(2), "locality": batch(0)}), "0 rows"),
+    (lambda: edit_collate(recipes.byte_tokenizer())(
+        [{"edit": "a", "rephrase": ("a", "b"), "locality": "c"}]), "give a pair"),
+    (lambda: GradientTransform(3, 4)(torch.ones(1, 3), torch.ones(1, 4)), "of 1 tokens, two"),
     (lambda: SMALL.replace(ablations=("no brain",)), "no brain"),
     (lambda: SMALL.replace(at_once=(1,)), "at_once"),
 ])
