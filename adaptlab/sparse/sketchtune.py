@@ -354,7 +354,9 @@ class SketchedLinear(nn.Module):
         return decode(self.lut, unpack_codes(self.packed))
 
     def forward(self, x: Tensor) -> Tensor:
-        "x W^T + b."
+        "x W^T + b. Raises TypeError for whole numbers."
+        if not x.is_floating_point():
+            raise TypeError(f"inputs of {x.dtype}: floating-point ones are needed, x.float()")
         y = _SketchProduct.apply(x, self.lut, self.packed)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -450,6 +452,8 @@ def sketch_model(
     layers = adapters.match_layers(model, config.target_modules)
     _check_layers(model, layers, config)
     settings = {k: v for k, v in vars(config).items() if k != "target_modules"}
+    if isinstance(batches, (Mapping, Tensor)):
+        raise TypeError("batches must hold several batches, and this is one: give [batch]")
     batches = None if batches is None else list(batches)
     if batches == []:
         raise ValueError("no calibration batches: give some, or None for plain k-means")
@@ -495,7 +499,7 @@ def load_sketch_state_dict(
     model: nn.Module,  # sketched with the codes that the tables were trained for
     state: Mapping[str, Tensor],  # of `sketch_state_dict`
 ) -> None:
-    "Swap the task. ValueError for other names or shapes, NaN, infinity; then nothing moves."
+    "Swap the task. ValueError for other names, shapes or whole numbers, NaN; then nothing moves."
     own = {f"{n}.lut": m.lut for n, m in sketched(model).items()}
     if wrong := set(own) ^ set(state):
         raise ValueError(f"{len(wrong)} names are in the model or in the file only, "
@@ -504,8 +508,9 @@ def load_sketch_state_dict(
         if state[name].shape != lut.shape:
             raise ValueError(f"{name!r} is {tuple(state[name].shape)} in the file, "
                              f"{tuple(lut.shape)} in the model: bits or groups differ")
-        if not torch.isfinite(state[name]).all():
-            raise ValueError(f"{name!r} holds NaN or infinity: that training diverged")
+        if not (state[name].is_floating_point() and torch.isfinite(state[name]).all()):
+            raise ValueError(f"{name!r} is {state[name].dtype}, or holds NaN or infinity: no "
+                             "trained table, or one whose training diverged")
     with torch.no_grad():
         for name, lut in own.items():
             lut.copy_(state[name])

@@ -635,3 +635,15 @@ def test_a_fresh_model_takes_tables_and_codes(llama, tmp_path):
     assert not torch.allclose(fresh(**batches[0]).logits, model(**batches[0]).logits)
     fresh.load_state_dict(checkpoints.load_state(tmp_path / "base.safetensors"))
     assert torch.equal(fresh(**batches[0]).logits, model(**batches[0]).logits)
+
+
+def test_what_would_be_wrong_in_silence():
+    net = nn.Sequential(SketchedLinear(learn_sketch(torch.randn(4, 32), bits=2)))
+    with pytest.raises(TypeError, match="int64"):  # the weight would be cut to whole numbers
+        net(torch.ones(3, 32, dtype=torch.long))
+    with pytest.raises(ValueError, match="int64"):
+        load_sketch_state_dict(net, {n: t.long() for n, t in sketch_state_dict(net).items()})
+    for batches in (torch.randn(8, 32), {"input": torch.randn(8, 32)}):
+        with pytest.raises(TypeError, match="give .batch"):
+            sketch_model(nn.Sequential(nn.Linear(32, 8)), batches, SketchConfig(
+                bits=2, target_modules=("0",)))
