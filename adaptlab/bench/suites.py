@@ -121,10 +121,17 @@ def glue_sweep(
 
 
 def trimmed(
-    batch: dict[str, Tensor],  # encoded texts, padded on the right, with their attention_mask
+    batch: dict[str, Tensor],  # encoded texts, padded on the right
 ) -> dict[str, Tensor]:  # the same texts
-    "Without the columns that are padding in every row: few batches hold the longest text."
-    mask = batch["attention_mask"]
+    """Without the columns that are padding in every row: few batches hold the longest text.
+
+    As it is without an attention_mask. ValueError if nothing is attended to.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return batch
+    if not mask.any():
+        raise ValueError("attention_mask is 0 everywhere: the texts are empty")
     longest = int(mask.any(0).nonzero().max()) + 1
     return {k: v[:, :longest] if v.shape == mask.shape else v for k, v in batch.items()}
 

@@ -54,6 +54,10 @@ def test_padding_of_all_rows_costs_nothing(roberta):
     loss = suites.model_loss(model, batch)
     torch.testing.assert_close(loss, model(**batch).loss)
     assert seen == [(3, 7), (3, 20)] and suites.trimmed(batch)["labels"] is batch["labels"]
+    whole = {k: v for k, v in batch.items() if k != "attention_mask"}
+    assert suites.trimmed(whole) is whole
+    with pytest.raises(ValueError, match="empty"):
+        suites.trimmed(batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])})
 
 
 def test_every_task_of_glue_gives_a_row_per_method(roberta, recorded, tmp_path):
