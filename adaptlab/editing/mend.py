@@ -136,10 +136,7 @@ class RunningMoments(nn.Module):
         self,
         x: Tensor,  # [tokens, features]
     ) -> Tensor:  # like x
-        """(x - mean) / (sd + 1e-7); 0 where x never moved: nothing is known of its scale.
-
-        Raises `ValueError` before two vectors have been seen.
-        """
+        "(x - mean) / (sd + 1e-7), 0 where x never moved. ValueError before two vectors are seen."
         if self.count < 2:
             raise ValueError(f"the editor has statistics of {int(self.count)} tokens, two are "
                              "needed: train it first, or call fit_normalization(batches), with "
