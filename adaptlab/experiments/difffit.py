@@ -86,7 +86,7 @@ def turned_digits(
     train, choose, (x, y) = _cut(x[y > 4].rot90(1, (2, 3)), y[y > 4], seed, images)
     return Bed(small_dit(), train, choose, (x[:1000], y[:1000]), known(held=True), "turned digits")
 
-# %% ../../nbs/experiments/difffit.ipynb #6c7bcbf2
+# %% ../../nbs/experiments/difffit.ipynb #8f39a865
 def _wrap(model: nn.Module, bed: Bed, seed: int, *, gates: bool = True, **options: Any) -> None:
     "DiffFit or a part of it; without `gates`, the biases that belong to gates get no gradient."
     DiffFit.wrap(model, DiffFitConfig(**options))
@@ -128,7 +128,7 @@ CASES = [
     Versus("DiffFit beats LoRA with about as many numbers", "DiffFit", "LoRA", "error",
            "FID 15.39 vs 81.31 (rank 16)", "table 1"),
     Versus("DiffFit beats full fine-tuning", "DiffFit", "full", "error", "FID 15.39 vs 16.59",
-           "table 1", "500 images are enough for all weights: with 16 no lead is left"),
+           "table 1", "500 images are enough for all weights: with 16 no lead is seen"),
     Versus("biases add to scales and classes", "DiffFit", "no biases", "error",
            why="each alone brings about as much as both (in the lesson's text)"),
     Versus("biases and scales together add to the classes' vectors", "DiffFit", "classes only",
