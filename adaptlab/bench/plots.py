@@ -11,6 +11,7 @@ import base64
 import hashlib
 import html
 import io
+import re
 import textwrap
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -412,7 +413,8 @@ def differences(
         if known:
             ax.plot([low, high], [y, y], color=color, lw=2.2, solid_capstyle="butt")
         ax.plot(value, y, "o", ms=6.5, mec=color, mfc=color if known else "white", mew=1.6)
-        text = format(value, fmt) + (f" [{low:{fmt}}, {high:{fmt}}]" if known else " (one pair)")
+        said = [re.sub(r"^-(?=0\.?0*$)", "", format(x, fmt)) for x in (value, low, high)]  # no -0.0
+        text = said[0] + (f" [{said[1]}, {said[2]}]" if known else " (one pair)")
         place = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points"}
         ax.annotate(text, (1, y), (6, 0), va="center", fontsize=8.5, annotation_clip=False, **place)
     ax.axvline(0, color=COLORS["black"], lw=1, zorder=0)

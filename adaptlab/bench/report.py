@@ -125,9 +125,11 @@ def _plain(x: Any) -> Any:
 
 
 def _interval(measured: Any) -> tuple[float, float, float]:
-    "(value, low, high) of an Estimate, or of an exact number."
+    "(value, low, high) of an Estimate, or of an exact number; what rounding leaves of 0 is 0."
     if all(hasattr(measured, k) for k in ("value", "low", "high")):
-        return float(measured.value), float(measured.low), float(measured.high)
+        found = float(measured.value), float(measured.low), float(measured.high)
+        size = max((abs(x) for x in found if math.isfinite(x)), default=0.0)
+        return tuple(0.0 if abs(x) < 1e-12 * size else x for x in found)
     if not isinstance(measured, (bool, str, type(None))):
         try:
             return (float(measured),) * 3

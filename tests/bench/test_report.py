@@ -25,6 +25,7 @@ from adaptlab.bench.report import (
     verdict,
     write_frame,
 )
+from adaptlab.stats import Estimate
 
 NAN, INF = math.nan, math.inf
 
@@ -248,3 +249,14 @@ def test_a_config_with_an_infinite_number_gives_valid_json():
     report = Report("lame", {"limit": INF, "grid": (1.0, NAN)})
     assert json.loads(json.dumps(report.summary(), allow_nan=False))["config"] == {
         "limit": "inf", "grid": [1.0, None]}
+
+
+def test_what_rounding_leaves_of_zero_is_zero():
+    "Differences that cancel to 1e-15 decide nothing, and are shown as 0."
+    report = Report("lame")
+    for low, text in ((-3.9e-15, "9 points [0, 18]"), (3.9e-15, "9 points [0, 18]"),
+                      (1e-3, "9 points [0.001, 18]")):
+        report.claim(f"a {low}", measured=Estimate(9.0, low, 18.0, 20), above=0, unit="points")
+        claim = report.claims[-1]
+        assert claim.measured == text
+        assert (claim.verdict == "holds") == (low == 1e-3)

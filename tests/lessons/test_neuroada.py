@@ -462,7 +462,7 @@ def test_auto_takes_the_way_by_the_number_of_tokens(monkeypatch):
         assert not ways  # 7 x 8 < 64
         model(torch.randn(8, 64))
     assert ways == ["dense"]
-    w, idx = torch.randn(3, 64), torch.zeros(3, 4).long()  # k = 4: from 64 / 16 tokens on
+    w, idx = torch.randn(3, 64), torch.arange(4).expand(3, 4)  # k = 4: from 64 / 16 tokens on
     for tokens, seen in ((3, 1), (4, 2)):
         neuroada_linear(torch.randn(tokens, 64), w, None, idx, torch.zeros(3, 4))
         assert len(ways) == seen
