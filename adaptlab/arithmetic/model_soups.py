@@ -419,10 +419,11 @@ def _all_logits(
     loader: Iterable,  # batches with labels
 ) -> tuple[dict[float, Tensor], Tensor]:
     "Logits [N, C] in float64 at every place and labels [N]; one pass, so a loader may shuffle."
+    held = {t: _state(s, f"the weights at {t:g}").load() for t, s in states.items()}  # read once
     logits, labels = {t: [] for t in states}, []
     for batch in loader:
         labels.append(modules.labels_of(batch).cpu())
-        for t, state in states.items():
+        for t, state in held.items():
             with lent(model, state):
                 out = modules.logits_of(modules.call(model, batch)).double().cpu()
             logits[t].append(out)
