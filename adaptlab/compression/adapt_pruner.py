@@ -79,19 +79,21 @@ def _watch(layers: Sequence[nn.Module], metric: str) -> Iterator[Callable[[], Te
     "While the block runs, note each layer's change of its input; yields what gives the means."
     if metric not in METRICS:
         raise ValueError(f"metric = {metric!r}: it must be one of {', '.join(METRICS)}")
-    seen: list[list[Tensor]] = [[] for _ in layers]
+    sums: list[list[Tensor]] = [[] for _ in layers]
+    tokens = [0] * len(layers)
 
     def note(i: int, _module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         x = args[0] if args else kwargs["hidden_states"]
         y = out[0] if isinstance(out, tuple) else out
         with torch.no_grad():
             value = METRICS[metric](x.detach().float(), y.detach().float())
-        seen[i].append(value.double().flatten())
+        sums[i].append(value.double().sum())
+        tokens[i] += value.numel()
 
     handles = [layer.register_forward_hook(partial(note, i), with_kwargs=True)
                for i, layer in enumerate(layers)]
     try:
-        yield lambda: torch.stack([torch.cat(x).mean().cpu() for x in seen])  # over all tokens
+        yield lambda: torch.stack([sum(x).cpu() / n for x, n in zip(sums, tokens, strict=True)])
     finally:
         for handle in handles:
             handle.remove()

@@ -38,11 +38,14 @@ class MergePlan(NamedTuple):
         x: Tensor,  # [B, N, D]
     ) -> tuple[Tensor, Tensor, Tensor]:  # even tokens that stay, those that leave, all odd ones
         "Take the tokens apart. ValueError for other tokens than were matched."
+        self._check(x)
+        even, odd = x[:, ::2], x[:, 1::2]
+        return _at(even, self.unm), _at(even, self.src), odd
+
+    def _check(self, x: Tensor) -> None:
         if x.ndim != 3 or x.shape[:2] != (len(self.src), self.n):
             raise ValueError(f"x has shape {list(x.shape)}: give the [{len(self.src)}, {self.n}, "
                              "width] of the tokens that were matched")
-        even, odd = x[:, ::2], x[:, 1::2]
-        return _at(even, self.unm), _at(even, self.src), odd
 
     def put(
         self,
@@ -140,9 +143,7 @@ def merge_wavg(
     modulation: nn.Module | None = None,  # (leaving, partners) -> leaving; None: plain merging
 ) -> tuple[Tensor, Tensor]:  # x' [B, N - r, D], sizes [B, N - r, 1]
     "Average merged tokens, weighted by their sizes. ValueError for other shapes or sizes <= 0."
-    if x.ndim != 3 or x.shape[:2] != (len(plan.src), plan.n):
-        raise ValueError(f"x has shape {list(x.shape)}: give the [{len(plan.src)}, {plan.n}, "
-                         "width] of the tokens that were matched")
+    plan._check(x)
     if size is not None and (size.shape != (*x.shape[:2], 1) or not (size > 0).all()):
         raise ValueError("sizes must be > 0, one for each token: [batch, tokens, 1]")
     return _wavg(plan, x, size, modulation)
