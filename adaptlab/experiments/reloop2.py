@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'SCORES', 'SLOT', 'SLOTS', 'FLIP', 'DRIFT', 'experiment', 'FULL', 'Config', 'Clicks', 'encode', 'clicks',
            'ClickModel', 'click_loss', 'fold', 'UserTable', 'key_of', 'slots', 'stream', 'incremental', 'candidates',
-           'score', 'tune', 'best', 'compared', 'ablations', 'World', 'world', 'drift_base', 'drift_memory',
-           'drift_run']
+           'score', 'tune', 'best', 'compared', 'ablations', 'World', 'world', 'drift_base', 'drift_run']
 
 # %% ../../nbs/experiments/reloop2.ipynb #1f329ec9
 import copy
@@ -425,7 +424,7 @@ def ablations(
     return {name: sketch | change for name, change in changes.items()} | {
         "exact, as chosen": exact, "exact, no user in the key": exact | {"key": "field, no user"}}
 
-# %% ../../nbs/experiments/reloop2.ipynb #74bd85c3
+# %% ../../nbs/experiments/reloop2.ipynb #aa67a312
 class World(NamedTuple):
     "A stream with a rule that flips in one region."
 
@@ -459,43 +458,32 @@ def world(
 @lru_cache(maxsize=16)
 def drift_base(
     seed: int,  # of the world
+    flip: int = SLOTS,  # slot of the flip in what it learns from; 0: it knows the new rule
 ) -> nn.Module:  # [n, 8] -> logits [n, 1]
     "A small network that knows the old rule."
-    past = world(seed, 0, slots=60, flip=60)
+    past = world(seed, 0, flip=flip)
     layers = [nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1)]
 
     def loss(model: nn.Module, batch: tuple) -> Tensor:
         return F.binary_cross_entropy_with_logits(model(batch[0])[:, 0], batch[1])
 
     recipe = {"name": "reloop2-drift", "samples": len(past.y), "lr": 3e-3, "epochs": 4,
-              "batch": 64, "seed": seed}
+              "batch": 64, "flip": flip, "seed": seed}
     return recipes.cached(recipe, lambda: nn.Sequential(*layers), lambda m: train.fit(
         m, (past.x, past.y), loss, epochs=4, batch_size=64, lr=3e-3, device="cpu", seed=seed,
         progress=False))
 
 
-def drift_memory(
-    kind: Literal["none", "sketch", "exact"],  # which
-    dim: int,  # length of a key
-    seed: int,  # of the lines
-    n_bits: int = 0,  # L of the sketch, K = 50
-    half_life: float = math.inf,  # in samples
-    capacity: int = 1000,  # samples that the exact memory keeps, k = 30
-) -> nn.Module:
-    "A memory for the world."
-    if kind == "exact":
-        return method.KNNMemory(dim, 30, capacity)
-    return method.SketchMemory(dim, n_bits, 50, seed, half_life=half_life)
-
-
 def drift_run(
     seed: int,  # of the world
     seen: World,  # the stream
-    memory: str = "none",  # of `drift_memory`
+    memory: Literal["none", "sketch", "exact"] = "none",  # K = 50, or k = 30
     lam: float = 0.0,  # λ
     lr: float = 0.0,  # of incremental training; 0: none
     every: int = 1,  # slots between its updates
-    **more: Any,  # of `drift_memory`
+    n_bits: int = 0,  # L of the sketch
+    half_life: float = math.inf,  # of the sketch, in samples
+    capacity: int = 1000,  # samples that the exact memory keeps
 ) -> method.Stream:
     "One method on one world; keys are the features."
     model = copy.deepcopy(drift_base(seed))
@@ -512,8 +500,9 @@ def drift_run(
                 adam.step()
 
     adam = torch.optim.Adam(model.parameters(), lr or 1.0)
-    loop = method.ReLoop2(model, drift_memory(memory, 8, seed, **more), lambda x: x, lam,
-                          link=torch.sigmoid)
+    kept = (method.KNNMemory(8, 30, capacity) if memory == "exact" else
+            method.SketchMemory(8, n_bits, 50, seed, half_life=half_life))
+    loop = method.ReLoop2(model, kept, lambda x: x, lam, link=torch.sigmoid)
     slots = zip(seen.x.split(SLOT), seen.y.split(SLOT), strict=True)
     return loop.run_stream(slots, step if lr else None, every, False)
 
@@ -567,7 +556,7 @@ def _drift(cfg: Config, run: Run, report: Report) -> None:
                "sketch that forgets", "incremental", "error", why=untested),
     ), unit="mean error of the probability", lower=True)
 
-# %% ../../nbs/experiments/reloop2.ipynb #1396ae8f
+# %% ../../nbs/experiments/reloop2.ipynb #9cba2454
 def _clicks_track(cfg: Config, run: Run, report: Report) -> None:
     "Memories and rivals on the stream of clicks."
     tuning = run.stage("tuning", lambda: tune(cfg))
@@ -582,36 +571,33 @@ def _clicks_track(cfg: Config, run: Run, report: Report) -> None:
     chosen = best(tuning, "AUC")
     changed = ablations(chosen["sketch"], chosen["exact"])
     report.table("ablation", compared(cfg, run, "ablation", changed))
-    untested = "no reason was tested"
-    cases = {"AUC": [
-        Versus("the sketch beats the base", "sketch", "base", "AUC",
-               "88.12 to 88.99; 73.44 to 74.25", "DCNv2, Amazon; MicroVideo", untested),
-        Versus("the exact memory beats the base", "exact", "base", "AUC", why=untested),
-        Versus("the sketch beats incremental training", "sketch", "incremental", "AUC",
-               "figure: better in most slots", "MicroVideo, 10 slots", untested),
-        Versus("both together beat incremental training", "both", "incremental", "AUC",
-               "figure: both together best", "MicroVideo, 10 slots", untested),
-        Versus("both together beat the sketch", "both", "sketch", "AUC",
-               "figure: both together best", "MicroVideo, 10 slots", untested),
-        Versus("the exact memory beats a table of users", "exact", "users", "AUC",
-               why=untested),
-        Versus("the sketch beats a table of users", "sketch", "users", "AUC",
-               why="it hardly uses who the user is: see the ablation without the user"),
-        Versus("sketch: field embeddings are a better key than the last hidden layer", "sketch",
-               "sketch, hidden", "AUC", why=untested),
-        Versus("exact: field embeddings are a better key than the last hidden layer", "exact",
-               "exact, hidden", "AUC", why=untested),
-    ], "gAUC": [
-        Versus("the sketch beats the base", "sketch", "base", "gAUC",
-               "87.90 to 88.81; 68.59 to 69.71", "DCNv2, Amazon; MicroVideo", untested),
-        Versus("the exact memory beats the base", "exact", "base", "gAUC", why=untested),
-    ], "log loss": [
-        Versus("the sketch beats the base", "sketch", "base", "log loss", why=untested),
-        Versus("the exact memory beats the base", "exact", "base", "log loss", why=untested),
-    ]}
-    for column, some in cases.items():
-        some = [c._replace(text=f"{c.text} ({column})") for c in some]
-        versus(report, tables[column], some, unit=SCORES[column], lower=column == "log loss")
+    small, amazon = "MicroVideo, 10 slots", "DCNv2, Amazon; MicroVideo"
+    for column, text, one, other, why, *paper in (
+        ("AUC", "the sketch beats the base", "sketch", "base", "",
+         "88.12 to 88.99; 73.44 to 74.25", amazon),
+        ("AUC", "the exact memory beats the base", "exact", "base", ""),
+        ("AUC", "the sketch beats incremental training", "sketch", "incremental", "",
+         "figure: better in most slots", small),
+        ("AUC", "both together beat incremental training", "both", "incremental", "",
+         "figure: both together best", small),
+        ("AUC", "both together beat the sketch", "both", "sketch", "",
+         "figure: both together best", small),
+        ("AUC", "the exact memory beats a table of users", "exact", "users", ""),
+        ("AUC", "the sketch beats a table of users", "sketch", "users",
+         "it hardly uses who the user is: see the ablation without the user"),
+        ("AUC", "sketch: field embeddings are a better key than the last hidden layer", "sketch",
+         "sketch, hidden", ""),
+        ("AUC", "exact: field embeddings are a better key than the last hidden layer", "exact",
+         "exact, hidden", ""),
+        ("gAUC", "the sketch beats the base", "sketch", "base", "",
+         "87.90 to 88.81; 68.59 to 69.71", amazon),
+        ("gAUC", "the exact memory beats the base", "exact", "base", ""),
+        ("log loss", "the sketch beats the base", "sketch", "base", ""),
+        ("log loss", "the exact memory beats the base", "exact", "base", ""),
+    ):
+        case = Versus(f"{text} ({column})", one, other, column, *paper,
+                      why=why or "no reason was tested")
+        versus(report, tables[column], [case], unit=SCORES[column], lower=column == "log loss")
 
 
 def _figure(report: Report) -> plt.Figure:
@@ -623,7 +609,7 @@ def _figure(report: Report) -> plt.Figure:
     axes[0].axvline(FLIP, color="k", lw=0.8, ls=":")
     axes[0].set(xlabel=f"slot of {SLOT} samples; the rule flips at {FLIP}",
                 ylabel="error of the probability, in the region", title="A rule flips")
-    axes[0].legend(fontsize=8)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=6)
     table = report.tables["by AUC"]
     pairs = [("sketch", "base"), ("exact", "base"), ("incremental", "base"), ("users", "base"),
              ("both", "base"), ("sketch", "users"), ("sketch", "sketch, hidden"),
