@@ -179,6 +179,8 @@ def compose(
     return (base.to(coef.dtype) + change.view(base.shape)).to(base.dtype)
 
 # %% ../../nbs/arithmetic/03_atlas.ipynb #2af30bae
+#| code-fold: true
+#| code-summary: "What is refused, and how the changes of a block become rows"
 def _vectors(task_vectors: Any) -> list[TaskVector]:
     "A non-empty list."
     found = weights.as_list(task_vectors, "task_vectors")
@@ -220,6 +222,8 @@ def _stacked(vectors: Sequence[TaskVector], name: str, like: Tensor,
     return made
 
 # %% ../../nbs/arithmetic/03_atlas.ipynb #85ff7892
+#| code-fold: true
+#| code-summary: "The parts' number, a wrong base, and a copy that shares its weights"
 def _parts_of(granularity: str | int) -> int:
     "K. ValueError for anything but 'isotropic', 'block', or a whole number >= 1."
     K = 1 if granularity in ("isotropic", "block") else granularity
@@ -366,6 +370,8 @@ def _count(data: Any) -> int:
     return len(data[0]) if isinstance(data, tuple) else len(data)
 
 # %% ../../nbs/arithmetic/03_atlas.ipynb #a20afe98
+#| code-fold: true
+#| code-summary: "How right answers are counted"
 @torch.no_grad()
 def _accuracy(model: nn.Module, data: Any, head: Callable = modules.logits_of) -> float:
     "Share of right answers on a loader, a Dataset, or tensors (x, y)."

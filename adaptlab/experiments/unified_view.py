@@ -7,7 +7,7 @@ __all__ = ['SMALL', 'LENGTH', 'KNOWN', 'PA', 'TINY', 'RATES', 'PREPARE', 'CASES'
            'experiment', 'FULL', 'Config', 'pairs', 'small_translator', 'names', 'loss', 'Text', 'rouge2', 'bleu',
            'text_bed', 'smoothed', 'text_score']
 
-# %% ../../nbs/experiments/unified_view.ipynb #7390094e
+# %% ../../nbs/experiments/unified_view.ipynb #fd59079d
 import math
 import re
 from collections import Counter
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import adapters, data, models, modules, recipes
+from .. import data, models, modules, recipes
 from ..bench import plots, rivals, suites
 from ..bench.compare import Versus, differences, sweep, versus
 from ..bench.report import Report
@@ -120,7 +120,7 @@ def loss(
     with modules.modes_kept(model):
         return float(modules.cross_entropy(model.eval(), part))
 
-# %% ../../nbs/experiments/unified_view.ipynb #96ba5290
+# %% ../../nbs/experiments/unified_view.ipynb #b36b99db
 PA = partial(uv.DeltaConfig, init="lora", dim=30, position="post_out")
 TINY = 2  # length and width of the small budget
 RATES = (1e-2, 3e-2)
@@ -137,6 +137,8 @@ PREPARE = {  # method -> its configs, and its learning rates
     "PA ffn, tiny": (PA(dim=TINY), (3e-2, 1e-1)),
     "full": (None, (1e-3, 3e-3)),
 }
+
+
 def _put(model: nn.Module, bed: Bed, seed: int, *, configs: Any, also: tuple = ()) -> None:
     "Attach, or train everything."
     if configs is None:
@@ -146,15 +148,13 @@ def _put(model: nn.Module, bed: Bed, seed: int, *, configs: Any, also: tuple = (
 
 
 def _look(model: nn.Module, bed: Bed) -> dict[str, float]:
-    "The loss, the numbers that are kept, and the mean gate of the prefixes."
-    trained, gate = 0, math.nan
-    if adapters.adapters(model):
-        trained = adapters.count_parameters(uv.materialize_prefix(model))[0]
+    "The loss, and the mean gate of the prefixes."
+    gate = math.nan
     if any(p.config.composition == "gated" and p.config.dim for p in model.modules()
            if isinstance(p, uv.Prefix)):
         gates = uv.prefix_gates(model, bed.choose).values()
         gate = float(torch.stack(list(gates)).mean())
-    return {"loss": loss(model, bed.test), "trained": trained, "gate": gate}
+    return {"loss": loss(model, bed.test), "gate": gate}
 
 
 CASES = [
@@ -314,7 +314,7 @@ TEXTS = {
                  {"num_beams": 5, "min_length": 1, "max_length": 200}, bleu),
 }
 
-# %% ../../nbs/experiments/unified_view.ipynb #bdccd05c
+# %% ../../nbs/experiments/unified_view.ipynb #a9d0b752
 def text_bed(
     seed: int,  # not used: the splits are fixed
     task: str,  # a key of TEXTS
@@ -330,8 +330,7 @@ def text_bed(
         net.generation_config.decoder_start_token_id = tokenizer.convert_tokens_to_ids("ro_RO")
     parts = []
     for split in ("train", "validation", "test"):
-        found = data.load(f"{how.source}#{split}", columns=list(how.columns),
-                          **how.options)
+        found = data.load(f"{how.source}#{split}", columns=list(how.columns), **how.options)
         texts = [list(found[c]) for c in how.columns]
         if len(texts) == 1:
             texts = [[pair[code] for pair in texts[0]] for code in ("en", "ro")]

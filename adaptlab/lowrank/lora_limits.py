@@ -65,6 +65,8 @@ def _check_adapter(name: str, W: Tensor, A: Tensor, B: Tensor) -> None:
                       "low-rank", stacklevel=4)
 
 # %% ../../nbs/lowrank/01_lora_limits.ipynb #421b8c00
+#| code-fold: true
+#| code-summary: "What is refused"
 def _check(X: Mapping, Y: Tensor, W: Mapping, A: Mapping, B: Mapping, alpha: float, beta: float,
            adapt: Sequence[str], causal: bool) -> None:
     "ValueError for what does not fit together."
@@ -195,6 +197,8 @@ def taylor_features(
     return torch.cat(parts, -1)
 
 # %% ../../nbs/lowrank/01_lora_limits.ipynb #66063ad5
+#| code-fold: true
+#| code-summary: "What is refused"
 def _check_degree(degree: int, d: int, max_features: int) -> None:
     "Even, and not too many features."
     if isinstance(degree, bool) or not isinstance(degree, int) or degree < 0 or degree % 2:
@@ -562,6 +566,8 @@ def watch_attention(
     return found
 
 # %% ../../nbs/lowrank/01_lora_limits.ipynb #350e842e
+#| code-fold: true
+#| code-summary: "The rows of one layer"
 def _head_rows(Q: Tensor, K: Tensor, V: Tensor, beta: float | None, lengths: Sequence[int],
                layer: int) -> list[dict[str, Any]]:
     "One row per head of one layer."

@@ -289,6 +289,8 @@ def prefix_gate(
     return torch.sigmoid(prefix.logsumexp(-1) - tokens.logsumexp(-1))
 
 # %% ../../nbs/modular/01_unified_view.ipynb #20518001
+#| code-fold: true
+#| code-summary: "How masks grow, and how the attention function is exchanged"
 def _given(mask: Tensor | None, module: nn.Module, q: Tensor, k: Tensor, options: dict,
            prefix: int = 0) -> Any:
     """The mask behind a prefix, which all queries see: True, or nothing added.
@@ -483,6 +485,8 @@ class DeltaBlock(adapters.Adapter):
         return attend_with(prefixes, run, module, q, k, v, attention_mask, options)
 
 # %% ../../nbs/modular/01_unified_view.ipynb #0b9073c2
+#| code-fold: true
+#| code-summary: "Where in a block each change sits"
 def _sites(config: DeltaConfig, layout: Layout, attention: Sequence) -> list[tuple[str, str, str]]:
     "Of each bottleneck: what it reads, what it changes, and how."
     if config.target == "attn":
@@ -562,6 +566,8 @@ class JointLora(adapters.LowRank):
                           for key, part in self.parts.items()], 1)
 
 # %% ../../nbs/modular/01_unified_view.ipynb #8bbd9217
+#| code-fold: true
+#| code-summary: "One LoRA per layer"
 def _loras(name: str, block: nn.Module, layout: Layout, configs: Deltas) -> dict[str, Callable]:
     "LoRA of one block: layer -> how to make it. ValueError if two configs change one layer."
     makers, parts = {}, dict(block.named_modules())
