@@ -262,7 +262,7 @@ def key_of(
 
     return key
 
-# %% ../../nbs/experiments/reloop2.ipynb #176efcc8
+# %% ../../nbs/experiments/reloop2.ipynb #5a4dbbee
 def slots(
     cfg: Config,  # settings
     rows: range,  # rows of the table
@@ -291,7 +291,7 @@ def stream(
     weighted: bool = False,  # weigh tables by their counts
     lr: float = 0.0,  # of incremental training; 0: none
     reset: bool = False,  # forget after each update
-) -> method.Stream:
+) -> method.Stream:  # labels and predictions
     "One method on the stream of one fold; what is asked for twice is run once."
     bed, (table, _) = fold(cfg, seed), clicks(cfg)
     model = copy.deepcopy(bed.model) if lr else bed.model
@@ -421,7 +421,7 @@ def ablations(
     return {name: sketch | change for name, change in changes.items()} | {
         "exact, as chosen": exact, "exact, no user in the key": exact | {"key": "field, no user"}}
 
-# %% ../../nbs/experiments/reloop2.ipynb #aa67a312
+# %% ../../nbs/experiments/reloop2.ipynb #1c2e3328
 class World(NamedTuple):
     "A stream with a rule that flips in one region."
 
@@ -440,7 +440,7 @@ def world(
     crowd: int = 0,  # which one flips
     slots: int = SLOTS,  # length
     flip: int = FLIP,  # slot of the flip
-) -> World:
+) -> World:  # n = 100 per slot
     "Samples in order of time."
     places = 8 * F.normalize(torch.randn(8, 8, generator=torch.Generator().manual_seed(seed)))
     g = torch.Generator().manual_seed(1000 * seed + draw)
@@ -481,7 +481,7 @@ def drift_run(
     n_bits: int = 0,  # L of the sketch
     half_life: float = math.inf,  # of the sketch, in samples
     capacity: int = 1000,  # samples that the exact memory keeps
-) -> method.Stream:
+) -> method.Stream:  # labels and predictions
     "One method on one world; keys are the features."
     model = copy.deepcopy(drift_base(seed))
 

@@ -23,6 +23,7 @@ from adaptlab.testtime.reloop2 import (
     estimate_error,
     group_auc,
     log_loss,
+    merge,
 )
 
 
@@ -273,8 +274,8 @@ def test_impossible_memories():
         (lambda: SketchMemory(6, half_life=0), "half_life"),
         (lambda: SketchMemory(6, 3, 4, prior=-1), "prior"),
         (lambda: SketchMemory(6, 3, 4, center=torch.ones(5)), "center"),
-        (lambda: SketchMemory(6, 3, 4).merge(SketchMemory(6, 3, 4, seed=1)), "other lines"),
-        (lambda: SketchMemory(6, 3, 4).merge(SketchMemory(6, 4, 4)), "other lines"),
+        (lambda: merge(SketchMemory(6, 3, 4), SketchMemory(6, 3, 4, seed=1)), "other lines"),
+        (lambda: merge(SketchMemory(6, 3, 4), SketchMemory(6, 4, 4)), "other lines"),
         (lambda: KNNMemory(6, k=0), "k = 0"),
         (lambda: KNNMemory(6, capacity=0), "capacity"),
         (lambda: KNNMemory(6, error_threshold=2), "error_threshold"),
