@@ -333,7 +333,7 @@ def incremental(
 
     return update
 
-# %% ../../nbs/experiments/reloop2.ipynb #020cb48e
+# %% ../../nbs/experiments/reloop2.ipynb #91437777
 SCORES = {"AUC": "points", "gAUC": "points", "log loss": "thousandths"}
 
 
@@ -349,7 +349,8 @@ def candidates(
         "sketch": sketch,
         "exact": exact,
         "incremental": grid(memory=["none"], lr=cfg.lrs),
-        "both": grid(memory=["sketch"], n_bits=middle, lam=cfg.lams, lr=cfg.both_lrs),
+        "both": grid(memory=["sketch"], n_bits=middle, lam=cfg.lams, lr=cfg.both_lrs,
+                     reset=[cfg.every > 1]),  # after an update in each slot nothing would be left
         "users": grid(memory=["users"], prior=cfg.priors, lam=cfg.lams),
         **{f"{name}, {key}": [s | {"key": key} for s in settings]
            for key in ("hidden", "raw") for name, settings in
@@ -406,14 +407,15 @@ def compared(
     return sweep(run, name, {k: Method(adapt, [s]) for k, s in methods.items()},
                  partial(fold, cfg), cfg.seeds, lambda made, bed: made)
 
-# %% ../../nbs/experiments/reloop2.ipynb #0c74b694
+# %% ../../nbs/experiments/reloop2.ipynb #879bcda5
 def ablations(
     sketch: dict[str, Any],  # its setting
     exact: dict[str, Any],  # that of the exact memory
 ) -> dict[str, dict[str, Any]]:  # what is changed -> setting
     "The memories, changed in one thing each."
     changes = {
-        "as chosen": {}, "one bucket (L = 0)": {"n_bits": 0}, "one table (K = 1)": {"n_tables": 1},
+        "as chosen": {}, "one bucket (L = 0)": {"n_bits": 0},
+        "one bucket, γ = 0": {"n_bits": 0, "gamma": 0.0}, "one table (K = 1)": {"n_tables": 1},
         "K = 10": {"n_tables": 10}, "no user in the key": {"key": "field, no user"},
         "mean residual (γ = 0)": {"gamma": 0.0}, "tables weighed by count": {"weighted": True},
         "half-life of 2,000": {"half_life": 2000.0}, "labels five times later": {"later": 5},
@@ -421,7 +423,7 @@ def ablations(
     return {name: sketch | change for name, change in changes.items()} | {
         "exact, as chosen": exact, "exact, no user in the key": exact | {"key": "field, no user"}}
 
-# %% ../../nbs/experiments/reloop2.ipynb #1c2e3328
+# %% ../../nbs/experiments/reloop2.ipynb #6c5ba33b
 class World(NamedTuple):
     "A stream with a rule that flips in one region."
 
@@ -459,14 +461,17 @@ def drift_base(
 ) -> nn.Module:  # [n, 8] -> logits [n, 1]
     "A small network that knows the old rule."
     past = world(seed, 0, flip=flip)
-    layers = [nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1)]
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(),
+                             nn.Linear(32, 1))
 
     def loss(model: nn.Module, batch: tuple) -> Tensor:
         return F.binary_cross_entropy_with_logits(model(batch[0])[:, 0], batch[1])
 
-    recipe = {"name": "reloop2-drift", "samples": len(past.y), "lr": 3e-3, "epochs": 4,
+    recipe = {"name": "reloop2-flip", "samples": len(past.y), "lr": 3e-3, "epochs": 4,
               "batch": 64, "flip": flip, "seed": seed}
-    return recipes.cached(recipe, lambda: nn.Sequential(*layers), lambda m: train.fit(
+    return recipes.cached(recipe, build, lambda m: train.fit(
         m, (past.x, past.y), loss, epochs=4, batch_size=64, lr=3e-3, device="cpu", seed=seed,
         progress=False))
 

@@ -416,7 +416,7 @@ def _keys_and_base(model: nn.Module, layer: str | Callable, link: Callable | Non
     out = out if out.dtype == torch.float64 else out.float()
     return keys.flatten(1), _shares(link(out) if link else out, "base predictions")
 
-# %% ../../nbs/testtime/03_reloop2.ipynb #f423d77c
+# %% ../../nbs/testtime/03_reloop2.ipynb #1457fa09
 class ReLoop2(nn.Module):
     """A click model with an error memory beside it. The model is neither trained nor changed.
 
@@ -447,8 +447,7 @@ class ReLoop2(nn.Module):
 
     @torch.no_grad()
     def serve(
-        self,
-        batch: Any,  # inputs of the model
+        self, batch: Any,  # inputs of the model
     ) -> Served:
         "Predict with the memory as it is; nothing is written."
         keys, base = self.base(batch)
