@@ -6,8 +6,9 @@
 __all__ = ['ALPHAS', 'SMALL', 'FULL', 'experiment', 'load_network', 'Config', 'prepare', 'Streams', 'make_bed', 'Entropy',
            'adapt', 'mean_accuracy', 'sweep_alpha', 'compare']
 
-# %% ../../nbs/experiments/alpha_bn.ipynb #06bb8228
+# %% ../../nbs/experiments/alpha_bn.ipynb #4304753c
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
@@ -53,7 +54,7 @@ def load_network(
     model = model.to(memory_format=torch.channels_last)  # a third faster, also on a CPU
     return model.to(modules.resolve_device(device)), None
 
-# %% ../../nbs/experiments/alpha_bn.ipynb #17587e6e
+# %% ../../nbs/experiments/alpha_bn.ipynb #e931bb1c
 ALPHAS = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1, 0.0)
 
 
@@ -65,7 +66,8 @@ class Config(BaseConfig):
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # trainings of the CNN, orders, noise
     test_data: str = "mnist5k#test"  # what `suites.image_data` takes
     choose_data: str = "mnist5k#validation"  # where every method's setting is chosen
-    shifts: tuple[str, ...] = ("clean", "contrast-3", "blur-3", "gaussian_noise-3", "rotation-3")
+    shifts: tuple[str, ...] = (  # of the test images
+        "clean", "contrast-3", "blur-3", "gaussian_noise-3", "rotation-3")
     choose_shifts: tuple[str, ...] = ("brightness-3", "pixelate-3", "shot_noise-3")  # others
     streams: tuple[str, ...] = ("iid/64", "class/64", "iid+zipf/64", "iid/8")  # order/batch size
     choose_streams: tuple[str, ...] = ("iid/64", "class/64")  # at the choice; Core's test streams
@@ -75,11 +77,13 @@ class Config(BaseConfig):
     lrs: tuple[float, ...] = bounded((1e-3, 1e-2, 3e-2, 1e-1), above=0)  # Adam's, of all losses
     tent_lrs: tuple[float, ...] = bounded((3e-2, 1e-1, 3e-1, 1.0), above=0)  # Tent's, with SGD
     momenta: tuple[float, ...] = bounded((0.1, 0.3, 0.6, 0.8, 1.0), above=0, high=1)  # AdaBN's
+    workers: int = bounded(1, low=1)  # threads that prepare images
 
     def check(self) -> None:
         "Every shift and stream must be known, the two ends be there, and the parts be apart."
         for name in (*self.shifts, *self.choose_shifts):
-            shifts.parse_shift(name)
+            if len(shifts.parse_shift(name)) > 1:
+                raise ValueError(f"shift {name!r}: one corruption at a time, such as 'blur-3'")
         for name in (*self.streams, *self.choose_streams):
             order, _, size = name.partition("/")
             if not size.isdigit() or int(size) < 2:
@@ -96,7 +100,7 @@ class Config(BaseConfig):
 
 SMALL = Config()
 
-# %% ../../nbs/experiments/alpha_bn.ipynb #1c888795
+# %% ../../nbs/experiments/alpha_bn.ipynb #e07b4447
 FULL = Config(
     model="microsoft/resnet-50",
     test_data="ILSVRC/imagenet-1k#validation",
@@ -104,14 +108,14 @@ FULL = Config(
     shifts=("clean", "contrast-5", "blur-5", "gaussian_noise-5", "rotation-5"),
     choose_shifts=("brightness-5", "pixelate-5", "shot_noise-5"),
     streams=("iid/64", "iid/200", "class/64", "iid+zipf/64", "iid/8"),
-    n_test=50_000, n_choose=10_000,
+    seeds=(0, 1, 2), n_test=10_000, n_choose=5_000, workers=16,
     lrs=(1e-4, 3e-4, 1e-3, 3e-3), tent_lrs=(1e-4, 1e-3, 1e-2, 1e-1),
 )
 
-# %% ../../nbs/experiments/alpha_bn.ipynb #b68582b2
+# %% ../../nbs/experiments/alpha_bn.ipynb #4dcfd12c
 def prepare(
     photos: Photos,  # pictures with the network's image processor
-    shift: str,  # what `shifts.parse_shift` takes; mixtures are split in whole batches
+    shift: str,  # "clean", or a corruption with its severity
     indices: Tensor,  # which pictures, int64 [B]
     seed: int = 0,  # of the noise
 ) -> Tensor:  # float32 [B, C, H, W]
@@ -121,8 +125,8 @@ def prepare(
         mean, std = photos.processor.image_mean, photos.processor.image_std
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
     x = (photos.pixels(indices) * std + mean).clamp(0, 1)
-    for kind in shifts.parse_shift(shift):  # one after another
-        x = shifts.corrupt(x, *kind, seed=seed + int(indices[0])) if kind else x
+    (kind,) = shifts.parse_shift(shift)
+    x = shifts.corrupt(x, *kind, seed=seed + int(indices[0])) if kind else x
     return (x - mean) / std
 
 
@@ -143,7 +147,9 @@ class Streams:
         n: int,  # longest stream
         seed: int,  # of orders and noise
         processor: Any = None,  # of the network
+        workers: int = 1,  # threads that prepare images
     ):
+        self.workers = workers
         self.source, self.names, self.n, self.seed = source, list(names), n, seed
         self.photos = Photos(*image_data(source), processor)
 
@@ -156,10 +162,14 @@ class Streams:
         kind, _, size = stream.partition("/")
         order = shifts.stream_order(self.photos.labels, kind, self.n, self.seed)
         whole = max(int(size), len(order) // int(size) * int(size))
-        for b in order[:whole].split(int(size)):
-            x = (_kept(self.source, shift, self.seed)[b] if self.photos.processor is None
-                 else prepare(self.photos, shift, b, 10_000 * self.seed))
-            yield x, self.photos.labels[b]
+        work = partial(prepare, self.photos, shift, seed=10_000 * self.seed)
+        with ThreadPoolExecutor(self.workers) as pool:
+            for b in order[:whole].split(int(size)):
+                if self.photos.processor is None:
+                    yield _kept(self.source, shift, self.seed)[b], self.photos.labels[b]
+                else:
+                    parts = pool.map(work, b.chunk(self.workers))
+                    yield torch.cat(list(parts)), self.photos.labels[b]
 
     def accuracy(
         self,
@@ -189,13 +199,13 @@ def make_bed(
     "A frozen network, where settings are chosen, and where it is tested."
     model, processor = load_network(cfg.model, cfg.device, seed if cfg.model == "cnn" else 0)
     choose = Streams(cfg.choose_data, list(product(cfg.choose_shifts, cfg.choose_streams)),
-                     cfg.n_choose, seed + 100, processor)
+                     cfg.n_choose, seed + 100, processor, cfg.workers)
     kinds = [s for s in cfg.shifts if s != "clean" or not spoilt]
     test = Streams(cfg.test_data, list(product(kinds, streams or cfg.streams)), cfg.n_test,
-                   seed, processor)
+                   seed, processor, cfg.workers)
     return Bed(model, None, choose, test, name=cfg.model)
 
-# %% ../../nbs/experiments/alpha_bn.ipynb #1206520c
+# %% ../../nbs/experiments/alpha_bn.ipynb #4a972c34
 class Entropy(method.Core):
     "Core's loop with the mean entropy of predictions as its loss."
 
@@ -222,7 +232,10 @@ def adapt(
     return (Entropy if name == "entropy" else method.Core)(model, setting["alpha"], adam, **loss)
 
 
-def mean_accuracy(model: nn.Module, bed: Bed) -> float:  # percent
+def mean_accuracy(
+    model: nn.Module,  # from `adapt`
+    bed: Bed,  # from `make_bed`
+) -> float:  # percent
     "The score by which settings are chosen: the mean over the scenarios of `bed.choose`."
     return float(pd.DataFrame(bed.choose.accuracy(model))["accuracy"].mean())
 

@@ -23,7 +23,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 
 from ..modules import logits_of, modes_kept, replace
 
-# %% ../../nbs/testtime/02_alpha_bn.ipynb #116621c6
+# %% ../../nbs/testtime/02_alpha_bn.ipynb #9fb2454c
 def _check_alpha(alpha: float) -> float:
     "`alpha` if it is a share."
     if isinstance(alpha, bool) or not isinstance(alpha, Real):
@@ -44,7 +44,7 @@ def _batch_statistics(x: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:  # va
     F.batch_norm(x, mean, var, training=True, momentum=1.0)  # written into: mean, unbiased variance
     return (var if unbiased else var * ((n - 1) / n)), mean
 
-
+# %% ../../nbs/testtime/02_alpha_bn.ipynb #06cfd0ff
 def mixed_statistics(
     x: Tensor,  # activations [N, C] or [N, C, ...]
     mean: Tensor,  # of the source, [C]
@@ -71,7 +71,7 @@ def mixed_statistics(
     batch_var, batch_mean = _batch_statistics(x.to(dtype), unbiased)
     return (alpha * mean + (1 - alpha) * batch_mean, alpha * var + (1 - alpha) * batch_var)
 
-# %% ../../nbs/testtime/02_alpha_bn.ipynb #7bc8dddd
+# %% ../../nbs/testtime/02_alpha_bn.ipynb #40df8f1a
 _AXES = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 
 
@@ -118,7 +118,8 @@ class AlphaBatchNorm(nn.Module):
         bn._parameters, bn._buffers = self._parameters.copy(), self._buffers.copy()
         return bn.train(self.training)
 
-    def extra_repr(self) -> str:
+    def extra_repr(self) -> str:  # what `print(model)` shows
+        "Channels, alpha and eps."
         return f"{self.num_features}, alpha={self.alpha:g}, eps={self.eps:g}"
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C] or [N, C, ...] -> same
@@ -129,7 +130,9 @@ class AlphaBatchNorm(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}: [N, {self.num_features}, ...] with "
                              f"N >= 1 and {self.axes or 'at least 2'} axes is needed")
         n = x.numel() // self.num_features
-        if self.alpha == 1 or (self.alpha == 0 and not self.unbiased and n > 1):
+        # in half precision PyTorch rounds the batch's statistics: not taken
+        by_batch = self.alpha == 0 and not self.unbiased and n > 1 and x.dtype.itemsize > 2
+        if self.alpha == 1 or by_batch:
             stored = (self.running_mean, self.running_var) if self.alpha else (None, None)
             return F.batch_norm(x, *stored, self.weight, self.bias, not self.alpha, 0.0, self.eps)
         source = self.running_mean, self.running_var
@@ -143,7 +146,7 @@ class AlphaBatchNorm(nn.Module):
         out = torch.addcmul(shift.view(shape), x.to(scale.dtype), scale.view(shape))
         return out.to(x.dtype)
 
-# %% ../../nbs/testtime/02_alpha_bn.ipynb #e957b33f
+# %% ../../nbs/testtime/02_alpha_bn.ipynb #ffda78bd
 def alpha_layers(
     model: nn.Module,  # any module
 ) -> dict[str, AlphaBatchNorm]:  # name -> layer
@@ -196,7 +199,7 @@ def revert_alpha_bn(
     replace(model, {layer: layer.original() for layer in layers.values()})
     return model
 
-
+# %% ../../nbs/testtime/02_alpha_bn.ipynb #ac8e56bd
 def set_alpha(
     model: nn.Module,  # from `convert_alpha_bn`
     alpha: float,  # weight of the source
@@ -210,7 +213,7 @@ def set_alpha(
 def alpha_bn(
     model: nn.Module,  # with BatchNorm layers inside; plain again afterwards
     alpha: float = 0.9,  # weight of the source
-) -> Iterator[nn.Module]:
+) -> Iterator[nn.Module]:  # the model
     "α-BN inside the block, on the model itself."
     if isinstance(model, _BatchNorm):
         raise ValueError("the model is itself a BatchNorm layer: use AlphaBatchNorm(model)")
@@ -231,7 +234,7 @@ def pseudo_count_alpha(
                          "batch of at least one sample are needed")
     return pseudo_count / (pseudo_count + n)
 
-# %% ../../nbs/testtime/02_alpha_bn.ipynb #21a9729c
+# %% ../../nbs/testtime/02_alpha_bn.ipynb #ad9ff228
 Normalize = Literal["row", "cosine", "raw"]
 
 
@@ -248,7 +251,7 @@ def _check_batch(x: Tensor, normalize: str, what: str) -> None:
         raise ValueError(f"{what} contain NaN or infinity: one bad sample reaches the whole batch "
                          "through its statistics; leave it out")
 
-
+# %% ../../nbs/testtime/02_alpha_bn.ipynb #fd04fedd
 def class_correlation(
     probs: Tensor,  # P [B, C], rows sum to 1
     normalize: Normalize = "row",  # what R is divided by
@@ -271,7 +274,7 @@ def class_correlation(
         return r / torch.where(total > 0, total, 1.0)
     return r if normalize == "cosine" else r / len(p)
 
-
+# %% ../../nbs/testtime/02_alpha_bn.ipynb #40018915
 def core_loss(
     logits: Tensor,  # [B, C], or dense [B, C, H, W]: each place is a sample
     normalize: Normalize = "row",  # as in `class_correlation`
@@ -293,7 +296,7 @@ def core_loss(
     pairs = unit.sum(1).square().sum() - unit.square().sum()
     return pairs / (n_classes * (n_classes - 1))
 
-# %% ../../nbs/testtime/02_alpha_bn.ipynb #ce524ad7
+# %% ../../nbs/testtime/02_alpha_bn.ipynb #36ec1747
 _ADAM = partial(torch.optim.Adam, lr=1e-3)
 
 
@@ -303,7 +306,7 @@ def _usable(value: Any) -> Any:
         return value.clone() if value.is_inference() else value
     return {k: _usable(v) for k, v in value.items()} if type(value) is dict else value
 
-
+# %% ../../nbs/testtime/02_alpha_bn.ipynb #84b34796
 class Core(nn.Module):
     """α-BN, and a step on the scale and shift of its layers after every batch.
 
