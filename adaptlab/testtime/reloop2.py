@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..modules import call, logits_of, modes_kept
 
-# %% ../../nbs/testtime/03_reloop2.ipynb #276e25e3
+# %% ../../nbs/testtime/03_reloop2.ipynb #a8b4001d
 #| code-fold: true
 #| code-summary: "What is refused"
 def _shares(x: Any, what: str, n: int | None = None) -> Tensor:  # float [n]
@@ -45,11 +45,20 @@ def _rows(x: Any, dim: int | None, what: str) -> Tensor:  # float32 or float64 [
         raise ValueError(f"{what} hold NaN or infinity")
     return x
 
-
+# %% ../../nbs/testtime/03_reloop2.ipynb #84fe0248
+#| code-fold: true
+#| code-summary: "What is refused: settings"
 def _between(what: str, value: float, low: float, high: float = math.inf) -> float:
     "A setting within its limits."
     if isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"{what} = {value}: it must lie between {low} and {high}")
+    return value
+
+
+def _whole(what: str, value: int, low: int = 1) -> int:
+    "A whole number."
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{what} = {value!r}: a whole number, at least {low}, is needed")
     return value
 
 
@@ -143,7 +152,7 @@ def compensate(
                          f"([{len(base)}]) is needed, none NaN")
     return (base + lam * y_err).clamp(0, 1).to(base.dtype)
 
-# %% ../../nbs/testtime/03_reloop2.ipynb #a78ceb15
+# %% ../../nbs/testtime/03_reloop2.ipynb #d0de2123
 class SRPHash(nn.Module):
     """K independent hashes of L signed random projections each (Section 3.4).
 
@@ -159,12 +168,10 @@ class SRPHash(nn.Module):
         center: Tensor | None = None,  # [d], taken off every key; None: nothing is
     ):
         super().__init__()
-        for what, value, low in (("dim", dim, 1), ("n_bits", n_bits, 0), ("n_tables", n_tables, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{what} = {value!r}: a whole number, at least {low}, is needed")
+        _whole("dim", dim)
+        self.n_bits, self.n_tables = _whole("n_bits", n_bits, 0), _whole("n_tables", n_tables)
         if n_bits > 40:
             raise ValueError(f"n_bits = {n_bits}: no memory holds 2^{n_bits} buckets")
-        self.n_bits, self.n_tables = n_bits, n_tables
         lines = torch.randn(dim, n_tables * n_bits, generator=torch.Generator().manual_seed(seed))
         center = torch.zeros(dim) if center is None else _rows(center[None], dim, "center")[0]
         self.register_buffer("lines", lines)
@@ -282,7 +289,7 @@ def merge(
     sketch.writes.add_(other.writes.to(sketch.sums.device))
     return sketch
 
-# %% ../../nbs/testtime/03_reloop2.ipynb #d9dc7e6e
+# %% ../../nbs/testtime/03_reloop2.ipynb #83ecd7a9
 class KNNMemory(nn.Module):
     "The last samples themselves, and a search for the k most similar by cosine."
 
@@ -296,13 +303,8 @@ class KNNMemory(nn.Module):
         seed: int = 0,  # of that choice
     ):
         super().__init__()
-        for what, value in (("dim", dim), ("k", k), ("capacity", capacity)):
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is None and what == "capacity":
-                continue
-            if not whole or value < 1:
-                raise ValueError(f"{what} = {value!r}: a whole number, at least 1, is needed")
-        self.dim, self.k, self.capacity = dim, k, capacity
+        self.dim, self.k = _whole("dim", dim), _whole("k", k)
+        self.capacity = None if capacity is None else _whole("capacity", capacity)
         self.error_threshold = _between("error_threshold", error_threshold, 0, 1)
         self.keep = _between("keep", keep, 0, 1)
         self.rng = torch.Generator().manual_seed(seed)
@@ -357,7 +359,7 @@ class KNNMemory(nn.Module):
         "Forget everything."
         self.keys, self.values = self.keys[:0], self.values[:0]
 
-# %% ../../nbs/testtime/03_reloop2.ipynb #63f342a4
+# %% ../../nbs/testtime/03_reloop2.ipynb #53e8f26b
 class Served(NamedTuple):
     "What is to be remembered of a prediction until its label arrives."
 
@@ -379,11 +381,10 @@ class Stream:
         "AUC and log loss in each slot, of the base and of what was predicted."
         rows = []
         for i in self.slot.unique().tolist():
-            at, row = self.slot == i, {"slot": i, "n": int((self.slot == i).sum())}
-            for name, p in (("base_", self.base), ("", self.prediction)):
-                row[f"{name}auc"] = group_auc(self.labels[at], p[at])
-                row[f"{name}log_loss"] = log_loss(self.labels[at], p[at])
-            rows.append(row)
+            y, *both = (v[self.slot == i] for v in (self.labels, self.base, self.prediction))
+            rows.append({"slot": i, "n": len(y)} | {
+                name + what: score(y, p) for name, p in zip(("base_", ""), both, strict=True)
+                for what, score in (("auc", group_auc), ("log_loss", log_loss))})
         return rows
 
 # %% ../../nbs/testtime/03_reloop2.ipynb #43cfff3e

@@ -231,6 +231,9 @@ def test_exact_memory_is_a_plain_search():
     torch.testing.assert_close(s, best.values.double(), atol=1e-6, rtol=0)
     torch.testing.assert_close(label, y[best.indices].double())
     torch.testing.assert_close(base, p[best.indices].double())
+    surprising = KNNMemory(6, error_threshold=0.5)
+    surprising.write(h, y, p)
+    assert len(surprising.keys) == int(((y - p).abs() >= 0.5).sum()) < 120
     part = KNNMemory(6, keep=0.5, seed=1)
     part.write(h, y, p)
     assert 30 < len(part.keys) < 90
