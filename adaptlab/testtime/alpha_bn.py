@@ -146,7 +146,7 @@ class AlphaBatchNorm(nn.Module):
         out = torch.addcmul(shift.view(shape), x.to(scale.dtype), scale.view(shape))
         return out.to(x.dtype)
 
-# %% ../../nbs/testtime/02_alpha_bn.ipynb #ffda78bd
+# %% ../../nbs/testtime/02_alpha_bn.ipynb #d40514c7
 def alpha_layers(
     model: nn.Module,  # any module
 ) -> dict[str, AlphaBatchNorm]:  # name -> layer
@@ -188,7 +188,7 @@ def convert_alpha_bn(
     replace(model, new)
     return model
 
-
+# %% ../../nbs/testtime/02_alpha_bn.ipynb #70342ab6
 def revert_alpha_bn(
     model: nn.Module,  # from `convert_alpha_bn`; changed in place
 ) -> nn.Module:  # the model with plain BatchNorm layers

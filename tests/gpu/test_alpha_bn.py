@@ -78,8 +78,8 @@ def test_full_shape(size):
     row(f"FULL: ResNet-50, {size} images, frozen", plain)
     wrapped = convert_alpha_bn(model, 0.7)
     assert len(alpha_layers(wrapped)) == (53 if not DRY else len(alpha_layers(wrapped)))
-    for name, work in (("α-BN", lambda: torch.no_grad()(wrapped)(x)),
-                       ("Core", lambda core=Core(model, 0.7): core(x))):
+    core = Core(model, 0.7)
+    for name, work in (("α-BN", lambda: torch.no_grad()(wrapped)(x)), ("Core", lambda: core(x))):
         seconds, gib = clock(work, rounds=5)
         row(f"FULL: ResNet-50, {size} images, {name}", seconds, gib, reference=plain,
             against="the frozen network")
