@@ -417,7 +417,7 @@ def _keys_and_base(model: nn.Module, layer: str | Callable, link: Callable | Non
     out = out if out.dtype == torch.float64 else out.float()
     return keys.flatten(1), _shares(link(out) if link else out, "base predictions")
 
-# %% ../../nbs/testtime/03_reloop2.ipynb #1457fa09
+# %% ../../nbs/testtime/03_reloop2.ipynb #b6e75375
 class ReLoop2(nn.Module):
     """A click model with an error memory beside it. The model is neither trained nor changed.
 
@@ -482,7 +482,7 @@ class ReLoop2(nn.Module):
         reset: bool = True,  # forget after an update, since keys and predictions are stale
     ) -> Stream:
         "Slot by slot: predict, then write, then (every so many slots) update and reset."
-        rows, recent = [], []
+        rows, recent, every = [], [], _whole("every", every)
         for i, (batch, labels) in enumerate(slots):
             served = self.serve(batch)
             self.observe(served, labels)

@@ -347,6 +347,8 @@ def test_updates_and_resets():
     assert made.memory.writes == 120
     with pytest.raises(ValueError, match="empty"):
         made.run_stream([])
+    with pytest.raises(ValueError, match="every = 0"):
+        made.run_stream(stream, lambda model, recent: None, every=0)
 
 
 def test_keys_from_a_function_and_half_precision():
