@@ -553,7 +553,7 @@ def viterbi(
     real = torch.arange(steps, device=emissions.device) < lengths[:, None]
     return torch.stack(row[::-1], 1) * real
 
-# %% ../../nbs/domain/02_signsym.ipynb #9497478f
+# %% ../../nbs/domain/02_signsym.ipynb #1db96752
 @torch.no_grad()
 def word_states(
     encoder: tuple[nn.Module, Any],  # model and its (fast) tokenizer
@@ -576,7 +576,7 @@ def word_states(
         pieces = [_checked(texts[parts[r][0]])[parts[r][1][0].start : parts[r][1][-1].end]
                   for r in rows]
         batch = tokenizer(pieces, return_tensors="pt", padding=True, truncation=True,
-                          max_length=model.config.max_position_embeddings,
+                          max_length=model.config.max_position_embeddings - 2,  # RoBERTa's
                           return_offsets_mapping=True)
         offsets = batch.pop("offset_mapping").tolist()
         with modules.modes_kept(model):
@@ -752,7 +752,7 @@ class ConceptNormalizer:
                 found[i] = (near if score >= self.threshold else NO_CONCEPT, score)
         return found
 
-# %% ../../nbs/domain/02_signsym.ipynb #f8dd0981
+# %% ../../nbs/domain/02_signsym.ipynb #8646a52b
 @dataclass(frozen=True)
 class Document:
     "A text and what was found in it."
@@ -766,12 +766,13 @@ def merge(
 ) -> list[Mention]:  # by start, not overlapping
     "Of two that overlap, keep what was known over what the tagger guessed, then the longer."
     kept: list[Mention] = []
+    starts: list[int] = []
     for m in sorted(mentions, key=lambda m: (m.source == "tagger", m.start - m.end, m.start)):
-        k = bisect_right([o.start for o in kept], m.start)
-        free = (k == 0 or kept[k - 1].end <= m.start) and (k == len(kept) or
-                                                           m.end <= kept[k].start)
-        if free:
+        k = bisect_right(starts, m.start)
+        free = k == 0 or kept[k - 1].end <= m.start
+        if free and (k == len(kept) or m.end <= starts[k]):
             kept.insert(k, m)
+            starts.insert(k, m.start)
     return kept
 
 

@@ -6,7 +6,7 @@
 __all__ = ['SMALL', 'SYSTEMS', 'FULL', 'read_notes', 'all_notes', 'made_sentences', 'held_out', 'Config', 'counted',
            'rules_on_gold', 'share', 'experiment']
 
-# %% ../../nbs/experiments/signsym.ipynb #0c3cee60
+# %% ../../nbs/experiments/signsym.ipynb #57d6e1f4
 import random
 import re
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ from ..bench.runs import BaseConfig, Run, bounded
 from adaptlab.domain.signsym import (
     CATEGORIES,
     DEFAULTS,
+    NO_CONCEPT,
     ConceptNormalizer,
     ContextMatcher,
     CRFTagger,
@@ -262,7 +263,7 @@ class Config(BaseConfig):
 
 SMALL = Config()
 
-# %% ../../nbs/experiments/signsym.ipynb #7bbc7624
+# %% ../../nbs/experiments/signsym.ipynb #5047cb52
 SYSTEMS = ("lexicon", "+ patterns", "tagger alone", "+ tagger", "+ nearest")
 
 
@@ -276,7 +277,18 @@ class _Fixed:
         return [self.found[t] for t in texts]
 
 
-def _systems(lexicon: SymptomLexicon, tagged: dict, near: ConceptNormalizer,
+class _Known:
+    "A normaliser that has seen all phrases before, for any threshold."
+
+    def __init__(self, said: dict[str, tuple], threshold: float):
+        self.said, self.threshold = said, threshold
+
+    def __call__(self, phrases: Sequence[str]) -> list[tuple]:
+        return [(c if s >= self.threshold else NO_CONCEPT, s)
+                for c, s in (self.said[p] for p in phrases)]
+
+
+def _systems(lexicon: SymptomLexicon, tagged: dict, near: _Known,
              context: ContextMatcher | None) -> dict[str, SignSymPipeline]:
     "From the lexicon alone to everything; the tagger's spans are computed once."
     words, tagger = [lexicon, PatternRecognizer(lexicon)], _Fixed(tagged)
@@ -307,7 +319,7 @@ def counted(
                          for name, score in parts.items()
                          for i, column in enumerate(("hits", "pred", "gold"))})
 
-# %% ../../nbs/experiments/signsym.ipynb #e184a6b9
+# %% ../../nbs/experiments/signsym.ipynb #67ba1388
 def _f1(frame: pd.DataFrame) -> float:
     return 2 * frame["hits"].sum() / (frame["pred"].sum() + frame["gold"].sum())
 
@@ -334,19 +346,20 @@ def _one_seed(cfg: Config, loaded: tuple, near: ConceptNormalizer, seed: int) ->
     every = [d.text for part in notes.values() for d in part]
     tagged = dict(zip(every, tagger.recognize(every), strict=True))
     dev = [d for (_, part), docs in notes.items() if part == "dev" for d in docs]
-    scores = {}
-    for near.threshold in cfg.thresholds:
-        system = _systems(lexicon, tagged, near, None)["+ nearest"]
-        scores[near.threshold] = _f1(counted(dev, list(system.pipe([d.text for d in dev]))))
-    near.threshold = max(scores, key=scores.get)
+    phrases = sorted({m.text for row in tagged.values() for m in row})
+    said, scores = dict(zip(phrases, near(phrases), strict=True)), {}
+    for tau in cfg.thresholds:
+        system = _systems(lexicon, tagged, _Known(said, tau), None)["+ nearest"]
+        scores[tau] = _f1(counted(dev, list(system.pipe([d.text for d in dev]))))
+    known = _Known(said, max(scores, key=scores.get))
     for rules in (True, False):
-        systems = _systems(lexicon, tagged, near, ContextMatcher() if rules else None)
+        systems = _systems(lexicon, tagged, known, ContextMatcher() if rules else None)
         for (style, part), docs in notes.items():
             for name, system in systems.items():
                 found = counted(docs, list(system.pipe([d.text for d in docs])))
                 rows.append(found.assign(note=range(len(docs)), system=name, style=style,
                                          part=part, rules=rules))
-    found = pd.concat(rows, ignore_index=True).assign(threshold=near.threshold, seed=seed)
+    found = pd.concat(rows, ignore_index=True).assign(threshold=known.threshold, seed=seed)
     return pd.concat([found, pd.DataFrame(table).assign(part="made")], ignore_index=True)
 
 
@@ -413,7 +426,7 @@ def _summary(table: pd.DataFrame) -> pd.DataFrame:
             rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/signsym.ipynb #08757f3f
+# %% ../../nbs/experiments/signsym.ipynb #814e750d
 def _claims(report: Report, table: pd.DataFrame, gold: pd.DataFrame) -> None:
     "Marks fixed before the first run on test notes."
     pick = partial(_pick, table)
@@ -477,9 +490,10 @@ def experiment(
 ) -> Report:  # claims, tables `notes`, `systems`, `tagger`, `rules`; figure `main`
     "Read sixty notes with five systems, with context rules and without."
     report, names = run.report(cfg), dict.fromkeys((cfg.encoder, cfg.neighbor))
-    models_ = {name: tuple(models.load(name, device=cfg.device)[:2]) for name in names}
+    models_ = {name: tuple(models.load(name, device=cfg.device, task="feature-extraction"))
+               for name in names}
     loaded = tuple(models_[name] for name in (cfg.encoder, cfg.neighbor))
-    near = ConceptNormalizer(SymptomLexicon.default(), loaded[1])
+    near = ConceptNormalizer(SymptomLexicon.default(), loaded[1], threshold=0.0)
     parts = [run.stage(f"seed-{seed}", partial(_one_seed, cfg, loaded, near, seed))
              for seed in cfg.seeds]
     every = pd.concat(parts, ignore_index=True)
