@@ -327,6 +327,7 @@ MODELS = {  # base models that presets name
     "facebook/mbart-large-cc25",
     "microsoft/resnet-18", "microsoft/resnet-50", "microsoft/resnet-101",
     "timm/efficientnet_b4.ra2_in1k",
+    "emilyalsentzer/Bio_ClinicalBERT", "cambridgeltl/SapBERT-from-PubMedBERT-fulltext-mean-token",
 }
 
 
