@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROOMS', 'MARKS', 'Engine', 'project_root', 'settings', 'lessons_written', 'experiments_written', 'chapters_compared',
-           'room_notebooks', 'read_notebook', 'module_name', 'words', 'reading_minutes', 'cell_options', 'page_name',
+           'room_notebooks', 'read_notebook', 'module_name', 'cell_options', 'words', 'reading_minutes', 'page_name',
            'page_links', 'guard_formulas', 'Page', 'align_numbers', 'output_markdown', 'joined_streams',
            'code_markdown', 'split_title', 'header', 'page_markdown', 'Parameter', 'Definition', 'read_api',
            'definition_markdown', 'module_files', 'api_pages', 'lesson_table', 'home_cards', 'sidebar',
@@ -117,24 +117,6 @@ def module_name(
             return found[1]
     return ""
 
-# %% ../nbs/doors/01_site.ipynb #7111610f
-def words(
-    notebook: dict,  # a notebook
-) -> int:  # of its text, without formulas and code
-    "How many words a reader reads."
-    texts = ("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown")
-    prose = (re.sub(r"```.*?```|\$\$.*?\$\$", "", text, flags=re.S) for text in texts)
-    return sum(len(re.findall(r"\b\w[\w'-]*", text)) for text in prose)
-
-
-def reading_minutes(
-    notebook: dict,  # a lesson
-) -> int:  # about how long a reader takes
-    "Words of the text at 180 a minute, and lines of code at 25."
-    code = ("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code")
-    lines = sum(bool(line.strip()) for source in code for line in source.split("\n"))
-    return round(words(notebook) / 180 + lines / 25)
-
 # %% ../nbs/doors/01_site.ipynb #39bc1f87
 _DIRECTIVES = {"default_exp", "export", "exporti", "exports", "hide", "eval", "skip_showdoc"}
 
@@ -154,6 +136,29 @@ def cell_options(
             options.update(yaml.safe_load(text) or {})
     kept = [line for line in code if not re.match(r"#\s*NBVAL_", line)]
     return directives, options, "\n".join(kept).strip("\n")
+
+# %% ../nbs/doors/01_site.ipynb #7111610f
+def words(
+    notebook: dict,  # a notebook
+) -> int:  # of its text, without formulas and code
+    "How many words a reader reads."
+    texts = ("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown")
+    prose = (re.sub(r"```.*?```|\$\$.*?\$\$", "", text, flags=re.S) for text in texts)
+    return sum(len(re.findall(r"\b\w[\w'-]*", text)) for text in prose)
+
+
+def reading_minutes(
+    notebook: dict,  # a lesson
+) -> int:  # about how long a reader takes
+    "Words of the text at 180 a minute, and lines of the code that the page shows open at 25."
+    lines = 0
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            directives, options, code = cell_options("".join(cell["source"]))
+            shown = "hide" not in directives and options.get("echo", True) is not False
+            if shown and not options.get("code-fold"):
+                lines += sum(bool(line.strip()) for line in code.split("\n"))
+    return round(words(notebook) / 180 + lines / 25)
 
 # %% ../nbs/doors/01_site.ipynb #dff79423
 def page_name(
