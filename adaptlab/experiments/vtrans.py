@@ -57,7 +57,7 @@ class Config(BaseConfig):
 
 SMALL = Config()
 
-# %% ../../nbs/experiments/vtrans.ipynb #0b6e086e
+# %% ../../nbs/experiments/vtrans.ipynb #446eb877
 def prune(
     model: nn.Module,  # trained
     data: Any,  # to prune on
@@ -92,7 +92,7 @@ def unit_scores(
         w = pruner.model.get_parameter(name).detach().float().cpu()
         for dim, axis in enumerate(entry.axes):
             if axis is not None and axis.mask in found:
-                rows = w.square().movedim(dim, 0).flatten(1).sum(1)
+                rows = w.square().movedim(dim, 0).reshape(w.shape[dim], -1).sum(1)
                 found[axis.mask] += rows.view(-1, axis.repeat).sum(1)
     return found
 
@@ -108,11 +108,15 @@ def cut_like(
     pruner = VIBPruner(copy.deepcopy(model), units=cfg.units)
     scores = unit_scores(pruner, kind, seed)
     order = {m: s.argsort(descending=True).argsort() for m, s in scores.items()}
-    low, high = 0.0, 1.0
-    for _ in range(20):
-        share = (low + high) / 2
-        pruner.set_kept({m: o < max(1, round(share * len(o))) for m, o in order.items()})
-        low, high = (low, share) if pruner.hard_sparsity() < sparsity else (share, high)
+    kept: dict[str, Tensor] = {}
+    for some in ("", "ffn"):  # all, then neurons alone: heads and dimensions are coarse
+        low, high = 0.0, 1.0
+        for _ in range(16):
+            share = (low + high) / 2
+            kept |= {m: o < max(1, round(share * len(o))) for m, o in order.items()
+                     if m.startswith(some)}
+            pruner.set_kept(kept)
+            low, high = (low, share) if pruner.hard_sparsity() < sparsity else (share, high)
     return pruner.fold_and_slice(), pruner.hard_sparsity()
 
 # %% ../../nbs/experiments/vtrans.ipynb #bf7d8217
