@@ -310,7 +310,8 @@ class PatternRecognizer:
                 concept = self.concepts[437663 if heat else 437390]
                 yield Mention(text[slice(*m.span())], *m.span(), concept, source="pattern")
 
-# %% ../../nbs/domain/02_signsym.ipynb #fbd38468
+# %% ../../nbs/domain/02_signsym.ipynb #41a13ac9
+#| code-fold: true
 _RULES = """
 negated >: no, not, denies, denied, denying, deny, without, absence of, negative for,
   no evidence of, no sign of, no signs of, no complaints of, free of, never, never had,
@@ -347,6 +348,9 @@ improved = 2: improving, improved, getting better, decreased
 changed > 3: persistent, intermittent, fluctuating, chronic
 resolved < 3: resolved, has resolved, is gone, gone now, went away
 """
+
+# %% ../../nbs/domain/02_signsym.ipynb #25d55275
+#| code-fold: true
 _PATTERNS = (  # trigger, category, direction, reach
     (r":\s*(?:no|denies|denied|absent|negative)\b", "negated", "backward", 6),
     (r"\[\s\]|\(-\)", "negated", "forward", 3),
@@ -609,7 +613,7 @@ def bio(
             row[i] = begin + (i > inside[0])
     return row
 
-# %% ../../nbs/domain/02_signsym.ipynb #1f9b9619
+# %% ../../nbs/domain/02_signsym.ipynb #73f48e08
 class CRFTagger:
     "Spans of text by a CRF on the token states of a frozen encoder."
 
@@ -688,7 +692,7 @@ class CRFTagger:
         return [[Mention(text[a:b], a, b, score=0.0, source="tagger") for a, b, _ in spans]
                 for text, spans in zip(texts, self.predict(texts), strict=True)]
 
-
+# %% ../../nbs/domain/02_signsym.ipynb #1dac4fa4
 @torch.no_grad()
 def _decode(tagger: CRFTagger, texts: Sequence[str]) -> list[list[tuple[int, int, str]]]:
     if not tagger.fitted:
