@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Loss', 'Watch', 'EditRequest', 'block_stack', 'select_parameters', 'proportional_layer', 'edit_loss', 'Trunk',
-           'LocFTConfig', 'EditResult', 'Descent', 'breadth_first', 'depth_first', 'untouched_flags', 'check_requests',
-           'LocFT', 'evaluate_edits']
+           'LocFTConfig', 'EditResult', 'Descent', 'breadth_first', 'depth_first', 'LocFT', 'evaluate_edits']
 
 # %% ../../nbs/editing/02_locft_bf.ipynb #1e3b069e
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +19,7 @@ from .. import evaluate
 from ..modules import device_of, layer_inputs, logits_of, modes_kept
 from ..text import token_ids
 
-# %% ../../nbs/editing/02_locft_bf.ipynb #7cb36914
+# %% ../../nbs/editing/02_locft_bf.ipynb #89ca1bad
 @dataclass(frozen=True)
 class EditRequest:
     "One fact to write into a model. ValueError if prompt or target is empty."
@@ -36,7 +35,9 @@ class EditRequest:
                 raise ValueError(f"{name} = {value!r}: a text that is not empty is needed")
 
 
-def block_stack(model: nn.Module) -> str:  # e.g. "model.layers"
+def block_stack(
+    model: nn.Module,  # a transformer
+) -> str:  # e.g. "model.layers"
     "The name of the model's longest list of blocks. ValueError if there is none."
     lists = {k: len(m) for k, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     if not lists:
@@ -162,7 +163,7 @@ class Trunk:
         out = out.gather(1, at[..., None].expand(-1, -1, out.shape[-1]))
         return self.model.get_output_embeddings()(out), y
 
-# %% ../../nbs/editing/02_locft_bf.ipynb #bd9a8425
+# %% ../../nbs/editing/02_locft_bf.ipynb #bb61df55
 @dataclass(frozen=True)
 class LocFTConfig:
     "Settings of an edit; the defaults are the paper's. ValueError for values out of range."
@@ -199,7 +200,12 @@ class EditResult(NamedTuple):
 class Descent:
     "Adam on some weights, in float32 whatever they are, inside a box if there is one."
 
-    def __init__(self, weights: Sequence[nn.Parameter], start: Sequence[Tensor], cfg: LocFTConfig):
+    def __init__(
+        self,
+        weights: Sequence[nn.Parameter],  # to train, in place
+        start: Sequence[Tensor],  # the middle of the box
+        cfg: LocFTConfig,  # rate, box
+    ):
         self.weights, self.start, self.cfg, self.steps = list(weights), start, cfg, 0
         self.master = [w.detach().float().clone() for w in weights]
         self.renew()
@@ -212,7 +218,7 @@ class Descent:
     def step(self, loss: Tensor) -> None:
         "One step down the gradient of a loss."
         grads = torch.autograd.grad(loss, self.weights, materialize_grads=True)
-        for w, m, g, old in zip(self.weights, self.master, grads, self.start, strict=True):
+        for m, g in zip(self.master, grads, strict=True):
             m.grad = g.float()
         self.adam.step()
         for w, m, old in zip(self.weights, self.master, self.start, strict=True):
@@ -221,12 +227,17 @@ class Descent:
             w.copy_(m)
         self.steps += 1
 
-
+# %% ../../nbs/editing/02_locft_bf.ipynb #54de37d1
 Loss = Callable[[Sequence[int]], Tensor]  # numbers of edits -> their mean loss
 Watch = Callable[[int], None]  # called with the number of finished epochs, or of finished edits
 
 
-def breadth_first(loss: Loss, n: int, descent: Descent, watch: Watch) -> list[float]:
+def breadth_first(
+    loss: Loss,  # of some of the edits
+    n: int,  # number of edits
+    descent: Descent,  # of the weights
+    watch: Watch,  # told what is done
+) -> list[float]:  # mean loss per epoch
     "All edits in every epoch; batches that are learned are skipped."
     cfg, history = descent.cfg, []
     generator = torch.Generator().manual_seed(cfg.seed)
@@ -244,7 +255,12 @@ def breadth_first(loss: Loss, n: int, descent: Descent, watch: Watch) -> list[fl
     return history
 
 
-def depth_first(loss: Loss, n: int, descent: Descent, watch: Watch) -> list[float]:
+def depth_first(
+    loss: Loss,  # of some of the edits
+    n: int,  # number of edits
+    descent: Descent,  # of the weights
+    watch: Watch,  # told what is done
+) -> list[float]:  # last loss per edit
     "One edit until it is learned, with an Adam of its own; then the next, once."
     cfg, history = descent.cfg, []
     for i in range(n):
@@ -260,8 +276,8 @@ def depth_first(loss: Loss, n: int, descent: Descent, watch: Watch) -> list[floa
         watch(i + 1)
     return history
 
-# %% ../../nbs/editing/02_locft_bf.ipynb #6e91769c
-class untouched_flags:
+# %% ../../nbs/editing/02_locft_bf.ipynb #3507a471
+class _OnlyChosen:
     "Inside, only the chosen parameters require a gradient; afterwards all is as before."
 
     def __init__(self, model: nn.Module, chosen: dict[str, nn.Parameter]):
@@ -278,7 +294,7 @@ class untouched_flags:
             p.requires_grad_(flag)
 
 
-def check_requests(requests: Sequence[EditRequest]) -> None:
+def _check_requests(requests: Sequence[EditRequest]) -> None:
     "ValueError if there are none, or if one prompt is given two targets."
     if not requests:
         raise ValueError("there is nothing to edit: the list of requests is empty")
@@ -288,7 +304,7 @@ def check_requests(requests: Sequence[EditRequest]) -> None:
             raise ValueError(f"{r.prompt!r} shall be {said[r.prompt]!r} and {r.target!r}: "
                              "give each prompt one target")
 
-# %% ../../nbs/editing/02_locft_bf.ipynb #c66909b8
+# %% ../../nbs/editing/02_locft_bf.ipynb #c6b17a91
 class LocFT:
     "Localised fine-tuning of a causal language model (`loss_fn`: of any model)."
 
@@ -296,7 +312,7 @@ class LocFT:
         self,
         model: nn.Module,  # changed in place by `edit`, and back by `revert`
         tokenizer: Any,  # of the model
-        config: LocFTConfig,
+        config: LocFTConfig,  # where, how
         loss_fn: Callable[[nn.Module, Sequence[EditRequest]], Tensor] | None = None,  # -> mean loss
     ):
         self.model, self.tokenizer, self.config, self.loss_fn = model, tokenizer, config, loss_fn
@@ -324,9 +340,9 @@ class LocFT:
     def edit(self, requests: Sequence[EditRequest], watch: Watch = lambda done: None) -> EditResult:
         "Write facts into the model as it is now. Nothing is changed if that fails (ValueError)."
         requests, cfg = list(requests), self.config
-        check_requests(requests)
+        _check_requests(requests)
         before = {k: p.detach().clone() for k, p in self.chosen.items()}
-        with modes_kept(self.model), untouched_flags(self.model, self.chosen), torch.enable_grad():
+        with modes_kept(self.model), _OnlyChosen(self.model, self.chosen), torch.enable_grad():
             self.model.eval()
             trunk = None if self.loss_fn else Trunk(
                 self.model, self.rows(requests), cfg.layer, cfg.cached)
@@ -350,7 +366,7 @@ class LocFT:
 
     def arrive(self, requests: Sequence[EditRequest], restart: bool = True) -> EditResult:
         "New facts beside all that came before, trained together (from the original weights)."
-        check_requests([*self.seen, *requests])
+        _check_requests([*self.seen, *requests])
         if restart:
             self.revert()
         result = self.edit([*self.seen, *requests])
@@ -370,7 +386,7 @@ class LocFT:
         "The original weights plus the change of an earlier edit."
         self._put({k: w.float() + result.delta[k] for k, w in self.original.items()})
 
-# %% ../../nbs/editing/02_locft_bf.ipynb #fad4ba9a
+# %% ../../nbs/editing/02_locft_bf.ipynb #e0ce5b22
 def _cut(text: str) -> str:
     return evaluate.normalize_answer(text.strip().split("\n")[0].split(". ")[0].rstrip("."))
 
@@ -378,12 +394,12 @@ def _cut(text: str) -> str:
 def evaluate_edits(
     model: nn.Module,  # causal language model
     tokenizer: Any,  # of the model
-    requests: Sequence[EditRequest],
+    requests: Sequence[EditRequest],  # what to ask
     max_new_tokens: int = 32,  # longest answer
-    batch_size: int = 64,
+    batch_size: int = 64,  # prompts at once
 ) -> dict[str, list[bool]]:  # reliability: per request; generalization: per request with rephrase
     "Whether the model, writing freely, says the target and stops: exact match of the answers."
-    check_requests(list(requests))
+    _check_requests(list(requests))
     again = [r for r in requests if r.rephrase]
     asked = [r.prompt for r in requests] + [r.rephrase for r in again]
     said = evaluate.generate(model, tokenizer, asked, max_new_tokens, batch_size)
