@@ -97,7 +97,7 @@ class NoSelfAttention(nn.Module):
         "Zeros like x, and no map of attention."
         return torch.zeros_like(x), None
 
-# %% ../../nbs/experiments/distribution_transformers.ipynb #cfddcb0c
+# %% ../../nbs/experiments/distribution_transformers.ipynb #297ffce6
 def world(cfg: Config, seed: int = 0) -> dt.SimulatorDataset:
     "Mixtures and one noisy reading."
     kind = dt.WishartMetaPrior if cfg.paper_prior else dt.BoundedMetaPrior
@@ -139,11 +139,8 @@ def build(cfg: Config, arm: str) -> nn.Module:
     if arm == "NPE":
         return dt.NPE(model, cfg.n_components)
     if arm == "flat":
-        width, flat = 8, FlatNetwork(cfg.n_components, 8, cfg.num_layers)
-        while _size(flat) < _size(model):
-            width += 8
-            flat = FlatNetwork(cfg.n_components, width, cfg.num_layers)
-        return flat
+        flats = (FlatNetwork(cfg.n_components, 8 * w, cfg.num_layers) for w in range(1, 9999))
+        return next(flat for flat in flats if _size(flat) >= _size(model))
     for block in model.decoder.layers:
         if arm == "no self-attention":
             block.self_attn = NoSelfAttention()
@@ -157,7 +154,7 @@ def build(cfg: Config, arm: str) -> nn.Module:
             raise ValueError(f"arm = {arm!r} is not known")
     return model
 
-# %% ../../nbs/experiments/distribution_transformers.ipynb #5e91cd57
+# %% ../../nbs/experiments/distribution_transformers.ipynb #f8ba1f18
 def trained(cfg: Config, run: Run, arm: str, seed: int) -> nn.Module:
     "An arm trained on fresh problems; once per run, kept as its weights."
     set_seed(seed)
@@ -168,16 +165,15 @@ def trained(cfg: Config, run: Run, arm: str, seed: int) -> nn.Module:
             dt.InverseGammaMetaPrior(cfg.concentration), {"y": partial(_visit, cfg.n_readings)},
             _drawn(how), 1 + seed)
 
-    def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, how.lr, total_steps=how.steps + 1)
+    one_cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=how.lr,
+                        total_steps=how.steps + 1)
 
     def work() -> dict[str, Tensor]:
         schedule = one_cycle if cfg.warmup is None else dt.epoch_schedule(
             cfg.warmup, cfg.epochs, max(1, how.steps // cfg.epochs))
         dt.train_distribution_transformer(
             model, data, how, prior_loss=arm != "without prior loss", schedule=schedule, seed=seed,
-            device=cfg.device, progress=how.steps > 1000,
-            checkpoint_dir=run.path("checkpoints", f"{arm}-{seed}") if how.steps > 1000 else None)
+            device=cfg.device, progress=False)
         return {name: value.cpu() for name, value in model.state_dict().items()}
 
     model.load_state_dict(run.stage(f"{arm.replace(' ', '-')}-{seed}", work))
@@ -187,13 +183,9 @@ def trained(cfg: Config, run: Run, arm: str, seed: int) -> nn.Module:
 def _visit(n: int, x: Tensor) -> Tensor:
     return x.sqrt()[:, :, None] * torch.randn(len(x), n, 1)
 
-# %% ../../nbs/experiments/distribution_transformers.ipynb #36182b28
-def divergence(
-    exact: dt.GaussianMixture,  # [B] exact posteriors
-    found: dt.GaussianMixture,  # [B] what is measured
-    draws: Tensor,  # [n, B, d] from the exact ones
-) -> Tensor:  # [B]
-    "KL(exact || found) by Monte Carlo."
+# %% ../../nbs/experiments/distribution_transformers.ipynb #231ac70a
+def divergence(exact: dt.GaussianMixture, found: dt.GaussianMixture, draws: Tensor) -> Tensor:
+    "KL(exact || found) of each problem [B], from draws [n, B, d] of the exact one."
     return (exact.log_prob(draws) - found.log_prob(draws)).mean(0)
 
 
@@ -284,7 +276,7 @@ def variance_errors(cfg: Config, models: dict[str, nn.Module], seed: int) -> pd.
                              "kl": (exact.log_prob(draws) - q).mean().item()})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/distribution_transformers.ipynb #4c4887c0
+# %% ../../nbs/experiments/distribution_transformers.ipynb #c5cf884a
 METHODS = {"DT": "blue", "NPE": "orange", "Kalman": "green", "flat": "purple", "exact": "black"}
 
 
@@ -308,8 +300,7 @@ def shown_priors(k: int) -> dt.GaussianMixture:
     w = torch.tensor([[0.6, 0.4], [0.55, 0.45], [0.7, 0.3]])
     loc = torch.tensor([[-1.5, 2.0], [0.3, -0.3], [-0.5, 2.5]])
     scale = torch.tensor([[0.8, 0.6], [1.5, 1.5], [0.3, 0.3]])
-    i = torch.arange(k) % 2
-    w, loc, scale = w[:, i], loc[:, i], scale[:, i]
+    w, loc, scale = (part[:, torch.arange(k) % 2] for part in (w, loc, scale))
     return dt.GaussianMixture(w / w.sum(1, keepdim=True), loc[..., None], scale[..., None, None])
 
 
@@ -318,15 +309,12 @@ def _plot(shown: pd.DataFrame, static: pd.DataFrame, path: pd.DataFrame, cfg: Co
     fig, axes = plt.subplot_mosaic([["0", "0", "1", "1", "2", "2"], ["shift"] * 3 + ["time"] * 3],
                                    figsize=(10.5, 6.2), layout="constrained")
     for i in range(3):
-        ax, own = axes[str(i)], shown[shown["prior"] == i].set_index("x")
-        for name in ("prior", "exact", "DT", "NPE"):
-            line = own.loc[own["method"] == name, "density"]
-            if name == "prior":
-                ax.fill_between(line.index, line, color="#D9D9D9", label="prior")
-            else:
-                ax.plot(line, color=plots.COLORS[METHODS[name]], label=name,
-                        ls="--" if name == "DT" else "-", lw=3.4 if name == "exact" else 1.8,
-                        alpha=0.45 if name == "exact" else 1)
+        ax, own = axes[str(i)], shown[shown["prior"] == i].pivot(
+            index="x", columns="method", values="density")
+        ax.fill_between(own.index, own["prior"], color="#D9D9D9", label="prior")
+        for name, style in {"exact": {"lw": 3.4, "alpha": 0.45}, "DT": {"ls": "--"},
+                            "NPE": {}}.items():
+            ax.plot(own[name], color=plots.COLORS[METHODS[name]], label=name, **style)
         ax.axvline(shown["z"].iloc[0], color="#888888", lw=1, ls=":")
         ax.set(xlabel="x (dotted: the reading)", ylabel="" if i else "density", xlim=(-5, 5))
     fig.legend(*axes["0"].get_legend_handles_labels(), loc="outside upper center", ncols=4)
@@ -346,7 +334,7 @@ def _plot(shown: pd.DataFrame, static: pd.DataFrame, path: pd.DataFrame, cfg: Co
     ax.legend()
     return fig
 
-# %% ../../nbs/experiments/distribution_transformers.ipynb #a9f68cbd
+# %% ../../nbs/experiments/distribution_transformers.ipynb #1f28fdec
 def _over(table: pd.DataFrame, numerator: str, denominator: str) -> Any:
     "Share of one KL in another, a geometric mean over seeds."
     wide = table.pivot(index="seed", columns="method", values="kl")
@@ -359,8 +347,7 @@ def _mixtures(cfg: Config, run: Run, report: Report) -> None:
     plots.use_style()
     models = {seed: {arm: trained(cfg, run, arm, seed) for arm in ("DT", "NPE", "flat")}
               for seed in cfg.seeds}
-    shifts = (*cfg.shifts, *({1.0} - set(cfg.shifts)))
-    cfg = cfg.replace(shifts=tuple(sorted(shifts)))
+    cfg = cfg.replace(shifts=tuple(sorted({1.0, *cfg.shifts})))
     static = report.table("static", pd.concat([run.stage(
         f"static-{s}", partial(static_errors, cfg, models[s], s)) for s in cfg.seeds]))
     path = report.table("filter", pd.concat([run.stage(

@@ -58,7 +58,7 @@ def _log_weights(weights: Tensor, loc: Tensor) -> Tensor:
         raise ValueError("weights must not be negative (or NaN), and sum to 1 over the last axis")
     return (weights / weights.sum(-1, keepdim=True)).log()
 
-# %% ../../nbs/inference/01_distribution_transformers.ipynb #e5089b91
+# %% ../../nbs/inference/01_distribution_transformers.ipynb #b186a504
 class GaussianMixture:
     """A batch of Gaussian mixtures: k components in d dimensions.
 
@@ -135,7 +135,10 @@ class GaussianMixture:
         return self.of(one, mean[..., None, :], torch.linalg.cholesky(cov)[..., None, :, :])
 
     def predict(self, A: Tensor, Q: Tensor) -> "GaussianMixture":
-        "Of A x + noise with covariance Q [d, d]: the step of a linear motion, in closed form."
+        "Of A x + noise of covariance Q, both [d, d]. `ValueError` if they don't fit."
+        d = self.loc.shape[-1]
+        if A.shape != (d, d) or Q.shape != (d, d):
+            raise ValueError(f"A {tuple(A.shape)} and Q {tuple(Q.shape)} must be {(d, d)}")
         L = torch.linalg.cholesky(A @ self.covariance_matrix @ A.mT + Q)
         return self.of(self.log_weights, self.loc @ A.mT, L)
 
@@ -185,7 +188,7 @@ def from_tokens(
 GaussianMixture.to_tokens = to_tokens
 GaussianMixture.from_tokens = staticmethod(from_tokens)
 
-# %% ../../nbs/inference/01_distribution_transformers.ipynb #693e0110
+# %% ../../nbs/inference/01_distribution_transformers.ipynb #29a7e8f3
 def gmm_linear_gaussian_posterior(
     prior: GaussianMixture,  # [B] mixtures in d dimensions
     z: Tensor,  # [B, m] observations
@@ -212,7 +215,7 @@ def inverse_gamma_posterior(
     concentration: Tensor,  # [B] a of the prior IG(a, b) of a variance
     rate: Tensor,  # [B] b
     y: Tensor,  # [B, n] observations with that variance
-    mean: float | Tensor = 0.0,  # their known mean
+    mean: float | Tensor = 0.0,  # their known mean; one number, or [B]
 ) -> tuple[Tensor, Tensor]:  # a and b of the posterior
     "a + n / 2 and b + half the sum of squares. `ValueError` unless a and b are positive."
     if not ((concentration > 0).all() and (rate > 0).all()):
@@ -220,7 +223,10 @@ def inverse_gamma_posterior(
     if y.ndim < 1 or y.shape[:-1] != concentration.shape or not y.isfinite().all():
         raise ValueError(f"y {tuple(y.shape)} must be {tuple(concentration.shape)} times n finite "
                          "observations")
-    return concentration + y.shape[-1] / 2, rate + 0.5 * (y - mean).square().sum(-1)
+    mean = torch.as_tensor(mean).to(y)
+    if mean.shape not in ((), concentration.shape):
+        raise ValueError(f"mean {tuple(mean.shape)} must be one number, or one per problem")
+    return concentration + y.shape[-1] / 2, rate + 0.5 * (y - mean[..., None]).square().sum(-1)
 
 # %% ../../nbs/inference/01_distribution_transformers.ipynb #283e5fa7
 def mlp(
