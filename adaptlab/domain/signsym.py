@@ -361,7 +361,7 @@ _PATTERNS = (  # trigger, category, direction, reach
      r"s?\b", "location", "backward", 4),
 )
 
-# %% ../../nbs/domain/02_signsym.ipynb #581c699d
+# %% ../../nbs/domain/02_signsym.ipynb #3dddc3c0
 @dataclass(frozen=True)
 class ContextRule:
     "A trigger, and what it says about mentions in its scope. ValueError for an impossible one."
@@ -398,7 +398,7 @@ class ContextRule:
         return CATEGORIES[self.category]
 
 
-def default_rules() -> list[ContextRule]:  # about 150
+def default_rules() -> list[ContextRule]:  # about 200
     "The table above as rules."
     ways = {">": "forward", "<": "backward", "=": "bidirectional"}
     rules = [ContextRule(pattern=p, category=c, direction=d, max_scope=n)
