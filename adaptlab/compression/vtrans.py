@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'LLAMAS', 'BERTS', 'VARIANTS', 'InformationBottleneckMask', 'Axis', 'Entry', 'Block', 'Layout', 'find_layout',
-           'expected_size', 'norm_over', 'VIBPruner', 'Silent', 'Pruned', 'fit', 'attention_profile']
+           'expected_size', 'norm_over', 'VIBPruner', 'Pruned', 'fit', 'attention_profile']
 
 # %% ../../nbs/compression/02_vtrans.ipynb #4810621f
 import copy
@@ -176,7 +176,7 @@ def _vit_layout(model: nn.Module) -> Layout:
     return Layout("vit", "blocks.0", tuple(blocks), (*norms, "norm"), "norm",
                   {"hidden": (d, 1)} | sizes, table)
 
-# %% ../../nbs/compression/02_vtrans.ipynb #ec5bef0e
+# %% ../../nbs/compression/02_vtrans.ipynb #ca24bda6
 def _llama_layout(model: nn.Module) -> Layout:
     "A Llama-like causal language model of transformers; KV heads with their queries."
     table, sizes, blocks, config = {}, {}, [], model.config
@@ -203,7 +203,7 @@ def _llama_layout(model: nn.Module) -> Layout:
     return Layout("llama", "model.layers.0", tuple(blocks), (*names, "model.norm"), "model.norm",
                   {"hidden": (config.hidden_size, 1)} | sizes, table)
 
-
+# %% ../../nbs/compression/02_vtrans.ipynb #27b9fb68
 def _bert_layout(model: nn.Module) -> Layout:
     "BERT or RoBERTa of transformers: the encoder alone, or with a head for classes or spans."
     table, sizes, blocks, config = {}, {}, [], model.config
@@ -321,7 +321,7 @@ def norm_over(
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight
     return torch.zeros_like(x).index_copy(-1, rows, y.to(x.dtype))
 
-# %% ../../nbs/compression/02_vtrans.ipynb #c3349d7a
+# %% ../../nbs/compression/02_vtrans.ipynb #689126d2
 def _check_pruner(s: Mapping[str, Any]) -> None:
     "ValueError for settings that make no sense."
     if unknown := set(s["units"]) - set(UNITS):
@@ -344,7 +344,7 @@ def _check_pruner(s: Mapping[str, Any]) -> None:
     if s["teacher"] is s["model"]:
         raise ValueError("the teacher must be a copy: this model is about to change")
 
-
+# %% ../../nbs/compression/02_vtrans.ipynb #2094fcea
 def _kl_weights(p: "VIBPruner", names: Sequence[str]) -> dict[str, float]:
     "Parameters that a unit stands for, in those of the cheapest unit; or as given, per kind."
     if (given := p.kl_weights) is not None:
@@ -454,7 +454,7 @@ class VIBPruner(nn.Module):
         "A copy of the model without masks, with factors folded in and dropped units cut away."
         return _fold_and_slice(self)
 
-# %% ../../nbs/compression/02_vtrans.ipynb #b6f693f3
+# %% ../../nbs/compression/02_vtrans.ipynb #39d16d65
 def _dead(p: VIBPruner, part: str) -> bool:
     half, _, i = part.partition("_")
     scalar = f"layer_{part}"
@@ -480,7 +480,7 @@ def _written(p: VIBPruner, part: str, module: nn.Module, args: tuple, out: Tenso
 def _before(p: VIBPruner, name: str, module: nn.Module, args: tuple) -> tuple:
     return (_masked(p, name, args[0]), *args[1:])
 
-
+# %% ../../nbs/compression/02_vtrans.ipynb #edc2d320
 def _attach(p: VIBPruner) -> VIBPruner:
     if p.others["handles"]:
         raise ValueError("the masks are attached already: detach() first")
@@ -521,7 +521,7 @@ def _detach(p: VIBPruner) -> nn.Module:
     p.others["handles"] = []
     return p.model
 
-
+# %% ../../nbs/compression/02_vtrans.ipynb #7d164f20
 @contextmanager
 def _without_hooks(p: VIBPruner):
     "For a copy of the model: no hooks inside the block."
@@ -537,7 +537,7 @@ def _without_hooks(p: VIBPruner):
             for name, w in p.model.named_parameters():
                 w.requires_grad_(flags[name])
 
-# %% ../../nbs/compression/02_vtrans.ipynb #2b520524
+# %% ../../nbs/compression/02_vtrans.ipynb #951c6c57
 def _distilled(p: VIBPruner, outputs: Any, batch: Any) -> Tensor:
     "Logits at a temperature, and hidden states of blocks that live."
     p.states["teacher"].clear()
@@ -559,7 +559,7 @@ def _distilled(p: VIBPruner, outputs: Any, batch: Any) -> Tensor:
     p.states["student"].clear()
     return total
 
-
+# %% ../../nbs/compression/02_vtrans.ipynb #b426e90d
 def _terms(p: VIBPruner, outputs: Any, batch: Any, step: int) -> dict[str, Tensor]:
     if step == 0 or not hasattr(p, "start"):
         p.start = p.hard_sparsity()
@@ -579,7 +579,7 @@ def _terms(p: VIBPruner, outputs: Any, batch: Any, step: int) -> dict[str, Tenso
         found["total"] = found["total"] + found["distilled"]
     return found
 
-
+# %% ../../nbs/compression/02_vtrans.ipynb #b5e47cba
 def _task(p: VIBPruner, outputs: Any, batch: Any) -> Tensor:
     "Mean cross-entropy of outputs; of a language model the next token's."
     logits, labels = modules.logits_of(outputs).float(), modules.labels_of(batch)
@@ -591,16 +591,16 @@ def _task(p: VIBPruner, outputs: Any, batch: Any) -> Tensor:
                          f"{labels.dtype} {list(labels.shape)}")
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
-
+# %% ../../nbs/compression/02_vtrans.ipynb #e059dcc9
 def _optimizer(p: VIBPruner, lr: float) -> torch.optim.Optimizer:
     weights = [w for w in p.model.parameters() if w.requires_grad]
     masks = {"params": list(p.masks.parameters()), "lr": p.mask_lr}
     ascent = {"params": [p.lagrangian], "lr": p.lagrangian_lr, "maximize": True}
     groups = ([{"params": weights, "lr": lr}] if weights else []) + [masks, ascent]
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True)
 
-# %% ../../nbs/compression/02_vtrans.ipynb #0c2587c2
-class Silent(nn.Module):
+# %% ../../nbs/compression/02_vtrans.ipynb #fc02f9d9
+class _Silent(nn.Module):
     "Stands for a dead half of a block: adds 0, and keeps the cache's count of tokens right."
 
     def __init__(self, pair: bool = False, layer_idx: int | None = None):
@@ -616,7 +616,7 @@ class Silent(nn.Module):
         nothing = x.new_zeros(())
         return (nothing, None) if self.pair else nothing
 
-
+# %% ../../nbs/compression/02_vtrans.ipynb #e7ca10b2
 def _cut(p: VIBPruner, model: nn.Module, kept: Mapping[str, Tensor]) -> None:
     "Fold and index-select every weight, tied ones once."
     factors = {m: mask.factor().detach() for m, mask in p.masks.items()}
@@ -641,7 +641,7 @@ def _cut(p: VIBPruner, model: nn.Module, kept: Mapping[str, Tensor]) -> None:
                 if q is old:
                     module._parameters[leaf] = new
 
-
+# %% ../../nbs/compression/02_vtrans.ipynb #f83dd432
 def _resize(p: VIBPruner, model: nn.Module) -> None:
     "What modules and configuration say about their sizes."
     for module in model.modules():
@@ -663,7 +663,7 @@ def _resize(p: VIBPruner, model: nn.Module) -> None:
     if p.layout.kind != "vit" and "hidden" in p.masks:
         model.config.hidden_size = int(p.masks["hidden"].hard_mask().sum())
 
-
+# %% ../../nbs/compression/02_vtrans.ipynb #bf8c3fd6
 def _silence(p: VIBPruner, model: nn.Module) -> None:
     "Replace dead halves."
     for i, block in enumerate(p.layout.blocks):
@@ -671,7 +671,7 @@ def _silence(p: VIBPruner, model: nn.Module) -> None:
             if _dead(p, f"{half}_{i}"):
                 llama = p.layout.kind == "llama" and half == "attn"
                 old = [model.get_submodule(n) for n in names]
-                first = Silent(llama, getattr(old[0], "layer_idx", None) if llama else None)
+                first = _Silent(llama, getattr(old[0], "layer_idx", None) if llama else None)
                 rest = [nn.Identity() for _ in old[1:]]
                 if p.layout.kind == "bert" and half == "attn":
                     rest = [_Through()]
@@ -684,7 +684,7 @@ class _Through(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple:
         return x, None
 
-
+# %% ../../nbs/compression/02_vtrans.ipynb #4da1388a
 def _fold_and_slice(p: VIBPruner) -> nn.Module:
     kept = {m: mask.hard_mask() for m, mask in p.masks.items()}
     if "hidden" in kept and not kept["hidden"].any():

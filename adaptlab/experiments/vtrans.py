@@ -160,7 +160,7 @@ def _rows(bed: Bed, target: float, seed: int, cfg: Config, measure: Callable) ->
             add(kind, arm, *cut_like(bed.model, found.sparsity, kind, seed, cfg))
     return rows
 
-# %% ../../nbs/experiments/vtrans.ipynb #84bed730
+# %% ../../nbs/experiments/vtrans.ipynb #51309faa
 def digit_bed(
     seed: int,  # of the choice of images
     cfg: Config,  # how many
@@ -220,7 +220,7 @@ def _plot(table: pd.DataFrame, cfg: Config) -> Any:
                       label=f"{method}, {when}")
     left.set(xlabel="parameters removed (%)", ylabel="accuracy (%)",
              title="Before and after 30 steps of fine-tuning")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, handlelength=4)
     arm = table[(table["method"] == cfg.arms[0]) & (table["target"] == cfg.targets[0])]
     kept = pd.DataFrame(list(arm["kept"])).mean()
     sizes = pd.Series(dict(arm["sizes"].iloc[0]))
