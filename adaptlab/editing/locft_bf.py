@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Loss', 'Watch', 'EditRequest', 'block_stack', 'select_parameters', 'proportional_layer', 'edit_loss', 'Trunk',
-           'LocFTConfig', 'EditResult', 'Descent', 'breadth_first', 'depth_first', 'LocFT', 'evaluate_edits']
+           'LocFTConfig', 'Descent', 'breadth_first', 'depth_first', 'EditResult', 'LocFT', 'evaluate_edits']
 
 # %% ../../nbs/editing/02_locft_bf.ipynb #1e3b069e
 from collections.abc import Callable, Iterable, Sequence
@@ -189,14 +189,6 @@ class LocFTConfig:
                              "and box > 0 (or None) are needed")
 
 
-class EditResult(NamedTuple):
-    "What an edit changed."
-
-    delta: dict[str, Tensor]  # new minus original weights, float32, by name
-    history: list[float]  # loss per epoch, or (depth-first) last loss per edit
-    n_steps: int  # of the optimiser
-
-
 class Descent:
     "Adam on some weights, in float32 whatever they are, inside a box if there is one."
 
@@ -254,7 +246,7 @@ def breadth_first(
             break
     return history
 
-
+# %% ../../nbs/editing/02_locft_bf.ipynb #33fc2177
 def depth_first(
     loss: Loss,  # of some of the edits
     n: int,  # number of edits
@@ -277,6 +269,14 @@ def depth_first(
     return history
 
 # %% ../../nbs/editing/02_locft_bf.ipynb #3507a471
+class EditResult(NamedTuple):
+    "What an edit changed."
+
+    delta: dict[str, Tensor]  # new minus original weights, float32, by name
+    history: list[float]  # loss per epoch, or (depth-first) last loss per edit
+    n_steps: int  # of the optimiser
+
+
 class _OnlyChosen:
     "Inside, only the chosen parameters require a gradient; afterwards all is as before."
 
