@@ -6,13 +6,13 @@
 __all__ = ['Link', 'SUPPORTS', 'GaussianMixture', 'to_tokens', 'from_tokens', 'gmm_linear_gaussian_posterior',
            'inverse_gamma_posterior', 'mlp', 'ComponentEmbedding', 'ObservationEmbedding', 'DTOutput',
            'DistributionTransformer', 'MetaPrior', 'WishartMetaPrior', 'BoundedMetaPrior', 'SimulatorDataset',
-           'dt_loss', 'transformed', 'train_distribution_transformer', 'epoch_schedule', 'default_lr', 'bayes_filter',
+           'transformed', 'dt_loss', 'train_distribution_transformer', 'epoch_schedule', 'default_lr', 'bayes_filter',
            'NPE', 'PriorEmbedding', 'log_density', 'InverseGammaMetaPrior']
 
-# %% ../../nbs/inference/01_distribution_transformers.ipynb #7fcbabb6
+# %% ../../nbs/inference/01_distribution_transformers.ipynb #44662a09
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ def _log_weights(weights: Tensor, loc: Tensor) -> Tensor:
         raise ValueError("weights must not be negative (or NaN), and sum to 1 over the last axis")
     return (weights / weights.sum(-1, keepdim=True)).log()
 
-# %% ../../nbs/inference/01_distribution_transformers.ipynb #b186a504
+# %% ../../nbs/inference/01_distribution_transformers.ipynb #f446b19f
 class GaussianMixture:
     """A batch of Gaussian mixtures: k components in d dimensions.
 
@@ -119,11 +119,8 @@ class GaussianMixture:
         "One draw per mixture [..., d], or n draws [n, ..., d]."
         shape = self.log_weights.shape if n is None else (n, *self.log_weights.shape)
         noise = -torch.empty(shape).to(self.loc).exponential_().log()  # Gumbel: picks by weight
-        i = (self.log_weights + noise).argmax(-1, keepdim=True)[..., None]
-        d = self.loc.shape[-1]
-        loc = self.loc.expand(*shape, d).gather(-2, i.expand(*shape[:-1], 1, d))[..., 0, :]
-        L = self.scale_tril.expand(*shape, d, d).gather(
-            -3, i[..., None].expand(*shape[:-1], 1, d, d))[..., 0, :, :]
+        one = F.one_hot((self.log_weights + noise).argmax(-1), shape[-1]).to(self.loc)[..., None]
+        loc, L = (one * self.loc).sum(-2), (one[..., None] * self.scale_tril).sum(-3)
         return loc + (L @ torch.randn_like(loc)[..., None])[..., 0]
 
     def collapse(self) -> "GaussianMixture":
@@ -142,7 +139,7 @@ class GaussianMixture:
         L = torch.linalg.cholesky(A @ self.covariance_matrix @ A.mT + Q)
         return self.of(self.log_weights, self.loc @ A.mT, L)
 
-# %% ../../nbs/inference/01_distribution_transformers.ipynb #13af7d28
+# %% ../../nbs/inference/01_distribution_transformers.ipynb #7e69da8c
 Link = Literal["softmax", "sigmoid"]
 
 
@@ -163,7 +160,7 @@ def to_tokens(
     diagonal = L.diagonal(dim1=-2, dim2=-1).log()
     return torch.cat((logs[..., None], mixture.loc, diagonal, L[..., rows, columns]), -1)
 
-
+# %% ../../nbs/inference/01_distribution_transformers.ipynb #c7c7f725
 def from_tokens(
     features: Tensor,  # [..., k, 1 + d + d (d + 1) / 2]
     d: int,  # dimension of the state
@@ -373,7 +370,8 @@ class DistributionTransformer(nn.Module):
         read = self.component_embedding.decode
         return DTOutput(read(tokens), read(out), out)
 
-# %% ../../nbs/inference/01_distribution_transformers.ipynb #21da9e9a
+# %% ../../nbs/inference/01_distribution_transformers.ipynb #51f164da
+@runtime_checkable
 class MetaPrior(Protocol):
     "A distribution over priors."
 
@@ -431,7 +429,7 @@ class BoundedMetaPrior(WishartMetaPrior):
         return GaussianMixture.of(w.log().log_softmax(-1), self.spread * torch.randn(shape),
                                   torch.diag_embed(scale))
 
-# %% ../../nbs/inference/01_distribution_transformers.ipynb #55eeb767
+# %% ../../nbs/inference/01_distribution_transformers.ipynb #b8e1e7f5
 class SimulatorDataset:
     "Problems (prior, x, observations), drawn when a batch is asked for."
 
@@ -457,13 +455,25 @@ class SimulatorDataset:
     def fetch_batch(self, rows: Tensor, device: Any = "cpu") -> dict[str, Any]:
         "As many problems as `rows`; the same rows give the same problems."
         with torch.random.fork_rng([]):
-            torch.manual_seed((self.seed * 1_000_003 + int(rows[0])) % 2**63)
+            torch.default_generator.manual_seed((self.seed * 1_000_003 + int(rows[0])) % 2**63)
             prior, x, obs = self.simulate(len(rows))
         if isinstance(prior, GaussianMixture):
             prior = prior.log_weights, prior.loc, prior.scale_tril
         return to_device({"prior": prior, "x": x, "obs": obs}, device)
 
-# %% ../../nbs/inference/01_distribution_transformers.ipynb #c2f2425a
+# %% ../../nbs/inference/01_distribution_transformers.ipynb #a958b672
+def transformed(
+    f: Transform | None,  # sample_space_transform of a model
+    x: Tensor,  # [..., d] in its own space
+) -> Tensor:  # f(x)
+    "f(x), or x without f. `ValueError` for an x outside of the support, or NaN."
+    inside = x.isfinite() if f is None else f.domain.check(x)
+    if not inside.all():
+        raise ValueError(f"{int((~inside).sum())} entries of x are outside of the support "
+                         f"{'the real line' if f is None else f.domain}")
+    return x if f is None else f(x)
+
+
 def dt_loss(
     model: nn.Module,  # a DistributionTransformer, or what returns the same
     batch: Mapping[str, Any],  # of `SimulatorDataset`: prior, x, obs
@@ -477,19 +487,7 @@ def dt_loss(
     loss = -out.posterior.log_prob(target).mean()
     return loss - out.prior.log_prob(target).mean() if prior_loss else loss
 
-
-def transformed(
-    f: Transform | None,  # sample_space_transform of a model
-    x: Tensor,  # [..., d] in its own space
-) -> Tensor:  # f(x)
-    "f(x), or x without f. `ValueError` for an x outside of the support, or NaN."
-    inside = x.isfinite() if f is None else f.domain.check(x)
-    if not inside.all():
-        raise ValueError(f"{int((~inside).sum())} entries of x are outside of the support "
-                         f"{'the real line' if f is None else f.domain}")
-    return x if f is None else f(x)
-
-
+# %% ../../nbs/inference/01_distribution_transformers.ipynb #484f4961
 def train_distribution_transformer(
     model: nn.Module,  # trained in place
     data: SimulatorDataset,  # where problems come from

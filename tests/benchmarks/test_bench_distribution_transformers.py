@@ -3,14 +3,14 @@
 import torch
 from clock import in_turn, row
 
-from adaptlab.experiments.distribution_transformers import SMALL, problems, transformer
+from adaptlab.experiments.distribution_transformers import SMALL, transformer, world
 
 
 def test_a_thousand_posteriors_against_variational_inference():
     "A hundred steps of the simplest rival: one Gaussian per problem, by reparametrised gradients."
     torch.manual_seed(0)
-    prior, _, z = problems(SMALL.replace(n_test=1000), seed=0)
-    prior, z, model = prior.map(lambda t: t.cpu()), z.cpu(), transformer(SMALL).eval()
+    (prior, _, seen), model = world(SMALL).simulate(1000), transformer(SMALL).eval()
+    z = seen["z"]
 
     @torch.no_grad()
     def ours():
@@ -32,7 +32,7 @@ def test_a_thousand_posteriors_against_variational_inference():
 
 def test_log_density_against_torch():
     torch.manual_seed(0)
-    prior, x, _ = problems(SMALL.replace(n_test=2000), seed=0)
+    prior, x, _ = world(SMALL).simulate(2000)
     torchs = prior.distribution()
     row("log-density of a mixture against torch's", *in_turn(
         lambda: prior.log_prob(x), lambda: torchs.log_prob(x), rounds=9, number=5), bound=1.0)
