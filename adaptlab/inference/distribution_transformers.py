@@ -9,9 +9,10 @@ __all__ = ['Link', 'SUPPORTS', 'GaussianMixture', 'to_tokens', 'from_tokens', 'g
            'transformed', 'dt_loss', 'train_distribution_transformer', 'epoch_schedule', 'default_lr', 'bayes_filter',
            'NPE', 'PriorEmbedding', 'log_density', 'InverseGammaMetaPrior']
 
-# %% ../../nbs/inference/01_distribution_transformers.ipynb #44662a09
+# %% ../../nbs/inference/01_distribution_transformers.ipynb #daf77299
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -487,7 +488,7 @@ def dt_loss(
     loss = -out.posterior.log_prob(target).mean()
     return loss - out.prior.log_prob(target).mean() if prior_loss else loss
 
-# %% ../../nbs/inference/01_distribution_transformers.ipynb #484f4961
+# %% ../../nbs/inference/01_distribution_transformers.ipynb #be0b072a
 def train_distribution_transformer(
     model: nn.Module,  # trained in place
     data: SimulatorDataset,  # where problems come from
@@ -498,10 +499,10 @@ def train_distribution_transformer(
 ) -> FitResult:  # history, steps, seconds
     "Minimise `dt_loss` on fresh problems. Raises as `train.fit`."
     moving = [p for p in model.parameters() if p.requires_grad]
-    handles = [p.register_hook(lambda g: g.clamp(-1e4, 1e4)) for p in moving]
-    idle = []
-    if isinstance(data.fetch_batch(torch.arange(1))["prior"], Tensor):  # no mixture is ever read
-        idle = [p for p in model.component_embedding.embedding.parameters() if p.requires_grad]
+    handles = [p.register_hook(partial(torch.clamp, min=-1e4, max=1e4)) for p in moving]
+    parts, idle = getattr(model, "component_embedding", None), []
+    if parts and isinstance(data.fetch_batch(torch.arange(1))["prior"], Tensor):
+        idle = [p for p in parts.embedding.parameters() if p.requires_grad]  # reads no mixture
     for p in idle:
         p.requires_grad_(False)  # several processes refuse weights without a gradient
     try:

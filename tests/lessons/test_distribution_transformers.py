@@ -236,6 +236,36 @@ def test_decoded_priors_match_where_the_prior_loss_is_on():
     assert (read.scale_tril[:, 0, 0, 0] / draws.std(0)).log().abs().mean() < 0.15
 
 
+def test_npe_learns_under_priors_of_both_kinds():
+    "It has one answer for all priors, whatever they are told by, and its tokens are trained."
+    for name, meta in (("variances", dt.InverseGammaMetaPrior()),
+                       ("mixtures", dt.BoundedMetaPrior(3))):
+        npe = dt.NPE(told.transformer(SMALL, name), 3)
+        key = "y" if name == "variances" else "z"
+        data = dt.SimulatorDataset(meta, {
+            key: lambda x, key=key: x[:, None] if key == "y" else x}, 64)
+        before = npe.prior_tokens.detach().clone()
+        dt.train_distribution_transformer(npe, data, Training(steps=2, batch_size=8), device="cpu",
+                                          progress=False)
+        assert not torch.equal(before, npe.prior_tokens)
+        prior, _, seen = data.simulate(4)
+        assert torch.equal(npe(prior, **seen).posterior.loc, npe(None, **seen).posterior.loc)
+
+
+def test_in_your_project():
+    model = dt.DistributionTransformer(
+        dt.ComponentEmbedding(2, 32, (64,), eps=1e-4), {"z": dt.ObservationEmbedding(2, 32, (64,))})
+    data = dt.SimulatorDataset(
+        dt.BoundedMetaPrior(4, state_dim=2), {"z": lambda x: x.exp() + 0.3 * torch.randn_like(x)})
+    data.size = 64
+    dt.train_distribution_transformer(model, data, Training(steps=2, batch_size=16, lr=2e-3),
+                                      device="cpu", progress=False)
+    phi = mixtures(dtype=torch.float32)
+    out = model(GaussianMixture(phi.weights, phi.loc, covariance_matrix=phi.covariance_matrix),
+                z=torch.randn(4, 2)).posterior
+    assert out.loc.shape == (4, 3, 2)
+
+
 def test_gradients_are_clamped_and_hooks_are_gone():
     model = network()
     data = dt.SimulatorDataset(dt.BoundedMetaPrior(2), {"z": lambda x: 1e9 * x[:, None]}, 64)
