@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules import logits_of, modes_kept
+from ..modules import logits_of, modes_kept, out_of_inference
 
 # %% ../../nbs/testtime/01_lame.ipynb #4d720e83
 def _range(x: Tensor) -> list[float]:
@@ -366,15 +366,6 @@ class LAME(nn.Module):
         return lame(*found, **self.settings).as_subclass(Probabilities)
 
 # %% ../../nbs/testtime/01_lame.ipynb #aa2498bd
-def _usable(value: Any) -> Any:
-    "Tensors made in inference mode can't be part of a gradient: copies of them, nested or not."
-    if torch.is_tensor(value):
-        return value.clone() if value.is_inference() else value
-    if type(value) in (list, tuple):
-        return type(value)(map(_usable, value))
-    return {k: _usable(v) for k, v in value.items()} if type(value) is dict else value
-
-
 def _finite(values: list[Tensor]) -> bool:
     "Whether all numbers are finite: a GPU is asked once, not for each layer."
     device = values[0].device
@@ -433,7 +424,7 @@ class AdaBN(nn.Module):
         "Adapt on one batch, then predict it; arguments as the model's."
         with torch.inference_mode(False), modes_kept(self.model):
             self.model.eval()
-            args, kwargs, before = _usable(args), _usable(kwargs), self.state()
+            args, kwargs, before = out_of_inference(args), out_of_inference(kwargs), self.state()
             try:
                 self._adapt(args, kwargs, before)
                 with torch.no_grad():

@@ -17,6 +17,7 @@ from torch import nn
 from adaptlab import recipes
 from adaptlab.bench import cost
 from adaptlab.bench.runs import launch, start_run
+from adaptlab.bench.streams import prepare
 from adaptlab.bench.suites import Photos, image_data
 from adaptlab.experiments import lame as told
 from adaptlab.experiments.lame import (
@@ -29,7 +30,6 @@ from adaptlab.experiments.lame import (
     candidates,
     chosen,
     cross_scenarios,
-    prepare,
     random_neighbors,
 )
 from adaptlab.testtime.lame import (
