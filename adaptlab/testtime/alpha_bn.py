@@ -6,7 +6,7 @@
 __all__ = ['Normalize', 'mixed_statistics', 'AlphaBatchNorm', 'alpha_layers', 'convert_alpha_bn', 'revert_alpha_bn', 'set_alpha',
            'alpha_bn', 'pseudo_count_alpha', 'class_correlation', 'core_loss', 'Core']
 
-# %% ../../nbs/testtime/02_alpha_bn.ipynb #1edc5125
+# %% ../../nbs/testtime/02_alpha_bn.ipynb #991a4b1b
 import copy
 import math
 from collections.abc import Callable, Iterator
@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.utils.parametrize import is_parametrized
 
-from ..modules import logits_of, modes_kept, replace
+from ..modules import logits_of, modes_kept, out_of_inference, replace
 
 # %% ../../nbs/testtime/02_alpha_bn.ipynb #9fb2454c
 def _check_alpha(alpha: float) -> float:
@@ -71,7 +72,7 @@ def mixed_statistics(
     batch_var, batch_mean = _batch_statistics(x.to(dtype), unbiased)
     return (alpha * mean + (1 - alpha) * batch_mean, alpha * var + (1 - alpha) * batch_var)
 
-# %% ../../nbs/testtime/02_alpha_bn.ipynb #40df8f1a
+# %% ../../nbs/testtime/02_alpha_bn.ipynb #66d98ddf
 _AXES = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 
 
@@ -97,6 +98,9 @@ class AlphaBatchNorm(nn.Module):
         if any(isinstance(t, UninitializedTensorMixin)
                for t in (*bn.parameters(), *bn.buffers())):
             raise ValueError("this BatchNorm has not seen a batch yet: run the model once")
+        if bn._forward_hooks or bn._forward_pre_hooks or is_parametrized(bn):
+            raise ValueError("this BatchNorm has hooks or a parametrization, which would get "
+                             "lost: remove them first, or put hooks on the converted layer")
         self._original = (bn,)  # in a tuple: not a submodule of this one
         self._parameters, self._buffers = bn._parameters.copy(), bn._buffers.copy()
         self.eps, self.unbiased, self.num_features = bn.eps, bool(unbiased), bn.num_features
@@ -129,6 +133,8 @@ class AlphaBatchNorm(nn.Module):
         if wrong or 0 in x.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}: [N, {self.num_features}, ...] with "
                              f"N >= 1 and {self.axes or 'at least 2'} axes is needed")
+        if not x.is_floating_point():
+            raise TypeError(f"x is {x.dtype}: a float tensor is needed")
         n = x.numel() // self.num_features
         # in half precision PyTorch rounds the batch's statistics: not taken
         by_batch = self.alpha == 0 and not self.unbiased and n > 1 and x.dtype.itemsize > 2
@@ -146,7 +152,7 @@ class AlphaBatchNorm(nn.Module):
         out = torch.addcmul(shift.view(shape), x.to(scale.dtype), scale.view(shape))
         return out.to(x.dtype)
 
-# %% ../../nbs/testtime/02_alpha_bn.ipynb #d40514c7
+# %% ../../nbs/testtime/02_alpha_bn.ipynb #c882b611
 def alpha_layers(
     model: nn.Module,  # any module
 ) -> dict[str, AlphaBatchNorm]:  # name -> layer
@@ -172,8 +178,8 @@ def convert_alpha_bn(
         raise ValueError("the model has α-BN layers already: call set_alpha to change alpha")
     if not any(isinstance(m, _BatchNorm) for m in model.modules()):
         kinds = sorted({type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__})
-        raise ValueError(f"{type(model).__name__} has no BatchNorm layer (but {kinds or 'no'} "
-                         "normalisation): there are no batch statistics to mix")
+        raise ValueError(f"{type(model).__name__} has no BatchNorm layer (normalisation: "
+                         f"{', '.join(kinds) or 'none'}): there are no batch statistics to mix")
     if not inplace:
         model = copy.deepcopy(model)
     new: dict[nn.Module, nn.Module] = {}
@@ -296,17 +302,19 @@ def core_loss(
     pairs = unit.sum(1).square().sum() - unit.square().sum()
     return pairs / (n_classes * (n_classes - 1))
 
-# %% ../../nbs/testtime/02_alpha_bn.ipynb #36ec1747
+# %% ../../nbs/testtime/02_alpha_bn.ipynb #33b45677
 _ADAM = partial(torch.optim.Adam, lr=1e-3)
 
 
-def _usable(value: Any) -> Any:
-    "Tensors made in inference mode can't be part of a gradient: copies of them."
-    if torch.is_tensor(value):
-        return value.clone() if value.is_inference() else value
-    return {k: _usable(v) for k, v in value.items()} if type(value) is dict else value
+def _check_loop(optimizer: Callable, steps: int) -> None:
+    "Raise for what is no recipe of an optimiser, or no number of steps."
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps = {steps!r}: at least one step per batch is needed")
+    if not callable(optimizer):
+        raise TypeError(f"optimizer is {type(optimizer).__name__}: give a function of the "
+                        "parameters, such as partial(torch.optim.Adam, lr=1e-3)")
 
-# %% ../../nbs/testtime/02_alpha_bn.ipynb #84b34796
+# %% ../../nbs/testtime/02_alpha_bn.ipynb #bb14050f
 class Core(nn.Module):
     """α-BN, and a step on the scale and shift of its layers after every batch.
 
@@ -323,8 +331,7 @@ class Core(nn.Module):
         normalize: Normalize = "row",  # as in `core_loss`
     ):
         super().__init__()
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps = {steps!r}: at least one step per batch is needed")
+        _check_loop(optimizer, steps)
         core_loss(torch.zeros(1, 2), normalize)  # a wrong name fails here
         with torch.inference_mode(False):
             self.model = convert_alpha_bn(model, alpha).eval().requires_grad_(False)
@@ -349,6 +356,8 @@ class Core(nn.Module):
     @torch.no_grad()
     def restore(self, state: tuple[list[Tensor], dict, int]) -> None:
         "Go back to a copied state."
+        if [p.shape for p in self.trained] != [v.shape for v in state[0]]:
+            raise ValueError("this state is of another model: give one from `state()` of this one")
         for parameter, value in zip(self.trained, state[0], strict=True):
             parameter.copy_(value)
         self.optimizer.load_state_dict(copy.deepcopy(state[1]))
@@ -367,7 +376,7 @@ class Core(nn.Module):
         "Predict one batch, then learn from it; arguments as the model's."
         with torch.inference_mode(False), torch.enable_grad(), modes_kept(self.model):
             self.model.eval()
-            args, kwargs = tuple(map(_usable, args)), _usable(kwargs)
+            args, kwargs = out_of_inference(args), out_of_inference(kwargs)
             before, first = self.state(), None
             try:
                 for _ in range(self.steps):
