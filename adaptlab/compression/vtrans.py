@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'LLAMAS', 'BERTS', 'VARIANTS', 'InformationBottleneckMask', 'Axis', 'Entry', 'Block', 'Layout', 'find_layout',
-           'expected_size', 'norm_over', 'VIBPruner', 'Pruned', 'fit', 'attention_profile']
+           'expected_size', 'norm_over', 'VIBPruner', 'Pruned', 'fit', 'random_part', 'attention_profile']
 
 # %% ../../nbs/compression/02_vtrans.ipynb #4810621f
 import copy
@@ -737,7 +737,7 @@ def _round(p: VIBPruner, multiple: int) -> None:
         middle = float(last) + 1 if wanted == mask.size else float(last + following) / 2
         mask.threshold = middle
 
-# %% ../../nbs/compression/02_vtrans.ipynb #45a73a4a
+# %% ../../nbs/compression/02_vtrans.ipynb #9d5ab2aa
 VARIANTS = ("vtrans", "fast", "faster")
 
 
@@ -773,7 +773,7 @@ def fit(
     pruner = VIBPruner(copy.deepcopy(model), teacher=teacher, steps=steps,
                        train_weights=variant != "faster", **settings).attach()
     if variant == "fast":
-        data = _share(data, data_fraction, seed)
+        data = random_part(data, data_fraction, seed)
     history: list[dict[str, float]] = []
 
     def note(state: train.TrainState) -> None:
@@ -794,8 +794,12 @@ def fit(
     return Pruned(sliced, pruner, pruner.hard_sparsity(), history)
 
 
-def _share(data: Any, fraction: float, seed: int) -> Any:
-    "A random share of the rows, at least one."
+def random_part(
+    data: Any,  # as `fit` takes it
+    fraction: float,  # of the rows
+    seed: int,  # of the choice
+) -> Any:  # of the same kind
+    "A random share of the rows, at least one: what `fast` sees."
     columns = data.values() if isinstance(data, Mapping) else data
     tensors = isinstance(data, (tuple, Mapping)) and all(isinstance(c, Tensor) for c in columns)
     n = len(next(iter(columns))) if tensors else len(data)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'experiment', 'FULL', 'Config', 'prune', 'unit_scores', 'cut_like', 'tuned', 'digit_bed']
 
-# %% ../../nbs/experiments/vtrans.ipynb #19f6b1f8
+# %% ../../nbs/experiments/vtrans.ipynb #2282a4fa
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from ..bench.compare import Versus, versus
 from ..bench.report import Report
 from ..bench.runs import BaseConfig, Run, bounded, tracks
 from ..bench.testbeds import Bed, accuracy, digits
-from ..compression.vtrans import VIBPruner, fit
+from ..compression.vtrans import VIBPruner, fit, random_part
 from ..train import Training
 
 # %% ../../nbs/experiments/vtrans.ipynb #152984b9
@@ -119,15 +119,16 @@ def cut_like(
             low, high = (low, share) if pruner.hard_sparsity() < sparsity else (share, high)
     return pruner.fold_and_slice(), pruner.hard_sparsity()
 
-# %% ../../nbs/experiments/vtrans.ipynb #bf7d8217
+# %% ../../nbs/experiments/vtrans.ipynb #01abb94b
 def tuned(
     model: nn.Module,  # sliced
     teacher: nn.Module,  # the model before
     data: Any,  # to train on
     seed: int,  # of the order
     cfg: Config,  # how
+    training: Training | None = None,  # None: the fine-tuning that follows a cut
 ) -> nn.Module:  # a copy, trained
-    "The same short fine-tuning for all: labels, and the teacher's logits at temperature 2."
+    "The same short training for all: labels, and the teacher's logits at temperature 2."
     def loss(m: nn.Module, batch: Any) -> Tensor:
         with torch.no_grad():
             told = modules.logits_of(modules.call(teacher, batch)).float() / 2
@@ -138,29 +139,39 @@ def tuned(
             log_target=True)
 
     model = copy.deepcopy(model)
-    cfg.tuning.fit(model, data, loss, seed=seed, device=cfg.device, progress=False)
+    (training or cfg.tuning).fit(model, data, loss, seed=seed, device=cfg.device, progress=False)
     return model.eval()
 
 
-def _rows(bed: Bed, target: float, seed: int, cfg: Config, measure: Callable) -> list[dict]:
-    "Every arm and its rivals at one target."
-    rows, teacher = [], bed.model.eval()
+def _rows(bed: Bed, seed: int, cfg: Config, measure: Callable) -> list[dict]:
+    "Every arm, and its rivals: trained for as many batches, then cut to the arm's size."
+    rows, teacher, ready = [], bed.model.eval(), {}
+    plain = Training(steps=cfg.steps, batch_size=cfg.batch_size, lr=cfg.lr)
 
-    def add(method: str, like: str, model: nn.Module, sparsity: float, **more: Any) -> None:
+    def rival(arm: str) -> nn.Module:  # the order of batches is the arm's
+        part = arm == "fast"
+        if part not in ready:
+            data = random_part(bed.train, cfg.data_fraction, seed) if part else bed.train
+            ready[part] = tuned(bed.model, teacher, data, seed, cfg, plain)
+        return ready[part]
+
+    def add(target: float, method: str, like: str, model: nn.Module, sparsity: float,
+            **more: Any) -> None:
         after = tuned(model, teacher, bed.train, seed, cfg)
         rows.append({"target": target, "seed": seed, "method": method, "like": like,
                      "sparsity": sparsity, "before": measure(model, bed),
                      "after": measure(after, bed)} | more)
 
-    for arm in cfg.arms if target == cfg.targets[0] else cfg.arms[:1]:
-        found = prune(bed.model, bed.train, arm, target, seed, cfg)
-        kept = {m: int(k.hard_mask().sum()) for m, k in found.pruner.masks.items()}
-        add(arm, arm, found.model, found.sparsity, kept=kept)
-        for kind in ("magnitude", "random") if arm == cfg.arms[0] else ("magnitude",):
-            add(kind, arm, *cut_like(bed.model, found.sparsity, kind, seed, cfg))
+    for target in cfg.targets:
+        for arm in cfg.arms if target == cfg.targets[0] else cfg.arms[:1]:
+            found = prune(bed.model, bed.train, arm, target, seed, cfg)
+            kept = {m: int(k.hard_mask().sum()) for m, k in found.pruner.masks.items()}
+            add(target, arm, arm, found.model, found.sparsity, kept=kept)
+            for kind in ("magnitude", "random") if arm == cfg.arms[0] else ("magnitude",):
+                add(target, kind, arm, *cut_like(rival(arm), found.sparsity, kind, seed, cfg))
     return rows
 
-# %% ../../nbs/experiments/vtrans.ipynb #51309faa
+# %% ../../nbs/experiments/vtrans.ipynb #d62317a8
 def digit_bed(
     seed: int,  # of the choice of images
     cfg: Config,  # how many
@@ -207,7 +218,7 @@ def _claims(table: pd.DataFrame, cfg: Config, report: Report) -> None:
 
 
 def _plot(table: pd.DataFrame, cfg: Config) -> Any:
-    "Left: accuracy against what is left. Right: what the first arm keeps."
+    "Left: accuracy against what is removed. Right: what the first arm keeps."
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     part = table[table["like"] == cfg.arms[0]]
     colors = dict(zip((cfg.arms[0], "magnitude", "random"),
@@ -215,12 +226,13 @@ def _plot(table: pd.DataFrame, cfg: Config) -> Any:
     for method, color in colors.items():
         mean = part[part["method"] == method].groupby("target")[["sparsity", "before",
                                                                  "after"]].mean()
-        for when, line in (("before", "--"), ("after", "-")):
-            left.plot(100 * mean["sparsity"], mean[when], line, marker="o", color=color,
+        for when, line, mark in (("before", "--", "o"), ("after", "-", "s")):
+            left.plot(100 * mean["sparsity"], mean[when], line, marker=mark, ms=5, lw=1.5,
+                      mfc="white" if when == "before" else color, color=color,
                       label=f"{method}, {when}")
-    left.set(xlabel="parameters removed (%)", ylabel="accuracy (%)",
-             title="Before and after 30 steps of fine-tuning")
-    left.legend(fontsize=8, handlelength=4)
+    left.set(xlabel="parameters removed (%)", ylabel="accuracy (%)", ylim=(0, 100),
+             title=f"Before and after {cfg.tuning.steps} steps of fine-tuning")
+    left.legend(fontsize=9, handlelength=5, loc="lower left")
     arm = table[(table["method"] == cfg.arms[0]) & (table["target"] == cfg.targets[0])]
     kept = pd.DataFrame(list(arm["kept"])).mean()
     sizes = pd.Series(dict(arm["sizes"].iloc[0]))
@@ -239,10 +251,9 @@ def _digits(cfg: Config, run: Run, report: Report) -> None:
     "A small ViT."
     plots.use_style()
     rows = []
-    for target in cfg.targets:
-        for seed in cfg.seeds:
-            rows += run.stage(f"digits-{target}-{seed}", lambda s=seed, t=target: _rows(
-                digit_bed(s, cfg), t, s, cfg, lambda m, bed: accuracy(m, bed.test)))
+    for seed in cfg.seeds:
+        rows += run.stage(f"digits-{seed}", lambda s=seed: _rows(
+            digit_bed(s, cfg), s, cfg, lambda m, bed: accuracy(m, bed.test)))
     table = pd.DataFrame(rows)
     sizes = {m: k.size for m, k in VIBPruner(digit_bed(0, cfg).model, cfg.units).masks.items()}
     table["sizes"] = [sizes] * len(table)
@@ -253,10 +264,11 @@ def _digits(cfg: Config, run: Run, report: Report) -> None:
         for _, r in table.iterrows() if isinstance(r["kept"], dict)]))
     _claims(shown, cfg, report)
     report.figure("main", _plot(table, cfg), "Left: accuracy against the parameters removed, "
-                  "dashed before and solid after the same short fine-tuning, means over seeds. "
+                  "open and dashed before, filled and solid after the same short fine-tuning, "
+                  "means over seeds. "
                   "Right: units that VTrans keeps, in each mask.")
 
-# %% ../../nbs/experiments/vtrans.ipynb #5283c8b4
+# %% ../../nbs/experiments/vtrans.ipynb #ec0922d6
 def _glue(cfg: Config, run: Run, report: Report) -> None:
     "RoBERTa on GLUE."
     rows = []
@@ -266,8 +278,8 @@ def _glue(cfg: Config, run: Run, report: Report) -> None:
                 bed = suites.glue(seed, task, cfg.model, cfg.max_length, cfg.device)
                 cfg.teacher_training.fit(bed.model, bed.train, suites.model_loss, seed=seed,
                                          device=cfg.device)
-                return [row | {"task": task} for target in cfg.targets for row in _rows(
-                    bed, target, seed, cfg, lambda m, b: suites.score(m, b, b.test))]
+                return [row | {"task": task} for row in _rows(
+                    bed, seed, cfg, lambda m, b: suites.score(m, b, b.test))]
 
             rows += run.stage(f"glue-{task}-{seed}", work)
     table = report.table("glue", pd.DataFrame(rows).drop(columns="kept"))
