@@ -637,7 +637,7 @@ def test_full_scale_path_with_the_hubs_schemas(recorded, folder, tmp_path, monke
     table = report.tables["language"]
     assert set(table["method"]) == {"none", *FULL.methods}
     assert set(table["part"]) == {"task", *FULL.questions}
-    assert len(report.claims) == 1 + 3 * 3  # three pairs of methods on three measures
+    assert len(report.claims) == 2 + 3 * 3  # truncation; three pairs of methods on three measures
 
 
 def test_truncation_leaves_the_model_whole_and_is_that_of_the_lesson(folder, monkeypatch):
