@@ -98,7 +98,9 @@ def _watch(layers: Sequence[nn.Module], metric: str) -> Iterator[Callable[[], Te
         for handle in handles:
             handle.remove()
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #13ceaf8f
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #ba8ad2b5
+#| code-fold: true
+#| code-summary: "What calibration data must be"
 def _check_ids(ids: Any, model: nn.Module) -> Tensor:
     "Token ids [n, L] on the model's device, or an error that says what is wrong with them."
     if isinstance(ids, Mapping):
@@ -121,7 +123,7 @@ def _check_ids(ids: Any, model: nn.Module) -> Tensor:
                          f"tokens; got {tuple(ids.shape)}: is it the right tokenizer?")
     return ids.to(modules.device_of(model))
 
-
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #addee75f
 @torch.no_grad()
 def layer_importance(
     model: nn.Module,  # Llama-like causal language model
@@ -244,7 +246,9 @@ def _look(p: "AdaptPruner", batches: Sequence[Tensor], step: int) -> tuple:
         raise ValueError("a score is NaN or infinite: gradients overflow; use float32 or bfloat16")
     return found[0], loss, list(zip(found[1::2], found[2::2], strict=True))
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #59162b8f
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #505e9349
+#| code-fold: true
+#| code-summary: "All or nothing"
 @contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
     "If the block fails, the model gets its old parameters, sizes, classes and configuration back."
@@ -261,7 +265,7 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
         vars(model.config).update(settings)
         raise
 
-# %% ../../nbs/compression/01_adapt_pruner.ipynb #09cb3e7b
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #1df50030
 class PruneStep(NamedTuple):
     "One step of `AdaptPruner`."
 
@@ -294,7 +298,9 @@ def _unit_costs(layer: nn.Module, shape: LayerShape) -> tuple[int, int]:
     return (sum(p.numel() for p in [*groups, a.o_proj.weight]) // shape.kv_groups,
             sum(p.numel() for p in neurons) // shape.neurons)
 
-
+# %% ../../nbs/compression/01_adapt_pruner.ipynb #2b32391c
+#| code-fold: true
+#| code-summary: "What settings must be"
 def _check_settings(p: "AdaptPruner") -> None:
     "Raise `ValueError` for settings that make no sense."
     for ok, text in (
