@@ -359,7 +359,7 @@ class KNNMemory(nn.Module):
         "Forget everything."
         self.keys, self.values = self.keys[:0], self.values[:0]
 
-# %% ../../nbs/testtime/03_reloop2.ipynb #53e8f26b
+# %% ../../nbs/testtime/03_reloop2.ipynb #91afc1cf
 class Served(NamedTuple):
     "What is to be remembered of a prediction until its label arrives."
 
@@ -377,17 +377,7 @@ class Stream:
     prediction: Tensor  # the compensated one, [n]
     slot: Tensor  # number of its slot, int64 [n]
 
-    def per_slot(self) -> list[dict[str, float]]:
-        "AUC and log loss in each slot, of the base and of what was predicted."
-        rows = []
-        for i in self.slot.unique().tolist():
-            y, *both = (v[self.slot == i] for v in (self.labels, self.base, self.prediction))
-            rows.append({"slot": i, "n": len(y)} | {
-                name + what: score(y, p) for name, p in zip(("base_", ""), both, strict=True)
-                for what, score in (("auc", group_auc), ("log_loss", log_loss))})
-        return rows
-
-# %% ../../nbs/testtime/03_reloop2.ipynb #43cfff3e
+# %% ../../nbs/testtime/03_reloop2.ipynb #71d497c7
 def _known(model: nn.Module, layer: str | Callable) -> str | Callable:
     "The layer, if the model has it."
     if isinstance(layer, str) and layer not in dict(model.named_modules()):
@@ -417,7 +407,7 @@ def _keys_and_base(model: nn.Module, layer: str | Callable, link: Callable | Non
     out = out if out.dtype == torch.float64 else out.float()
     return keys.flatten(1), _shares(link(out) if link else out, "base predictions")
 
-# %% ../../nbs/testtime/03_reloop2.ipynb #b6e75375
+# %% ../../nbs/testtime/03_reloop2.ipynb #a57fd08c
 class ReLoop2(nn.Module):
     """A click model with an error memory beside it. The model is neither trained nor changed.
 
