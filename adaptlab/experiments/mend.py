@@ -276,7 +276,7 @@ def _untrained(model: nn.Module, bed: EditBed, seed: int, edit_lr: float) -> Edi
     editor.eval().edit_lrs.data.fill_(edit_lr)
     return _by_editor(bed, editor)
 
-# %% ../../nbs/experiments/mend.ipynb #a8df05c2
+# %% ../../nbs/experiments/mend.ipynb #2b690fcc
 def _claims(report: Report, table: pd.DataFrame, many: pd.DataFrame, cfg: Config) -> None:
     "What the paper says of edits, put to the test."
     few, shown = "no reason was tested", {
@@ -315,7 +315,7 @@ def _claims(report: Report, table: pd.DataFrame, many: pd.DataFrame, cfg: Config
 
 _LOOKS = {"MEND": ("o", "blue"), "FT": ("D", "vermillion"), "untrained": ("s", "sky")}
 _ASKED = {"edit": "its own\nwords", "rephrase": "rephrased", "unseen": "unseen\nwording",
-          "neighbours": "other\ncountries", "subject": "same one's\ncapital"}
+          "neighbours": "other\ncountries", "subject": "its\ncapital"}
 
 
 def _picture(table: pd.DataFrame) -> Any:
