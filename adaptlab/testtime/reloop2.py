@@ -45,13 +45,13 @@ def _rows(x: Any, dim: int | None, what: str) -> Tensor:  # float32 or float64 [
         raise ValueError(f"{what} hold NaN or infinity")
     return x
 
-# %% ../../nbs/testtime/03_reloop2.ipynb #84fe0248
+# %% ../../nbs/testtime/03_reloop2.ipynb #cd78f3e1
 #| code-fold: true
 #| code-summary: "What is refused: settings"
 def _between(what: str, value: float, low: float, high: float = math.inf) -> float:
     "A setting within its limits."
-    if isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{what} = {value}: it must lie between {low} and {high}")
+    if isinstance(value, bool) or not low <= value <= high or value == math.inf:
+        raise ValueError(f"{what} = {value}: it must be finite, between {low} and {high}")
     return value
 
 
@@ -68,7 +68,7 @@ def _positive(what: str, value: float) -> float:
         raise ValueError(f"{what} = {value}: a positive number is needed")
     return value
 
-# %% ../../nbs/testtime/03_reloop2.ipynb #0181d268
+# %% ../../nbs/testtime/03_reloop2.ipynb #91cacdb1
 def group_auc(
     y: Tensor,  # labels 0 or 1, [n]
     p: Tensor,  # predictions, [n]; only their order counts
@@ -80,7 +80,7 @@ def group_auc(
     groups = torch.zeros(n, dtype=torch.long) if groups is None else torch.as_tensor(groups)
     if not bool(((y == 0) | (y == 1)).all()):
         raise ValueError("labels must be 0 or 1")
-    if p.shape != (n,) or groups.shape != (n,) or bool(p.isnan().any()):
+    if p.shape != (n,) or groups.shape != (n,) or bool(p.isnan().any() | groups.isnan().any()):
         raise ValueError(f"{n} labels, predictions {tuple(p.shape)}, groups {tuple(groups.shape)}: "
                          "one number per sample is needed, and none may be NaN")
     if not n:
@@ -113,7 +113,7 @@ def log_loss(
     p = _shares(p, "predictions", len(y)).double().clamp(1e-7, 1 - 1e-7)
     return float(-(y * p.log() + (1 - y) * torch.log1p(-p)).mean())
 
-# %% ../../nbs/testtime/03_reloop2.ipynb #6050acc1
+# %% ../../nbs/testtime/03_reloop2.ipynb #c3423c5d
 def estimate_error(
     s: Tensor,  # similarity of each read-out, [n, m]
     y: Tensor,  # label of each read-out, [n, m]; NaN: an empty one
@@ -132,13 +132,15 @@ def estimate_error(
     filled = ~y.isnan()
     if bool((s.isnan() | (s == math.inf))[filled].any() or y_base[filled].isnan().any()):
         raise ValueError("a read-out that is not empty has NaN or infinity as s or y_base")
+    if not bool(((y >= 0) & (y <= 1))[filled].all()):
+        raise ValueError("labels of read-outs lie outside of [0, 1]")
     a = (s / tau).masked_fill(~filled, -math.inf).softmax(1).masked_fill(~filled, 0)
     a = a.masked_fill(~filled.any(1, keepdim=True), 0)  # all empty: the softmax is NaN
     label, stored = ((a * v.masked_fill(~filled, 0)).sum(1) for v in (y, y_base))
     error = gamma * (label - query) + (1 - gamma) * (label - stored)
     return torch.where(filled.any(1), error, torch.zeros_like(error))
 
-# %% ../../nbs/testtime/03_reloop2.ipynb #1b7ac9f2
+# %% ../../nbs/testtime/03_reloop2.ipynb #91191065
 def compensate(
     y_base: Tensor,  # prediction of the base, in [0, 1], [n]
     y_err: Tensor,  # from `estimate_error`, [n]
@@ -147,9 +149,9 @@ def compensate(
     "Base plus a share of its estimated error, kept in [0, 1]."
     _between("lam", lam, 0)
     base = _shares(y_base, "base predictions")
-    if y_err.shape != base.shape or bool(y_err.isnan().any()):
+    if y_err.shape != base.shape or not bool(y_err.isfinite().all()):
         raise ValueError(f"y_err has shape {tuple(y_err.shape)}: one number per prediction "
-                         f"([{len(base)}]) is needed, none NaN")
+                         f"([{len(base)}]) is needed, finite and not NaN")
     return (base + lam * y_err).clamp(0, 1).to(base.dtype)
 
 # %% ../../nbs/testtime/03_reloop2.ipynb #d0de2123
@@ -273,12 +275,14 @@ class SketchMemory(nn.Module):
         self.sums.zero_()
         self.writes.zero_()
 
-# %% ../../nbs/testtime/03_reloop2.ipynb #0e110cf1
+# %% ../../nbs/testtime/03_reloop2.ipynb #80eef191
 def merge(
     sketch: SketchMemory,  # changed in place
     other: SketchMemory,  # with the same lines, as of another server
 ) -> SketchMemory:  # the first one, which has now seen what both have
     "Add what another sketch has seen. Raises ValueError for other lines, center or half-life."
+    if sketch is other:
+        raise ValueError("a sketch cannot be merged with itself: all would count twice")
     a, b = sketch.hash, other.hash
     if sketch.half_life != other.half_life or a.n_bits != b.n_bits or not all(
             torch.equal(getattr(a, k), getattr(b, k).to(sketch.sums.device))
@@ -377,7 +381,7 @@ class Stream:
     prediction: Tensor  # the compensated one, [n]
     slot: Tensor  # number of its slot, int64 [n]
 
-# %% ../../nbs/testtime/03_reloop2.ipynb #71d497c7
+# %% ../../nbs/testtime/03_reloop2.ipynb #8d35768b
 def _known(model: nn.Module, layer: str | Callable) -> str | Callable:
     "The layer, if the model has it."
     if isinstance(layer, str) and layer not in dict(model.named_modules()):
@@ -399,10 +403,15 @@ def _keys_and_base(model: nn.Module, layer: str | Callable, link: Callable | Non
         with modes_kept(model):
             model.eval()
             out = logits_of(call(model, batch))
+            if hook and not kept:
+                raise ValueError(f"the model has a module {layer!r}, but does not call it")
             keys = kept[-1] if hook else layer(batch)
     finally:
         if hook:
             hook.remove()
+    if not torch.is_tensor(keys) or keys.ndim < 2:
+        raise ValueError(f"the key is a {type(keys).__name__}: give a layer, or a function of the "
+                         "batch, that gives one tensor [n, d]")
     out = out.squeeze(-1) if out.ndim == 2 and out.shape[1] == 1 else out
     out = out if out.dtype == torch.float64 else out.float()
     return keys.flatten(1), _shares(link(out) if link else out, "base predictions")

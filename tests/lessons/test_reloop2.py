@@ -377,6 +377,26 @@ def test_the_loop_refuses():
     assert memory.writes == 0
 
 
+def test_what_was_silently_wrong_is_refused():
+    p, readout = torch.full((3,), 0.3), torch.full((3, 2), 0.5)
+    sketch, net = SketchMemory(4, 2, 3), torch.nn.Linear(4, 1)
+    uncalled = torch.nn.ModuleDict({"out": net, "spare": torch.nn.Linear(4, 4)})
+    uncalled.forward = lambda x: net(x)
+    x = torch.ones(3, 4)
+    for bad, message in (
+        (lambda: compensate(p, 0 * p, math.inf), "finite"),
+        (lambda: compensate(p, p / 0, 0.0), "finite"),
+        (lambda: SketchMemory(4, 2, 3, prior=math.inf), "finite"),
+        (lambda: estimate_error(readout, 9 * readout, readout, p), "outside"),
+        (lambda: group_auc(torch.ones(3), p, p * torch.nan), "NaN"),
+        (lambda: merge(sketch, sketch), "itself"),
+        (lambda: ReLoop2(net, sketch, lambda x: [1], link=torch.sigmoid).predict(x), "list"),
+        (lambda: ReLoop2(uncalled, sketch, "spare", link=torch.sigmoid).predict(x), "call"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bad()
+
+
 # --- the experiment -----------------------------------------------------------------------------
 
 
