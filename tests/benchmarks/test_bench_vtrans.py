@@ -23,13 +23,16 @@ def test_sliced_against_masked():
     small = pruner.fold_and_slice()
     torch.testing.assert_close(small(batch[0]), pruner(batch), atol=1e-5, rtol=0)
     times = in_turn(lambda: small(batch[0]), lambda: pruner(batch))
-    row("half of all units sliced, forward, against masks", *times, bound=1.0)
+    # no operation of the sliced model runs on more than half of the numbers (most products on a
+    # quarter), and it has no masks
+    row("half of all units sliced, forward, against masks", *times, bound=0.5)
 
 
 def test_a_step_of_masks_against_a_plain_step():
     model, batch = parts()
     plain, pruner = copy.deepcopy(model), VIBPruner(model).attach()
-    masked_adam, adam = pruner.optimizer(), torch.optim.AdamW(plain.parameters())
+    masked_adam, adam = pruner.optimizer(), torch.optim.AdamW(
+        plain.parameters(), fused=True)
 
     def masked():
         masked_adam.zero_grad()
@@ -42,5 +45,6 @@ def test_a_step_of_masks_against_a_plain_step():
         modules.cross_entropy(plain, batch).backward()
         adam.step()
 
-    times = in_turn(masked, normal, rounds=5)
+    times = in_turn(masked, normal)
+    # the experiment gives rivals as many batches as VTrans: a masked one must cost less than two
     row("VTrans, a step with masks, against one without", *times, bound=2.0)

@@ -105,6 +105,8 @@ def test_kl_depends_on_the_ratio_alone_and_is_zero_without_signal():
     assert a.kl() > 0
     a.mu.data.zero_()
     assert a.kl() == 0
+    one = InformationBottleneckMask(1, init_mag=0, init_std=0)
+    torch.testing.assert_close(one.kl(), torch.tensor(2.0).log() / 2)
 
 
 def test_penalty_alone_drops_everything():
@@ -289,6 +291,28 @@ def test_rivals_land_at_the_size_that_was_asked_for():
     assert not torch.equal(after.head.weight, small.head.weight)
 
 
+def test_rivals_are_trained_as_long_as_an_arm_and_then_cut(monkeypatch):
+    cfg = SMALL.replace(steps=3, batch_size=4, images=(100, 10), n_test=50, device="cpu",
+                        targets=(0.3,), init_mag=3.0, beta=0.01, tuning=Training(steps=1))
+    bed, trained, cut = told.digit_bed(0, cfg), [], []
+    real_tuned, real_cut = told.tuned, told.cut_like
+
+    def spy(model, teacher, data, seed, cfg, training=None):
+        after = real_tuned(model, teacher, data, seed, cfg, training)
+        if training is not None:
+            trained.append((after, training.steps, training.batch_size, training.lr, model, data))
+        return after
+
+    monkeypatch.setattr(told, "tuned", spy)
+    monkeypatch.setattr(told, "cut_like", lambda m, *a: cut.append(m) or real_cut(m, *a))
+    told._rows(bed, 0, cfg, lambda m, b: 0.0)
+    ((after, steps, batch, lr, model, data),) = trained
+    assert (steps, batch, lr) == (cfg.steps, cfg.batch_size, cfg.lr)
+    assert model is bed.model and data is bed.train
+    assert len(cut) == 4 and all(m is after for m in cut)
+    assert not torch.equal(after.head.weight, bed.model.head.weight)
+
+
 def test_one_seed_and_a_run_that_goes_on(tmp_path, monkeypatch):
     cfg = SMALL.replace(seeds=(0,), steps=2, batch_size=4, images=(100, 10), n_test=50,
                         device="cpu", targets=(0.3, 0.4), init_mag=1.0, beta=0.1,
@@ -315,4 +339,6 @@ def test_full_scale_path_with_a_tiny_model(tmp_path, monkeypatch):
                        tuning=Training(steps=1, batch_size=4))
     report = told.experiment(cfg, start_run("vtrans", cfg, "full", root=tmp_path / "runs"))
     assert asked == ["nyu-mll/glue@mrpc#train", "nyu-mll/glue@mrpc#validation"]
-    assert report.tables["glue"]["after"].notna().all() and len(report.tables["glue"]) == 10
+    table = report.tables["glue"]
+    asked_for = (table["method"] != "random") & (table["like"] != "fast")
+    assert (table["after"].notna() == asked_for).all() and len(table) == 10
