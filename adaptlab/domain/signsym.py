@@ -273,7 +273,8 @@ class SymptomLexicon:
             found.append([Mention(text[a:b], a, b, self.concepts[c]) for a, b, c in spans])
         return found
 
-# %% ../../nbs/domain/02_signsym.ipynb #87437782
+# %% ../../nbs/domain/02_signsym.ipynb #e1cfb3c2
+#| code-fold: true
 _SHORT = {"SOB": 312437, "CP": 77670, "HA": 378253, "ST": 259153, "N": 31967, "V": 441408,
           "D": 196523}
 _SHORT_FORM = re.compile(r"\b(?:SOB|CP|HA)\b|\b[NVD](?=/[NVD]\b)|(?<=\b[NVD]/)[NVD]\b")
@@ -823,7 +824,8 @@ class SignSymPipeline:
             ("concept", "score"), next(said), strict=True))) for m in row] for row in found]
         return [[m for m in row if m.concept.concept_id] for row in named]
 
-# %% ../../nbs/domain/02_signsym.ipynb #12bd5093
+# %% ../../nbs/domain/02_signsym.ipynb #37be0a64
+#| code-fold: true
 class SpanScores(NamedTuple):
     "How well predicted spans agree with gold ones."
 
