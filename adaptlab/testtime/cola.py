@@ -330,7 +330,9 @@ def teacher_forced_match(
     seen = logits[prompt_len - 1 : end]
     return bool(torch.isfinite(seen).all() and (seen.argmax(-1) == answer).all())
 
-# %% ../../nbs/testtime/04_cola.ipynb #53c01d46
+# %% ../../nbs/testtime/04_cola.ipynb #1fa5ccc4
+#| code-fold: true
+#| code-summary: "What a model hands to its layers"
 class _AllHeard(Exception):
     "Every layer has been called: the rest of the pass is not needed."
 
@@ -473,7 +475,9 @@ def _run_jobs(batch: PathBatch, jobs: Sequence[tuple[int, Path]]) -> list[Tensor
         at |= {job: at[job] + 1 for job in waiting}
     return [batch.states[job] for job in jobs]
 
-# %% ../../nbs/testtime/04_cola.ipynb #bf542449
+# %% ../../nbs/testtime/04_cola.ipynb #c067ed29
+#| code-fold: true
+#| code-summary: "Models whose layers can't be run one by one"
 _CHECKED: weakref.WeakSet = weakref.WeakSet()  # models that can be run layer by layer
 
 
@@ -494,7 +498,7 @@ def _check_parts(batch: PathBatch) -> None:
     batch.states.clear()
     batch.bytes = batch.layer_calls = 0
 
-
+# %% ../../nbs/testtime/04_cola.ipynb #ef4146e1
 def run_path(
     model: nn.Module,  # a decoder, in eval mode
     input_ids: Tensor,  # [rows, tokens] int64, without padding
