@@ -362,6 +362,26 @@ EYE = torch.eye(1).expand(2, 1, 1)
     (lambda: mixtures().predict(torch.eye(2).double(), torch.ones(1, 1).double()), "must be"),
     (lambda: dt.inverse_gamma_posterior(torch.ones(2), torch.ones(2), torch.ones(3, 2)), "times n"),
     (lambda: dt.InverseGammaMetaPrior((0.0, 1.0)), "positive"),
+    (lambda: dt.inverse_gamma_posterior(torch.ones(2), torch.ones(2, 1), torch.ones(2, 3)),
+     "must be alike"),
+    (lambda: mixtures(d=1).predict(*torch.tensor([[[1.0]], [[-0.05]]]).double()), "Q is no"),
+    (lambda: dt.gmm_linear_gaussian_posterior(
+        mixtures(), torch.ones(4, 2).double(), torch.eye(2).double(),
+        torch.tensor([[1.0, 0.9], [0.0, 1.0]]).double()), "R is no"),
+    (lambda: mixtures().to_tokens("logit"), "weight_link"),
+    (lambda: dt.from_tokens(torch.zeros(1, 2, 3), 1, "logit"), "weight_link"),
+    (lambda: mixtures().to_tokens(eps=2.0), "between 0 and 1"),
+    (lambda: network()(mixtures(d=1).map(lambda t: t * float("nan")), z=torch.ones(4, 1, 1)),
+     "holds NaN"),
+    (lambda: dt.DistributionTransformer(
+        dt.ComponentEmbedding(1, 16), {"z": dt.ObservationEmbedding(1, 16)}), "widths"),
+    (lambda: dt.BoundedMetaPrior(2, min_weight=0.9), "min_weight"),
+    (lambda: dt.BoundedMetaPrior(2, log_variance=(1.0, -3.0)), "range"),
+    (lambda: dt.transformed(dt.SUPPORTS["unit interval"], torch.ones(1)), "outside"),
+    (lambda: dt.transformed(dt.SUPPORTS["positive"], torch.tensor([float("inf")])), "outside"),
+    (lambda: dt.dt_loss(network(), {"prior": mixtures(d=1), "x": torch.ones(1, 1),
+                                    "obs": {"z": torch.ones(4, 1, 1)}}), "per problem"),
+    (lambda: dt.NPE(network(), 3)(None), "each must be there"),
     (lambda: dt.epoch_schedule(5, 5, 10), "warmup < epochs"),
     (lambda: network().filter(mixtures(d=1, dtype=torch.float32), {
         "z": torch.ones(4, 2, 1, 1), "y": torch.ones(4, 3, 1)}), "equally long"),
@@ -374,6 +394,24 @@ def test_what_is_refused(call, words):
 def test_parameters_without_an_embedding_are_refused():
     with pytest.raises(TypeError, match="prior_embedding"):
         network()(torch.ones(4, 2), z=torch.ones(4, 1, 1))
+
+
+def test_mixtures_are_refused_by_a_model_that_never_learned_to_read_them():
+    "Told priors by parameters, its posteriors can't be fed back as mixtures: by tokens they can."
+    model = network(prior_embedding=dt.PriorEmbedding(2, 3, 16))
+    phi, seen = mixtures(d=1, dtype=torch.float32), torch.ones(4, 2, 1, 1)
+    with pytest.raises(TypeError, match="update"):
+        model(phi, z=seen[:, 0])
+    with pytest.raises(TypeError, match="update"):
+        model.filter(torch.ones(4, 2), seen)
+    first = model(torch.ones(4, 2), z=seen[:, 0])
+    assert model.update(first.tokens, z=seen[:, 1]).posterior.loc.shape == (4, 3, 1)
+
+
+def test_counts_and_float64_are_read():
+    model, phi, z = network(), mixtures(d=1), torch.tensor([0, 1, 1, 2])[:, None, None]
+    torch.testing.assert_close(model(phi, z=z).posterior.loc, model(
+        phi.map(torch.Tensor.float), z=z.double()).posterior.loc)
 
 
 # the experiment
@@ -394,7 +432,8 @@ def test_full_scale_path_with_a_narrow_network(tmp_path):
     assert len(FULL.seeds) > 1 and FULL.training.steps == FULL.epochs * 100
     cfg = FULL.replace(**SHORT, dim_feedforward=16, num_layers=2, epochs=2, warmup=1, device="cpu")
     report = experiment(cfg, start_run("distribution_transformers", cfg, "full", root=tmp_path))
-    assert set(report.tables) == {"static", "filter", "densities", "variances", "parts"}
+    assert set(report.tables) == {"static", "filter", "densities", "variances", "parts",
+                                  "prior loss"}
     assert set(report.tables["parts"]["method"]) >= {"no self-attention", "norms in front"}
 
 
