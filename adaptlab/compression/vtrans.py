@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import modules, train
 
-# %% ../../nbs/compression/02_vtrans.ipynb #8772505f
+# %% ../../nbs/compression/02_vtrans.ipynb #5666904d
 class InformationBottleneckMask(nn.Module):
     """Noise with a learned mean and variance on each unit. ValueError for bad sizes or inputs."""
 
@@ -34,9 +34,11 @@ class InformationBottleneckMask(nn.Module):
         repeat: int = 1,  # neighbouring channels of a unit
     ):
         super().__init__()
-        if min(size, repeat) < 1 or init_std < 0 or not 0 <= kl_weight < math.inf:
-            raise ValueError(f"size = {size}, repeat = {repeat}, init_std = {init_std}, kl_weight ="
-                             f" {kl_weight}: need sizes of 1 or more, nothing negative")
+        if (min(size, repeat) < 1 or init_std < 0 or not 0 <= kl_weight < math.inf
+                or not math.isfinite(init_mag)):
+            raise ValueError(f"size = {size}, repeat = {repeat}, init_mag = {init_mag}, init_std = "
+                             f"{init_std}, kl_weight = {kl_weight}: need sizes of 1 or more, "
+                             "finite numbers, no negative spread or weight")
         self.size, self.repeat, self.threshold = size, repeat, threshold
         self.kl_weight = kl_weight
         self.mu = nn.Parameter(1 + init_std * torch.randn(size))
@@ -259,7 +261,7 @@ def norm_over(
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight
     return torch.zeros_like(x).index_copy(-1, rows, y.to(x.dtype))
 
-# %% ../../nbs/compression/02_vtrans.ipynb #2094fcea
+# %% ../../nbs/compression/02_vtrans.ipynb #909584d9
 def _kl_weights(p: "VIBPruner", names: Sequence[str]) -> dict[str, float]:
     "Parameters that a unit stands for, in those of the cheapest unit; or as given, per kind."
     if (given := p.kl_weights) is not None:
@@ -277,6 +279,12 @@ def _prepare(p: "VIBPruner", settings: dict[str, Any]) -> None:
     model, teacher = settings.pop("model"), settings.pop("teacher")
     p.__dict__.update(settings)
     p.layout, p.model, p.count = find_layout(model), model, 0
+    if teacher is not None and p.distill[1] > 0:
+        both = (p.layout, find_layout(teacher))
+        ours, its = ((len(x.blocks), x.sizes["hidden"][0]) for x in both)
+        if ours != its:
+            raise ValueError(f"blocks and width are {its} in the teacher, {ours} in the model: "
+                             "hidden states can't be compared; use distill=(1.0, 0.0)")
     p.shapes = {n: tuple(x.shape) for n, x in model.named_parameters()}
     p.full = float(p.size({}))
     names = [m for m in p.layout.sizes if m.partition("_")[0] in p.units]
@@ -291,7 +299,7 @@ def _prepare(p: "VIBPruner", settings: dict[str, Any]) -> None:
     p.others = {"teacher": teacher, "handles": [], "flags": {}}  # no submodules
     p.states = {"student": [], "teacher": []}
 
-# %% ../../nbs/compression/02_vtrans.ipynb #9f613aad
+# %% ../../nbs/compression/02_vtrans.ipynb #ea38dfc1
 class VIBPruner(nn.Module):
     """Masks on a model, and the loss that trains them to a size. ValueError for bad settings."""
 
@@ -335,6 +343,7 @@ class VIBPruner(nn.Module):
 
     def forward(self, batch: Any) -> Any:  # what the model returns
         "The model with its masks, on a batch."
+        self.states["student"].clear()
         return modules.call(self.model, batch)
 
     def attach(self) -> "VIBPruner":
@@ -458,8 +467,10 @@ def _distilled(p: VIBPruner, outputs: Any, batch: Any) -> Tensor:
     p.states["student"].clear()
     return total
 
-# %% ../../nbs/compression/02_vtrans.ipynb #b426e90d
+# %% ../../nbs/compression/02_vtrans.ipynb #9645cc7b
 def _terms(p: VIBPruner, outputs: Any, batch: Any, step: int) -> dict[str, Tensor]:
+    if not p.others["handles"]:
+        raise ValueError("the masks are not in the model: attach() before the forward pass")
     if step == 0 or not hasattr(p, "start"):
         p.start = p.hard_sparsity()
         if p.start > p.target:

@@ -186,6 +186,16 @@ def test_distillation_sees_hidden_states_and_checks_the_teacher():
     pruner = VIBPruner(vit(), teacher=other, distill=(1.0, 0.0)).attach()
     with pytest.raises(ValueError, match="same classes"):
         pruner.loss(pruner(batch), batch, 0)
+    for shape in ({"dim": 24, "depth": 3}, {"dim": 32, "depth": 2}):
+        with pytest.raises(ValueError, match="hidden states can't be compared"):
+            VIBPruner(vit(), teacher=recipes.TinyViT(heads=4, **shape))
+
+
+def test_a_look_at_the_masked_model_between_steps_leaves_no_states():
+    model, batch = vit(), (images(), torch.arange(4))
+    pruner = VIBPruner(model, teacher=copy.deepcopy(model)).attach()
+    pruner(batch)  # without a loss, as one looks at it
+    assert pruner.loss(pruner(batch), batch, 0)["distilled"].isfinite()
 
 
 @pytest.mark.parametrize("variant", ["vtrans", "fast", "faster"])
@@ -248,6 +258,10 @@ def test_bad_models_masks_and_states():
         InformationBottleneckMask(3)(torch.ones(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="size"):
         InformationBottleneckMask(0)
+    with pytest.raises(ValueError, match="init_mag = nan"):
+        InformationBottleneckMask(3, init_mag=float("nan"))
+    with pytest.raises(ValueError, match="attach"):
+        VIBPruner(vit()).loss(torch.zeros(4, 10), (images(), torch.arange(4)), 0)
     with pytest.warns(UserWarning, match="warmup"):
         VIBPruner(vit(), warmup=1.5)
     pruner = shaken(vit(), target=0.01)
