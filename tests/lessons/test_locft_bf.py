@@ -1,18 +1,24 @@
 """LocFT-BF: what is selected, the loss, kept states, schedules, bad input, the experiment."""
 
+import json
+
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModel, GPT2Config, GPT2LMHeadModel, MixtralConfig, T5Config
 
+import schemas
 from adaptlab import evaluate, recipes
 from adaptlab.bench.runs import launch
 from adaptlab.editing.locft_bf import (
+    Descent,
     EditRequest,
     LocFT,
     LocFTConfig,
+    block_stack,
     edit_loss,
     evaluate_edits,
     proportional_layer,
+    says,
     select_parameters,
 )
 from adaptlab.experiments import locft_bf as lab
@@ -143,7 +149,8 @@ def test_bad_input():
     for prompt, target in (("", "b"), ("a", " ")):
         with pytest.raises(ValueError, match="not empty"):
             EditRequest(prompt, target)
-    for wrong in ({"batch_size": 0}, {"epochs": -1}, {"lr": float("nan")}, {"schedule": "bf"}):
+    for wrong in ({"batch_size": 0}, {"epochs": -1}, {"lr": float("nan")},
+                  {"lr": float("inf")}, {"schedule": "bf"}):
         with pytest.raises(ValueError):
             LocFTConfig(1, **wrong)
     bare = recipes.byte_tokenizer()
@@ -173,9 +180,123 @@ def test_one_seed_and_full(tmp_path, monkeypatch):
     cfg = lab.SMALL.replace(seeds=(0,), edits=5, lrs=(3e-3,), epochs=1)
     assert len(launch("locft_bf", cfg, root=tmp_path, progress=False).claims) == 5
     file = tmp_path / "edits.json"
-    file.write_text('[{"src": "Paris is in", "alt": "Peru", "rephrase": "Where is Paris?"},'
-                    ' {"prompt": "Oslo is in", "target_new": "Chad", "rephrase_prompt": "Oslo?"}]')
+    rows = [{"src": f"City {i} is in", "alt": "Peru", "rephrase": f"{i} is?"} for i in range(4)]
+    rows += [{"prompt": "Oslo is in", "target_new": "Chad", "rephrase_prompt": "Oslo?"}]
+    file.write_text(json.dumps([*rows, {"src": "Oslo is in", "alt": "Mali"}]))
     monkeypatch.setattr(lab.models, "load", lambda *a, **k: (llama(), TOKENIZER))
-    full = lab.FULL.replace(layer=2, epochs=1, source=str(file))
+    monkeypatch.setattr(lab.suites, "mmlu", lambda source: [
+        {"context": f"{i}?", "choices": [" A", " B"], "answer": i % 2} for i in range(4)])
+    full = lab.FULL.replace(layer=2, epochs=1, source=str(file), edits=5, choices=2)
     report = launch("locft_bf", full, "full", root=tmp_path, progress=False)
-    assert list(report.tables["questions"]["method"]) == ["depth-first", "LocFT-BF"]
+    table = report.tables["questions"]
+    assert list(table["method"].unique()) == ["before", "depth-first", "breadth-first, batch 1",
+                                              "LocFT-BF"]
+    sizes = table[table["method"] == "before"].groupby("figure").size().to_dict()
+    assert sizes == {"capability": 2, "generalization": 5, "reliability": 5}
+    assert len(report.claims) == 6 and lab.read_edits(str(file), 5)[4].target == "Chad"
+    with pytest.raises(ValueError, match="different prompts"):
+        lab.read_edits(str(file), 6)
+
+
+def test_full_names_what_there_is(recorded):
+    assert lab.FULL.model in schemas.MODELS
+    assert len(lab.suites.mmlu(lab.FULL.mmlu)) > 0
+    assert schemas.rows("cais/mmlu@all#test") >= lab.FULL.choices
+
+
+def stack_of(config):
+    with torch.device("meta"):
+        return block_stack(AutoModel.from_config(config))
+
+
+def test_one_stack_of_blocks():
+    experts = MixtralConfig(vocab_size=32, hidden_size=16, intermediate_size=16,
+                            num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                            num_local_experts=8)
+    assert stack_of(experts) == "layers"
+    with pytest.raises(ValueError, match="two stacks"):
+        stack_of(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2))
+    lists = torch.nn.ModuleDict({k: torch.nn.ModuleList([torch.nn.Linear(2, 2)]) for k in "ab"})
+    for model in (lists, torch.nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match="one list"):
+            block_stack(model)
+
+
+def test_quantised_weights_are_refused():
+    model = llama()
+    down = model.model.layers[1].mlp.down_proj
+    down.weight = torch.nn.Parameter(down.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="quantised"):
+        select_parameters(model, 1)
+    del down.weight
+    down.register_buffer("qweight", torch.zeros(4, dtype=torch.int32))
+    with pytest.raises(ValueError, match="full precision"):
+        select_parameters(model, 1)
+
+
+def gradients(monkeypatch, **options):
+    "What each step would descend along; no step is taken."
+    found = []
+
+    def step(descent, loss):
+        found.append(torch.autograd.grad(loss, descent.weights)[0])
+        descent.steps += 1
+    monkeypatch.setattr(Descent, "step", step)
+    delta(llama(), epochs=1, **options)
+    return torch.stack(found)
+
+
+def test_a_batch_of_all_has_the_mean_gradient(monkeypatch):
+    whole = gradients(monkeypatch, batch_size=len(EDITS))
+    single = gradients(monkeypatch, batch_size=1)
+    assert len(whole) == 1 and len(single) == len(EDITS)
+    torch.testing.assert_close(whole[0], single.mean(0), rtol=1e-4, atol=1e-7)
+
+
+def test_last_prompt_token(monkeypatch):
+    model, row = llama(), LocFT(llama(), TOKENIZER, LocFTConfig(1)).rows(EDITS[:1])[0]
+    ids, n = row
+    logp = model(input_ids=torch.tensor([ids])).logits[0, n - 1].log_softmax(-1)
+    weight = model.model.layers[1].mlp.down_proj.weight
+    by_hand, = torch.autograd.grad(-logp[ids[n:]].mean(), weight)
+    found = []
+    monkeypatch.setattr(Descent, "step", lambda d, loss: found.append(
+        torch.autograd.grad(loss, d.weights)[0]))
+    delta(model, EDITS[:1], epochs=1, last_prompt_token=True)
+    torch.testing.assert_close(found[0], by_hand, rtol=1e-3, atol=1e-6)
+
+
+def test_steps_below_the_rounding_of_bfloat16_add_up():
+    "A weight of 1 in bfloat16 does not move by 1e-3 at once; 25 such steps count."
+    plain, ours = (torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(2))
+    adam = torch.optim.Adam([plain], lr=1e-3)
+    descent = Descent([ours], [torch.ones(4)], LocFTConfig(0, lr=1e-3))
+    for _ in range(25):
+        adam.zero_grad()
+        plain.sum().backward()
+        adam.step()
+        descent.step(ours.sum())
+    assert (plain == 1).all()
+    torch.testing.assert_close(ours.float(), torch.full((4,), 0.975), rtol=0, atol=4e-3)
+
+
+def test_a_model_of_nan_is_refused():
+    model = llama()
+    model.model.layers[0].mlp.up_proj.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="loss is nan after 0 steps"):
+        delta(model)
+
+
+def test_an_unusual_pass_is_refused():
+    "A model that scales its logits: the kept states would train something else."
+    model = llama()
+    model.register_forward_hook(lambda m, args, out: setattr(out, "logits", 3 * out.logits) or out)
+    with pytest.raises(ValueError, match="cached=False"):
+        delta(model)
+    assert delta(model, cached=False).any()
+
+
+def test_what_counts_as_said():
+    assert says("the U.S.A.", "USA") and says("St. Louis. It is in", "St. Louis")
+    assert not says("St. Paul", "St. Louis") and not says("Romeo", "Rome") and not says("", "Rome")
+    assert says("Rome\nand more", "Rome") and not says("Rome and more", "Rome")
