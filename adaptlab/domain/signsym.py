@@ -8,7 +8,8 @@ __all__ = ['DEFAULTS', 'CATEGORIES', 'NO_CONCEPT', 'Token', 'tokenize', 'sentenc
            'crf_log_z', 'crf_score', 'viterbi', 'word_states', 'bio', 'CRFTagger', 'term_key', 'ConceptNormalizer',
            'Document', 'merge', 'SignSymPipeline', 'SpanScores', 'evaluate_spans', 'to_note_nlp']
 
-# %% ../../nbs/domain/02_signsym.ipynb #1327d7d4
+# %% ../../nbs/domain/02_signsym.ipynb #4531454b
+#| code-fold: true
 import math
 import re
 from bisect import bisect_right
@@ -105,63 +106,56 @@ class PhraseTrie:
             i = max(end, i + 1)
         return found
 
-# %% ../../nbs/domain/02_signsym.ipynb #da45b6e3
+# %% ../../nbs/domain/02_signsym.ipynb #7f86cab2
 #| code-fold: true
 _TABLE_A = """
 437663 386661006 C0015967 Fever: fever, febrile, pyrexia, feverish, high temperature, temperature
-254761 49727002 C0010200 Cough: cough, coughing, tussis
-4038519 11833005 C0850149 Dry cough: dry cough, nonproductive cough, non-productive cough
-4102774 28743005 - Productive cough: productive cough, wet cough, cough with sputum
-312437 267036007 C0013404 Dyspnea: dyspnea, dyspnoea, shortness of breath, short of breath,
-  breathlessness, breathless, difficulty breathing, trouble breathing
-4263848 60845006 - Dyspnea on exertion: dyspnea on exertion, exertional dyspnea, doe
-4185711 44169009 C0003126 Loss of sense of smell: anosmia, loss of smell, loss of sense of smell,
-  lost my smell, cannot smell, can't smell, no sense of smell
-4307095 83156004 C2364082 Sense of smell impaired: hyposmia, reduced smell, impaired smell
-4289517 36955009 - Loss of taste: ageusia, loss of taste, lost my taste, cannot taste, can't taste
-436235 271801002 C0013378 Taste sense altered: dysgeusia, altered taste, metallic taste
-442752 68962001 C0231528 Muscle pain: myalgia, muscle pain, muscle ache, body ache, sore muscles
-378253 25064002 C0018681 Headache: headache, cephalalgia, head pain, migraine
-259153 162397003 C0242429 Pain in throat: sore throat, throat pain, pharyngitis, scratchy throat
-4223659 84229001 C0015672 Fatigue: fatigue, tiredness, tired, exhausted, exhaustion, lethargy
-4272240 367391008 C0231218 Malaise: malaise, feeling unwell, generally unwell
-31967 422587007 C0027497 Nausea: nausea, nauseous, nauseated, queasy
-441408 422400008 C0042963 Vomiting: vomiting, emesis, vomit, throwing up, threw up, throw up
-196523 62315008 C0011991 Diarrhea: diarrhea, diarrhoea, loose stool, watery stool
-4195085 68235000 C0027424 Nasal congestion: nasal congestion, congestion, stuffy nose, blocked nose
-4149990 - C1260880 Rhinorrhea: rhinorrhea, runny nose, nasal discharge
-77670 29857009 C0008031 Chest pain: chest pain, pain in the chest, thoracic pain
-4034235 - - Chest tightness: chest tightness, tight chest, tightness in the chest
-436222 419284004 - Altered mental status: altered mental status, ams
+/ 254761 49727002 C0010200 Cough: cough, coughing, tussis / 4038519 11833005 C0850149 Dry cough:
+dry cough, nonproductive cough, non-productive cough / 4102774 28743005 - Productive cough:
+productive cough, wet cough, cough with sputum / 312437 267036007 C0013404 Dyspnea: dyspnea,
+dyspnoea, shortness of breath, short of breath, breathlessness, breathless, difficulty breathing,
+trouble breathing / 4263848 60845006 - Dyspnea on exertion: dyspnea on exertion, exertional
+dyspnea, doe / 4185711 44169009 C0003126 Loss of sense of smell: anosmia, loss of smell, loss of
+sense of smell, lost my smell, cannot smell, can't smell, no sense of smell / 4307095 83156004
+C2364082 Sense of smell impaired: hyposmia, reduced smell, impaired smell / 4289517 36955009 -
+Loss of taste: ageusia, loss of taste, lost my taste, cannot taste, can't taste / 436235 271801002
+C0013378 Taste sense altered: dysgeusia, altered taste, metallic taste / 442752 68962001 C0231528
+Muscle pain: myalgia, muscle pain, muscle ache, body ache, sore muscles / 378253 25064002 C0018681
+Headache: headache, cephalalgia, head pain, migraine / 259153 162397003 C0242429 Pain in throat:
+sore throat, throat pain, pharyngitis, scratchy throat / 4223659 84229001 C0015672 Fatigue:
+fatigue, tiredness, tired, exhausted, exhaustion, lethargy / 4272240 367391008 C0231218 Malaise:
+malaise, feeling unwell, generally unwell / 31967 422587007 C0027497 Nausea: nausea, nauseous,
+nauseated, queasy / 441408 422400008 C0042963 Vomiting: vomiting, emesis, vomit, throwing up,
+threw up, throw up / 196523 62315008 C0011991 Diarrhea: diarrhea, diarrhoea, loose stool, watery
+stool / 4195085 68235000 C0027424 Nasal congestion: nasal congestion, congestion, stuffy nose,
+blocked nose / 4149990 - C1260880 Rhinorrhea: rhinorrhea, runny nose, nasal discharge / 77670
+29857009 C0008031 Chest pain: chest pain, pain in the chest, thoracic pain / 4034235 - - Chest
+tightness: chest tightness, tight chest, tightness in the chest / 436222 419284004 - Altered
+mental status: altered mental status, ams
 """
 
-# %% ../../nbs/domain/02_signsym.ipynb #36aae4ae
+# %% ../../nbs/domain/02_signsym.ipynb #6f5a8c5e
 #| code-fold: true
 _TABLE_B = """
 200219 21522001 C0000737 Abdominal pain: abdominal pain, stomach pain, belly pain, stomach ache,
-  stomach cramp, abdominal cramp
-381273 286933003 C0009676 Confusional state: confusion, confused, disoriented, disorientation
-373995 2776000 - Delirium: delirium, delirious
-442165 79890006 C1971624 Loss of appetite: loss of appetite, anorexia, no appetite, poor appetite
-261687 66857006 C0019079 Hemoptysis: hemoptysis, haemoptysis, coughing up blood, bloody sputum
-314754 56018004 C0043144 Wheezing: wheezing, wheeze, wheezy
-377091 91175000 C0036572 Seizure: seizure, convulsion, seizure disorder
-140214 271807003 C0015230 Eruption: rash, skin rash, eruption, exanthem
-379019 9826008 - Conjunctivitis: conjunctivitis, pink eye, red eye
-77074 57676002 C0003862 Joint pain: joint pain, arthralgia, joint ache, aching joints
-79908 26544005 C0151786 Muscle weakness: muscle weakness, weak muscles
-437113 13791008 C3714552 Asthenia: asthenia, generalized weakness, weakness
-437390 389087006 - Hypoxemia: hypoxemia, hypoxia, hypoxic, low oxygen
-31317 40739000 C0011168 Dysphagia: dysphagia, difficulty swallowing, trouble swallowing
-4223938 404640003 - Dizziness: dizziness, dizzy, lightheaded, vertigo
-255848 233604007 C0032285 Pneumonia: pneumonia, lung infection
-4195694 67782005 C0035222 ARDS: ards, acute respiratory distress syndrome
-37311061 840539006 - COVID-19: covid-19, covid, coronavirus infection
-4155911 271813007 - Petechiae: petechiae, petechial rash
-434490 - C0085593 Chills: chills, chill, rigors, shivering
-317376 - C0231835 Tachypnea: tachypnea, rapid breathing, fast breathing
-441541 - C0024312 Lymphopenia: lymphopenia, low lymphocytes
-438134 - - Hypersomnia: hypersomnia, excessive sleepiness
+stomach cramp, abdominal cramp / 381273 286933003 C0009676 Confusional state: confusion, confused,
+disoriented, disorientation / 373995 2776000 - Delirium: delirium, delirious / 442165 79890006
+C1971624 Loss of appetite: loss of appetite, anorexia, no appetite, poor appetite / 261687
+66857006 C0019079 Hemoptysis: hemoptysis, haemoptysis, coughing up blood, bloody sputum / 314754
+56018004 C0043144 Wheezing: wheezing, wheeze, wheezy / 377091 91175000 C0036572 Seizure: seizure,
+convulsion, seizure disorder / 140214 271807003 C0015230 Eruption: rash, skin rash, eruption,
+exanthem / 379019 9826008 - Conjunctivitis: conjunctivitis, pink eye, red eye / 77074 57676002
+C0003862 Joint pain: joint pain, arthralgia, joint ache, aching joints / 79908 26544005 C0151786
+Muscle weakness: muscle weakness, weak muscles / 437113 13791008 C3714552 Asthenia: asthenia,
+generalized weakness, weakness / 437390 389087006 - Hypoxemia: hypoxemia, hypoxia, hypoxic, low
+oxygen / 31317 40739000 C0011168 Dysphagia: dysphagia, difficulty swallowing, trouble swallowing /
+4223938 404640003 - Dizziness: dizziness, dizzy, lightheaded, vertigo / 255848 233604007 C0032285
+Pneumonia: pneumonia, lung infection / 4195694 67782005 C0035222 ARDS: ards, acute respiratory
+distress syndrome / 37311061 840539006 - COVID-19: covid-19, covid, coronavirus infection /
+4155911 271813007 - Petechiae: petechiae, petechial rash / 434490 - C0085593 Chills: chills,
+chill, rigors, shivering / 317376 - C0231835 Tachypnea: tachypnea, rapid breathing, fast breathing
+/ 441541 - C0024312 Lymphopenia: lymphopenia, low lymphocytes / 438134 - - Hypersomnia:
+hypersomnia, excessive sleepiness
 """
 
 # %% ../../nbs/domain/02_signsym.ipynb #1e77d7c8
@@ -209,7 +203,7 @@ class Mention:
         keys = ("negation", "uncertainty", "condition", "subject")
         return "Y" if all(self.attributes[k] == DEFAULTS[k] for k in keys) else "N"
 
-# %% ../../nbs/domain/02_signsym.ipynb #a2db0d1e
+# %% ../../nbs/domain/02_signsym.ipynb #7d93c06b
 class SymptomLexicon:
     "Synonyms and their concepts, compiled into a trie."
 
@@ -250,14 +244,14 @@ class SymptomLexicon:
     def default(cls) -> "SymptomLexicon":  # 46 concepts
         "The course's own lexicon of COVID-19 signs and symptoms."
         terms, concepts = {}, {}
-        for line in re.sub(r"\n  ", " ", _TABLE_A + _TABLE_B).strip().split("\n"):
-            if line:
-                head, _, synonyms = line.partition(": ")
+        for table in (_TABLE_A, _TABLE_B):
+            for entry in " ".join(table.split()).split(" / "):
+                head, _, synonyms = entry.partition(": ")
                 number, snomed, cui, name = head.split(" ", 3)
                 domain = "Observation" if name == "Rhinorrhea" else "Condition"
                 concepts[int(number)] = OMOPConcept(
                     int(number), name, snomed.strip("-"), cui.strip("-"), domain)
-                terms |= {term.strip(): int(number) for term in synonyms.split(",")}
+                terms |= {term: int(number) for term in synonyms.split(", ")}
         return cls(terms, concepts)
 
     def recognize(
@@ -594,7 +588,8 @@ def word_states(
                 [row[first[w.start]] if w.start in first else row[0] * 0 for w in words]))
     return found
 
-# %% ../../nbs/domain/02_signsym.ipynb #40e50545
+# %% ../../nbs/domain/02_signsym.ipynb #ca7bd9ca
+#| code-fold: true
 def bio(
     words: Sequence[Token],  # of a sentence
     spans: Sequence[tuple],  # (start, end) or (start, end, label), not overlapping
@@ -693,7 +688,8 @@ class CRFTagger:
         return [[Mention(text[a:b], a, b, score=0.0, source="tagger") for a, b, _ in spans]
                 for text, spans in zip(texts, self.predict(texts), strict=True)]
 
-# %% ../../nbs/domain/02_signsym.ipynb #1dac4fa4
+# %% ../../nbs/domain/02_signsym.ipynb #a3bdd6ec
+#| code-fold: true
 @torch.no_grad()
 def _decode(tagger: CRFTagger, texts: Sequence[str]) -> list[list[tuple[int, int, str]]]:
     if not tagger.fitted:

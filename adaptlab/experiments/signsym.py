@@ -38,9 +38,9 @@ from adaptlab.domain.signsym import (
     evaluate_spans,
 )
 
-# %% ../../nbs/experiments/signsym.ipynb #a20c76a0
+# %% ../../nbs/experiments/signsym.ipynb #fe89d796
 #| code-fold: true
-_CLINICAL_DEV = """
+_NOTES = """
 54 yo male with [fever], [dry cough] and [dyspnea] for 5 days. Denies [chest pain||n] or
 [hemoptysis||n]. // No [fever||n], [chills||n], or [night cough|Coug|n]. Reports mild
 [headache||slight]. // Pt c/o worsening [SOB|Dyspnea|increased]. [N|Naus]/[V|Vomi] since yesterday.
@@ -54,127 +54,100 @@ breath|Dyspnea|c] or [chest pain||c] develops. // Positive for [anosmia|Loss of 
 Tylenol as needed for [fever||c]. Persistent [dry cough||changed] x 2 weeks. // Husband tested
 positive for [COVID-19||f]; she has [rhinorrhea] and [malaise]. // [Nausea||resolved] resolved.
 [Vomiting] continues without [abdominal pain||n]. // [SpO2 92%|Hypo] on room air, [wheezing]
-bilaterally, no [conjunctivitis||n]. Alert, not [confused|Conf|n].
-"""
-
-# %% ../../nbs/experiments/signsym.ipynb #976417d8
-#| code-fold: true
-_FORUM_DEV = """
-hi all, day 6 here. [can't smell a thing|Loss of s] and [food tastes like cardboard|Tast]. no
-[fever||n] so far // I [feel like I can't get enough air|Dyspnea] when I lie down, is that normal?
-// my husband is [coughing|Coug|f] all night, I only have a [runny nose|Rhin] // [threw up|Vomi]
-twice this morning and my [tummy hurts|Abdo] really bad // I'm [wiped out|Fati], [every muscle
-aches|Muscle p]. Didn't have a [temperature|Feve|n] though // should I worry if I [get short of
-breath|Dyspnea|c]? right now just a [scratchy throat|Pain] // Had [the runs|Diar|p] last week, gone
-now. Still [no appetite|Loss of a] // my [head is pounding|Head] and I [feel dizzy|Dizz] every time
-I get up // never had a [cough||n], never lost [my taste|Loss of t|n], still tested positive //
-woke up [burning up|Feve] and [shivering|Chil], my thermometer is broken // [stuffy nose|Nasa]
-getting better, the [tight chest|Chest t] isn't // my son [won't eat anything|Loss of a|f] and
-[feels hot|Feve|f] // could this be [covid|COVI|u]? I'm [out of breath after one flight of
-stairs|Dyspnea o] // [brain fog|Conf] is the worst part. no [chest pain||n], no [wheeze|Whee|n] //
-[broke out in red spots|Erup] on my arms, [joints are killing me|Join], [queasy|Naus] too
-"""
-
-# %% ../../nbs/experiments/signsym.ipynb #09ea7198
-#| code-fold: true
-_CLINICAL_OLD = """
-61 yo F admitted with [cough], [fever] to 39.4 and [pleuritic chest pain|Chest p]. No
-[hemoptysis||n]. // Denies [nausea||n], [vomiting||n], [diarrhea||n] or [abdominal pain||n].
-Endorses [fatigue]. // [Dyspnea on exertion||increased] has worsened. [Headache||resolved] has
-resolved. // Daughter recently had [fever||f] and [sore throat|Pain|f]. Patient denies [fever||n].
-// Concern for [pneumonia||u]. Pulmonary embolism was ruled out. // PMH: [seizure disorder|Seiz|p].
-Now with [altered mental status] and [hypoxia|Hypo]. // Call if [fever||c], [chills||c] or
-worsening [shortness of breath|Dyspnea|c]. // Moderate [myalgia|Muscle p|moderate] and
-[arthralgia|Join]. [Rash|Erup|n] absent. // ROS (+) [cough], (+) [dyspnea], (-) [fever||n], (-)
-[loss of taste||n]. // Symptoms of [COVID-19||c] include [fever||c], [cough||c] and [loss of
-smell|Loss of s|c]. Handout given. // No increase in [cough]. [Low-grade fevers|Feve|slight] at
-night, not [dizzy|Dizz|n]. // Patient is a smoker with chronic [productive cough||changed] and no
-new [wheezing||n]. // [CP|Chest p|n]/[SOB|Dyspnea|n]: denies. [HA|Head] x 3 days, [nasal
-congestion]. // [Delirium||u] cannot be excluded. [Anorexia|Loss of a] and [generalized
-weakness|Asth] since Monday. // Without [fever||n] or [tachypnea||n], however with
-[odynophagia|Pain] and [dysphagia].
-"""
-
-# %% ../../nbs/experiments/signsym.ipynb #c2143046
-#| code-fold: true
-_FORUM_OLD = """
-day 4, [no sense of smell at all|Loss of s], [everything tastes weird|Tast], but I don't have a
-[fever||n] // I [can't catch my breath|Dyspnea] walking to the bathroom. should I go to the ER? //
-my mom has a [high temp|Feve|f] and [can't stop coughing|Coug|f], I'm fine // been [throwing
-up|Vomi] since 3am, [stomach is cramping|Abdo], [can't keep anything down|Vomi] // [so tired|Fati]
-I could sleep all day. [body aches|Muscle p] too. the [sore throat|Pain|resolved] is gone // they
-told me to come in if [my chest hurts|Chest p|c] or my lips turn blue // [pooping water|Diar] for
-two days, [zero appetite|Loss of a], no [vomiting||n] // [splitting headache|Head|severe], [the
-room is spinning|Dizz], [nose is all blocked up|Nasa] // I never [coughed|Coug|n] and never [felt
+bilaterally, no [conjunctivitis||n]. Alert, not [confused|Conf|n]. ## hi all, day 6 here. [can't
+smell a thing|Loss of s] and [food tastes like cardboard|Tast]. no [fever||n] so far // I [feel
+like I can't get enough air|Dyspnea] when I lie down, is that normal? // my husband is
+[coughing|Coug|f] all night, I only have a [runny nose|Rhin] // [threw up|Vomi] twice this morning
+and my [tummy hurts|Abdo] really bad // I'm [wiped out|Fati], [every muscle aches|Muscle p]. Didn't
+have a [temperature|Feve|n] though // should I worry if I [get short of breath|Dyspnea|c]? right
+now just a [scratchy throat|Pain] // Had [the runs|Diar|p] last week, gone now. Still [no
+appetite|Loss of a] // my [head is pounding|Head] and I [feel dizzy|Dizz] every time I get up //
+never had a [cough||n], never lost [my taste|Loss of t|n], still tested positive // woke up
+[burning up|Feve] and [shivering|Chil], my thermometer is broken // [stuffy nose|Nasa] getting
+better, the [tight chest|Chest t] isn't // my son [won't eat anything|Loss of a|f] and [feels
+hot|Feve|f] // could this be [covid|COVI|u]? I'm [out of breath after one flight of stairs|Dyspnea
+o] // [brain fog|Conf] is the worst part. no [chest pain||n], no [wheeze|Whee|n] // [broke out in
+red spots|Erup] on my arms, [joints are killing me|Join], [queasy|Naus] too ## 61 yo F admitted
+with [cough], [fever] to 39.4 and [pleuritic chest pain|Chest p]. No [hemoptysis||n]. // Denies
+[nausea||n], [vomiting||n], [diarrhea||n] or [abdominal pain||n]. Endorses [fatigue]. // [Dyspnea
+on exertion||increased] has worsened. [Headache||resolved] has resolved. // Daughter recently had
+[fever||f] and [sore throat|Pain|f]. Patient denies [fever||n]. // Concern for [pneumonia||u].
+Pulmonary embolism was ruled out. // PMH: [seizure disorder|Seiz|p]. Now with [altered mental
+status] and [hypoxia|Hypo]. // Call if [fever||c], [chills||c] or worsening [shortness of
+breath|Dyspnea|c]. // Moderate [myalgia|Muscle p|moderate] and [arthralgia|Join]. [Rash|Erup|n]
+absent. // ROS (+) [cough], (+) [dyspnea], (-) [fever||n], (-) [loss of taste||n]. // Symptoms of
+[COVID-19||c] include [fever||c], [cough||c] and [loss of smell|Loss of s|c]. Handout given. // No
+increase in [cough]. [Low-grade fevers|Feve|slight] at night, not [dizzy|Dizz|n]. // Patient is a
+smoker with chronic [productive cough||changed] and no new [wheezing||n]. // [CP|Chest
+p|n]/[SOB|Dyspnea|n]: denies. [HA|Head] x 3 days, [nasal congestion]. // [Delirium||u] cannot be
+excluded. [Anorexia|Loss of a] and [generalized weakness|Asth] since Monday. // Without [fever||n]
+or [tachypnea||n], however with [odynophagia|Pain] and [dysphagia]. ## day 4, [no sense of smell at
+all|Loss of s], [everything tastes weird|Tast], but I don't have a [fever||n] // I [can't catch my
+breath|Dyspnea] walking to the bathroom. should I go to the ER? // my mom has a [high temp|Feve|f]
+and [can't stop coughing|Coug|f], I'm fine // been [throwing up|Vomi] since 3am, [stomach is
+cramping|Abdo], [can't keep anything down|Vomi] // [so tired|Fati] I could sleep all day. [body
+aches|Muscle p] too. the [sore throat|Pain|resolved] is gone // they told me to come in if [my
+chest hurts|Chest p|c] or my lips turn blue // [pooping water|Diar] for two days, [zero
+appetite|Loss of a], no [vomiting||n] // [splitting headache|Head|severe], [the room is
+spinning|Dizz], [nose is all blocked up|Nasa] // I never [coughed|Coug|n] and never [felt
 feverish|Feve|n], just [felt lousy|Mala] for a week // [sweating and freezing at the same
 time|Chil] all night, [hacking cough|Coug] now // is it [covid|COVI|u] or just allergies? sneezing
 and [dripping nose|Rhin], nothing else // my roommate [lost her taste|Loss of t|o] last month. I
 only get [winded going upstairs|Dyspnea o] // [weird blotches|Erup] on my feet, [my knees
 ache|Join]. anyone else? // [legs feel like jelly|Muscle w], [couldn't think straight|Conf]
 yesterday, a bit better today // [felt sick to my stomach|Naus] but didn't [throw up|Vomi|n].
-[chest feels heavy|Chest t] at night
+[chest feels heavy|Chest t] at night ## 58M w/ 4d [cough] and [subjective fevers|Feve], denies
+[SOB|Dyspnea|n], [CP|Chest p|n] or [hemoptysis||n]. // CXR ordered to r/o [PNA|Pneu|u]. Pt
+[febrile|Feve] to 38.9 in triage, [satting 88% on RA|Hypo]. // ROS: +[myalgias|Muscle p],
++[HA|Head], -[rash|Erup|n], -[N|Naus|n]/[V|Vomi|n]/[D|Diar|n]. // RTC or go to ED if worsening
+[shortness of breath|Dyspnea|c], [chest pain||c] or new [confusion|Conf|c]. // Wife tested COVID+
+on Monday, has [dry cough||f] and [anosmia|Loss of s|f]; pt himself only c/o [fatigue]. // 81F from
+SNF, [more confused than baseline|Conf] per staff. No [fever||n]. Roommate at facility w/
+[diarrhea||o] since last week. // Lungs: bibasilar crackles, no [wheeze|Whee|n]. Imp: ?early
+[pneumonia||u] RLL, start azithro. // Phone f/u day 6: [cough] improving, still [DOE|Dyspnea o] w/
+one flight of stairs, [smell not back yet|Loss of s]. // 34F, [nausea] x3d, [emesis|Vomi] x2 today,
+crampy [abd pain|Abdo]. [Afebrile|Feve|n]. // Possible [seizure||u] at home witnessed by son,
+[disoriented|Conf] on arrival. BGL 5.4. // Mother and sister w/ [sore throat|Pain|f] and
+[fever||f]. Pt has [rhinorrhea] only. // Counseled on vaccine side effects: may have
+[myalgia|Muscle p|c], [fatigue||c], [low grade fever|Feve|c] x 24-48h. // Neg for [chills||n],
+[arthralgias|Join|n]. Pos for [malaise] and [poor appetite|Loss of a]. // R eye [conjunctivitis],
+no [URI sx|Nasa|n]. Daughter had [pinkeye|Conj|f] last wk. // [Lightheaded|Dizz] on standing,
+[generalized weakness|Asth]. No syncope, no [HA|Head|n]. // COVID SCREEN - [Cough]: Y [Fever||n]: N
+[SOB|Dyspnea|n]: N [Sore throat|Pain]: Y [Loss of taste||n]: N // No resp distress, SpO2 97% RA at
+rest. Cannot exclude exertional [hypoxia|Hypo|u], will do walk test. // Presents w/ [pleuritic
+CP|Chest p] and [productive cough] (yellow), likely [CAP|Pneu|u], less likely PE. // Ibuprofen 400
+q6h prn [headache||c] or [body aches|Muscle p|c]. Asymptomatic today. // [Dysphagia] solids >
+liquids x2 wk. FHx: father [seizures|Seiz|f], o/w neg. ## so ive been [coughing but nothing comes
+up|Dry c] for like a week, [chest feels like someone is sitting on it|Chest t] and i get [out of
+breath just going up the stairs|Dyspnea o] // woke up and [couldnt smell my coffee|Loss of s], not
+even the burnt toast. [nose isnt blocked|Nasa|n] tho // Thank god no [fever||n] and no [throwing
+up|Vomi|n], just totally [wiped out|Fati], i could sleep 20 hrs a day // my husband has been
+[burning up|Feve|f] since friday and is [shivering|Chil|f] under three blankets, im fine so far
+apart from a bit of a [scratchy throat|Pain] // should i go to the ER if i start having [trouble
+breathing|Dyspnea|c]?? right now its only the [headaches|Head] and my [joints ache|Join] // food
+[tastes like cardboard|Tast] and everything [smells like gasoline|Sens], its been 5 weeks, anyone
+else?? // not sure if its [pneumonia||u] or what but im [bringing up green stuff|Prod] and
+[wheezy|Whee] at night // dr said to call back if the [rash|Erup|c] comes back or if i get
+[feverish|Feve|c]. hasnt happened yet // My 4 yr old had the [runs|Diar|f] and [puked|Vomi|f]
+twice, now my own [stomach is in knots|Abdo] and i feel [queezy|Naus] // i havent got the
+[cough||n] everyone talks about, never had a [temperature|Feve|n], but i [cant taste a thing|Loss
+of t] // i get so [muddled|Conf] i put the milk in the cupboard, and my [legs feel like jelly|Asth]
+when i stand up too long // could it be that i have [low oxygen|Hypo|u]? my lips looked kinda blue
+and the [room keeps spinning|Dizz] // mum [coughed up blood|Hemo|f] last night and we r waiting for
+the ambulance. me i have nothing just a bit [snotty|Rhin] // I dont think it was a [seizure||n u]
+but i was [shaking so hard my teeth were chattering|Chil] // my roomate has [pink eye|Conj|o] and
+now my [eyes are red and gunky|Conj], no [itchy bumps|Erup|n] or anything tho // My coworker said
+she [couldnt taste anything|Loss of t|o] for months so im scared but so far mine is just [achy
+muscles|Muscle p] and [no appetite|Loss of a] // im not [short of breath|Dyspnea|n] or anything,
+sats are 98, just feel [generally crap|Mala] and [knackered|Fati] // maybe its allergies? [nose
+running like a tap|Rhin], maybe a [slight fever|Feve|u] but my thermometer is broken, no
+[aches|Muscle p|n] // they say the antibiotic can give you [diarrea|Diar|c] and make you
+[nauseous|Naus|c], havent started it yet. [throat feels like swallowing glass|Pain] // if i [get
+dizzy|Dizz|c] again im calling in sick. dad has [no energy|Fati|f] and [cant keep food down|Vomi|f]
+since yesterday
 """
 
-# %% ../../nbs/experiments/signsym.ipynb #bd404853
-#| code-fold: true
-_CLINICAL_FRESH = """
-58M w/ 4d [cough] and [subjective fevers|Feve], denies [SOB|Dyspnea|n], [CP|Chest p|n] or
-[hemoptysis||n]. // CXR ordered to r/o [PNA|Pneu|u]. Pt [febrile|Feve] to 38.9 in triage, [satting
-88% on RA|Hypo]. // ROS: +[myalgias|Muscle p], +[HA|Head], -[rash|Erup|n],
--[N|Naus|n]/[V|Vomi|n]/[D|Diar|n]. // RTC or go to ED if worsening [shortness of breath|Dyspnea|c],
-[chest pain||c] or new [confusion|Conf|c]. // Wife tested COVID+ on Monday, has [dry cough||f] and
-[anosmia|Loss of s|f]; pt himself only c/o [fatigue]. // 81F from SNF, [more confused than
-baseline|Conf] per staff. No [fever||n]. Roommate at facility w/ [diarrhea||o] since last week. //
-Lungs: bibasilar crackles, no [wheeze|Whee|n]. Imp: ?early [pneumonia||u] RLL, start azithro. //
-Phone f/u day 6: [cough] improving, still [DOE|Dyspnea o] w/ one flight of stairs, [smell not back
-yet|Loss of s]. // 34F, [nausea] x3d, [emesis|Vomi] x2 today, crampy [abd pain|Abdo].
-[Afebrile|Feve|n]. // Possible [seizure||u] at home witnessed by son, [disoriented|Conf] on
-arrival. BGL 5.4. // Mother and sister w/ [sore throat|Pain|f] and [fever||f]. Pt has [rhinorrhea]
-only. // Counseled on vaccine side effects: may have [myalgia|Muscle p|c], [fatigue||c], [low grade
-fever|Feve|c] x 24-48h. // Neg for [chills||n], [arthralgias|Join|n]. Pos for [malaise] and [poor
-appetite|Loss of a]. // R eye [conjunctivitis], no [URI sx|Nasa|n]. Daughter had [pinkeye|Conj|f]
-last wk. // [Lightheaded|Dizz] on standing, [generalized weakness|Asth]. No syncope, no
-[HA|Head|n]. // COVID SCREEN - [Cough]: Y [Fever||n]: N [SOB|Dyspnea|n]: N [Sore throat|Pain]: Y
-[Loss of taste||n]: N // No resp distress, SpO2 97% RA at rest. Cannot exclude exertional
-[hypoxia|Hypo|u], will do walk test. // Presents w/ [pleuritic CP|Chest p] and [productive cough]
-(yellow), likely [CAP|Pneu|u], less likely PE. // Ibuprofen 400 q6h prn [headache||c] or [body
-aches|Muscle p|c]. Asymptomatic today. // [Dysphagia] solids > liquids x2 wk. FHx: father
-[seizures|Seiz|f], o/w neg.
-"""
-
-# %% ../../nbs/experiments/signsym.ipynb #2971fd03
-#| code-fold: true
-_FORUM_FRESH = """
-so ive been [coughing but nothing comes up|Dry c] for like a week, [chest feels like someone is
-sitting on it|Chest t] and i get [out of breath just going up the stairs|Dyspnea o] // woke up and
-[couldnt smell my coffee|Loss of s], not even the burnt toast. [nose isnt blocked|Nasa|n] tho //
-Thank god no [fever||n] and no [throwing up|Vomi|n], just totally [wiped out|Fati], i could sleep
-20 hrs a day // my husband has been [burning up|Feve|f] since friday and is [shivering|Chil|f]
-under three blankets, im fine so far apart from a bit of a [scratchy throat|Pain] // should i go to
-the ER if i start having [trouble breathing|Dyspnea|c]?? right now its only the [headaches|Head]
-and my [joints ache|Join] // food [tastes like cardboard|Tast] and everything [smells like
-gasoline|Sens], its been 5 weeks, anyone else?? // not sure if its [pneumonia||u] or what but im
-[bringing up green stuff|Prod] and [wheezy|Whee] at night // dr said to call back if the
-[rash|Erup|c] comes back or if i get [feverish|Feve|c]. hasnt happened yet // My 4 yr old had the
-[runs|Diar|f] and [puked|Vomi|f] twice, now my own [stomach is in knots|Abdo] and i feel
-[queezy|Naus] // i havent got the [cough||n] everyone talks about, never had a
-[temperature|Feve|n], but i [cant taste a thing|Loss of t] // i get so [muddled|Conf] i put the
-milk in the cupboard, and my [legs feel like jelly|Asth] when i stand up too long // could it be
-that i have [low oxygen|Hypo|u]? my lips looked kinda blue and the [room keeps spinning|Dizz] //
-mum [coughed up blood|Hemo|f] last night and we r waiting for the ambulance. me i have nothing just
-a bit [snotty|Rhin] // I dont think it was a [seizure||n u] but i was [shaking so hard my teeth
-were chattering|Chil] // my roomate has [pink eye|Conj|o] and now my [eyes are red and gunky|Conj],
-no [itchy bumps|Erup|n] or anything tho // My coworker said she [couldnt taste anything|Loss of
-t|o] for months so im scared but so far mine is just [achy muscles|Muscle p] and [no appetite|Loss
-of a] // im not [short of breath|Dyspnea|n] or anything, sats are 98, just feel [generally
-crap|Mala] and [knackered|Fati] // maybe its allergies? [nose running like a tap|Rhin], maybe a
-[slight fever|Feve|u] but my thermometer is broken, no [aches|Muscle p|n] // they say the
-antibiotic can give you [diarrea|Diar|c] and make you [nauseous|Naus|c], havent started it yet.
-[throat feels like swallowing glass|Pain] // if i [get dizzy|Dizz|c] again im calling in sick. dad
-has [no energy|Fati|f] and [cant keep food down|Vomi|f] since yesterday
-"""
-
-# %% ../../nbs/experiments/signsym.ipynb #25ea9689
+# %% ../../nbs/experiments/signsym.ipynb #73429b48
 _FLAGS = {"n": "negated", "u": "uncertain", "c": "conditional", "f": "family", "o": "other",
           "p": "past"}
 _SPAN = re.compile(r"\[([^\]|]+)(?:\|([^\]|]*))?(?:\|([^\]]+))?\]")
@@ -214,10 +187,10 @@ def all_notes(
     lexicon: SymptomLexicon,  # knows the concepts
 ) -> dict[tuple[str, str], list[Document]]:  # (style, part) -> notes
     "The hundred notes: `dev` and `old test` for development, `test`."
-    parts = {"dev": (_CLINICAL_DEV, _FORUM_DEV), "old test": (_CLINICAL_OLD, _FORUM_OLD),
-             "test": (_CLINICAL_FRESH, _FORUM_FRESH)}
-    return {(style, part): read_notes(text, lexicon) for part, texts in parts.items()
-            for style, text in zip(("clinical", "forum"), texts, strict=True)}
+    keys = [(style, part) for part in ("dev", "old test", "test")
+            for style in ("clinical", "forum")]
+    return {key: read_notes(text, lexicon)
+            for key, text in zip(keys, _NOTES.split("##"), strict=True)}
 
 # %% ../../nbs/experiments/signsym.ipynb #da5b23a1
 _FRAMES = [
