@@ -49,6 +49,19 @@ def _factor(loc: Tensor, scale_tril: Tensor | None, covariance: Tensor | None) -
     return factor
 
 
+def _log_weights(weights: Tensor, loc: Tensor) -> Tensor:
+    "Logarithms of weights that are checked."
+    if loc.ndim < 2 or weights.shape != loc.shape[:-1]:
+        raise ValueError(f"weights [..., k] and loc [..., k, d] are needed, got "
+                         f"{tuple(weights.shape)} and {tuple(loc.shape)}; in one dimension "
+                         "loc is loc[..., None]")
+    if not ((weights >= 0).all() and ((weights.sum(-1) - 1).abs() < 1e-3).all()):
+        raise ValueError("weights must not be negative (or NaN), and sum to 1 over the last axis")
+    return (weights / weights.sum(-1, keepdim=True)).log()
+
+# %% ../../nbs/inference/01_distribution_transformers.ipynb #5c0e71d2
+#| code-fold: true
+#| code-summary: "What else is refused"
 def _link(link: str, eps: float | None = None) -> str:
     "A checked link of the weights."
     if link not in ("softmax", "sigmoid") or not (eps is None or 0 < eps < 1):
@@ -73,17 +86,6 @@ def _sizes(d_model: int, n_head: int, last: list[nn.Linear]) -> None:
     if any(part.out_features != d_model for part in last):
         raise ValueError(f"embeddings with tokens of widths {[p.out_features for p in last]}: "
                          f"each must be d_model = {d_model}")
-
-
-def _log_weights(weights: Tensor, loc: Tensor) -> Tensor:
-    "Logarithms of weights that are checked."
-    if loc.ndim < 2 or weights.shape != loc.shape[:-1]:
-        raise ValueError(f"weights [..., k] and loc [..., k, d] are needed, got "
-                         f"{tuple(weights.shape)} and {tuple(loc.shape)}; in one dimension "
-                         "loc is loc[..., None]")
-    if not ((weights >= 0).all() and ((weights.sum(-1) - 1).abs() < 1e-3).all()):
-        raise ValueError("weights must not be negative (or NaN), and sum to 1 over the last axis")
-    return (weights / weights.sum(-1, keepdim=True)).log()
 
 # %% ../../nbs/inference/01_distribution_transformers.ipynb #c1a46194
 class GaussianMixture:
