@@ -295,7 +295,7 @@ def depth_first(
         watch(i + 1)
     return history
 
-# %% ../../nbs/editing/02_locft_bf.ipynb #3507a471
+# %% ../../nbs/editing/02_locft_bf.ipynb #07ec37c2
 class EditResult(NamedTuple):
     "What an edit changed."
 
@@ -321,6 +321,24 @@ class _OnlyChosen:
             p.requires_grad_(flag)
 
 
+def _rows(tokenizer: Any, requests: Sequence[EditRequest], append_eos: bool,
+          room: int | None) -> list[tuple[list[int], int]]:
+    "Token ids and the prompt's length: both parts are tokenised on their own."
+    eos, found = tokenizer.eos_token_id, []
+    if append_eos and eos is None:
+        raise ValueError("the tokenizer has no EOS: set one, or give append_eos=False")
+    prompts = token_ids(tokenizer, [r.prompt for r in requests], prompt=True)
+    for row, request in zip(prompts, requests, strict=True):
+        text = request.target if request.target[0] == " " else f" {request.target}"
+        target = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = [*row.ids, *target, *([eos] if append_eos else [])]
+        if room and len(ids) > room:
+            raise ValueError(f"{request.prompt[:40]!r} has {len(ids)} tokens with its target; "
+                             f"the model takes {room}")
+        found.append((ids, len(row.ids)))
+    return found
+
+
 def _check_requests(requests: Sequence[EditRequest]) -> None:
     "ValueError if there are none, or if one prompt is given two targets."
     if not requests:
@@ -331,7 +349,7 @@ def _check_requests(requests: Sequence[EditRequest]) -> None:
             raise ValueError(f"{r.prompt!r} shall be {said[r.prompt]!r} and {r.target!r}: "
                              "give each prompt one target")
 
-# %% ../../nbs/editing/02_locft_bf.ipynb #bb8efa65
+# %% ../../nbs/editing/02_locft_bf.ipynb #12b8d244
 class LocFT:
     "Localised fine-tuning of a causal language model, by its own loss or by `loss_fn`."
 
@@ -348,21 +366,9 @@ class LocFT:
         self.seen: list[EditRequest] = []
 
     def rows(self, requests: Sequence[EditRequest]) -> list[tuple[list[int], int]]:
-        "Token ids and the prompt's length: both parts are tokenised on their own."
-        eos = self.tokenizer.eos_token_id
-        if self.config.append_eos and eos is None:
-            raise ValueError("the tokenizer has no EOS: set one, or give append_eos=False")
-        room, found = getattr(self.model.config, "max_position_embeddings", None), []
-        prompts = token_ids(self.tokenizer, [r.prompt for r in requests], prompt=True)
-        for row, request in zip(prompts, requests, strict=True):
-            text = request.target if request.target[0] == " " else f" {request.target}"
-            target = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-            ids = [*row.ids, *target, *([eos] if self.config.append_eos else [])]
-            if room and len(ids) > room:
-                raise ValueError(f"{request.prompt[:40]!r} has {len(ids)} tokens with its target; "
-                                 f"the model takes {room}")
-            found.append((ids, len(row.ids)))
-        return found
+        "Token ids and the prompt's length, per edit."
+        room = getattr(self.model.config, "max_position_embeddings", None)
+        return _rows(self.tokenizer, requests, self.config.append_eos, room)
 
     def edit(self, requests: Sequence[EditRequest], watch: Watch = lambda done: None) -> EditResult:
         "Write facts into the model as it is now. Nothing is changed if that fails (ValueError)."
