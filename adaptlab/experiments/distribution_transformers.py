@@ -374,7 +374,7 @@ def _mixtures(cfg: Config, run: Run, report: Report) -> None:
                      why="short training: 'More steps' on the experiment's page")
     report.claim("components as tokens beat a flat network with as many weights",
                  measured=differences(at_home, "flat", "DT", "kl"), above=0, unit="KL",
-                 why="length of training: a table on the experiment's page")
+                 why="seeds differ, also with more steps ('By length')")
     report.claim(f"with means {max(cfg.shifts):g} times as far out as trained on, it is worse than "
                  "Kalman's update", measured=differences(far, "DT", "Kalman", "kl"), above=0,
                  unit="KL", why="seeds differ; no reason was tested")
