@@ -341,7 +341,7 @@ def _controls(report: Report, union: list[method.SearchResult], moved: pd.DataFr
         "Middle layers are left out more often than the first ones (difference in skip rate)",
         measured=stats.bootstrap(gaps) if gaps else math.nan, above=0, source="Fig. 6",
         paper="early layers almost never, middle layers most", unit="points",
-        why="few right paths per question, and each leaves out few layers")
+        why="no reason was tested")
     if len(moved):
         per = 100 * moved.groupby("sample")[["reward", "standard"]].mean()
         loss = stats.paired_difference(per["standard"].to_numpy(), per["reward"].to_numpy())
