@@ -108,7 +108,7 @@ def test_bundled_data_is_real(recorded):
 
 PRESETS = [p for p in catalog.papers() if importlib.util.find_spec("adaptlab.experiments")
            and importlib.util.find_spec(p.experiment_module)]
-LOCAL = ("LLM-Adapters/", "data/")  # folders that look like ids
+LOCAL = ("LLM-Adapters/", "data/", "iid/", "class/")  # folders and streams that look like ids
 
 
 def _strings(value):
