@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import data, evaluate, models
+from ..decoders import LayerStack, run_from
 from ..modules import layer_inputs, to_device
 
 # %% ../../nbs/bench/13_facts.ipynb #a4939392
@@ -27,10 +28,11 @@ class Tail:
         blocks: int,  # of the tail
         cached: bool = True,  # whether states are kept for the next time
     ):
-        parent, _, self.name = stack.rpartition(".")
-        self.model, self.parent = model, model.get_submodule(parent)
-        self.all, self.kept = model.get_submodule(stack), {} if cached else None
-        self.last, self.entry = self.all[-blocks:], f"{stack}.{len(self.all) - blocks}"
+        owner, _, name = stack.rpartition(".")
+        self.model, layers = model, model.get_submodule(stack)
+        self.stack = LayerStack(model.get_submodule(owner), name, layers)
+        self.kept, self.first = {} if cached else None, len(layers) - blocks
+        self.entry = f"{stack}.{self.first}"
 
     @torch.no_grad()
     def batch(
@@ -60,19 +62,7 @@ class Tail:
         batch: Mapping[str, Tensor],  # from `batch`
     ) -> Tensor:  # [rows, k, vocabulary]
         "Logits at the places of the target, in step with the labels."
-        hidden = batch["hidden"]
-
-        def feed(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return ((hidden, *args[1:]), kwargs) if args else (
-                args, {**kwargs, "hidden_states": hidden})
-
-        handle = self.last[0].register_forward_pre_hook(feed, with_kwargs=True)
-        setattr(self.parent, self.name, self.last)
-        try:
-            out = model.base_model(inputs_embeds=hidden, use_cache=False).last_hidden_state
-        finally:
-            setattr(self.parent, self.name, self.all)
-            handle.remove()
+        out = run_from(model, self.stack, self.first, batch["hidden"])
         at = batch["positions"][..., None].expand(-1, -1, out.shape[-1])
         return model.get_output_embeddings()(out.gather(1, at))
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import evaluate
+from ..decoders import LayerStack, run_from
 from ..modules import device_of, layer_inputs, logits_of, modes_kept
 from ..text import token_ids
 
@@ -124,10 +125,10 @@ class Trunk:
         cached: bool = True,  # False: the whole model runs every time
     ):
         self.model, self.rows, self.cached, self.hidden = model, list(rows), cached, []
-        stack = block_stack(model)
-        parent, _, self.name = stack.rpartition(".")
-        self.parent, self.all = model.get_submodule(parent), model.get_submodule(stack)
-        self.tail, entry = self.all[layer:], f"{stack}.{layer}"
+        path = block_stack(model)
+        owner, _, name = path.rpartition(".")
+        self.stack = LayerStack(model.get_submodule(owner), name, model.get_submodule(path))
+        self.first, entry = layer, f"{path}.{layer}"
         if cached:
             with torch.no_grad():
                 for i in range(0, len(self.rows), 64):
@@ -173,18 +174,7 @@ class Trunk:
         if not self.cached:
             return self._whole(rows)
         hidden = nn.utils.rnn.pad_sequence([self.hidden[i] for i in which], True)
-
-        def feed(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return ((hidden, *args[1:]), kwargs) if args else (
-                args, {**kwargs, "hidden_states": hidden})
-
-        handle = self.tail[0].register_forward_pre_hook(feed, with_kwargs=True)
-        setattr(self.parent, self.name, self.tail)
-        try:
-            out = self.model.base_model(inputs_embeds=hidden, use_cache=False).last_hidden_state
-        finally:
-            setattr(self.parent, self.name, self.all)
-            handle.remove()
+        out = run_from(self.model, self.stack, self.first, hidden)
         at, y = self._labels(rows)
         out = out.gather(1, at[..., None].expand(-1, -1, out.shape[-1]))
         return self.model.get_output_embeddings()(out), y
